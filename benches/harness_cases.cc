@@ -1,0 +1,57 @@
+// How fast the harness itself is: whole cases with all oracles, and the partition law.
+
+#include "benches/bench.h"
+#include "harness/base/operator.h"
+#include "harness/base/partition_law.h"
+#include "harness/group/world.h"
+
+namespace tp {
+
+void bench_case(benchmark::State& state, const std::string& line) {
+  static World world(nullptr, nullptr);
+  const Case c = case_from_line(line);
+  const Operator& op = find_operator(c.op);
+  std::uint64_t threads = 0;
+  for (auto _ : state) {
+    const Verdict verdict = op.run(world, c, {});
+    threads += verdict.threads;
+    if (verdict.outcome != Outcome::Pass) {
+      state.SkipWithError((line + ": " + to_line(verdict)).c_str());
+      break;
+    }
+  }
+  state.counters["cases/s"] =
+      benchmark::Counter(double(state.iterations()), benchmark::Counter::kIsRate);
+  state.counters["threads/s"] = benchmark::Counter(double(threads), benchmark::Counter::kIsRate);
+}
+
+namespace {
+
+void smallest_case(benchmark::State& state) {
+  bench_case(
+      state,
+      "v1 qk_norm num_heads=2 num_kv_heads=1 head_dim=8 tp_size=2 num_tokens=1 dtype=bf16 seed=1");
+}
+BENCHMARK(smallest_case);
+
+// All 2,236 legal (num_heads <= 128, num_kv_heads, tp_size <= 16).
+void partition_law(benchmark::State& state) {
+  std::int64_t triples = 0;
+  for (auto _ : state) {
+    for (int heads = 1; heads <= 128; ++heads) {
+      for (int kv_heads = 1; kv_heads <= heads; ++kv_heads) {
+        for (int tp_size = 1; tp_size <= 16; ++tp_size) {
+          const ModelShape model{.num_heads = heads, .num_kv_heads = kv_heads};
+          if (partitionable(model, tp_size)) continue;
+          ++triples;
+          benchmark::DoNotOptimize(broken_partition_law(model, tp_size));
+        }
+      }
+    }
+  }
+  state.SetItemsProcessed(triples);
+}
+BENCHMARK(partition_law)->Unit(benchmark::kMillisecond);
+
+}  // namespace
+}  // namespace tp

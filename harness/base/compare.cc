@@ -1,0 +1,47 @@
+#include "harness/base/compare.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "harness/base/check.h"
+
+namespace tp {
+
+double chain_error(std::int64_t depth) {
+  const double du = double(depth) * 0x1p-24;
+  return du / (1 - du);
+}
+
+Comparison compare(DType t, const void* y, const Budget& budget) {
+  Comparison result;
+  for (std::int64_t i = 0; i < budget.rows * budget.cols; ++i) {
+    const double got = load(t, y, i), r = budget.r[std::size_t(i)],
+                 rho = budget.rho[std::size_t(i)];
+    const double error = std::fabs(got - r);
+    bool accepted;
+    double lo = r, hi = r;
+    if (!std::isfinite(r)) {  // only the very same special value will do, NaN included
+      accepted = std::isnan(r) ? std::isnan(got) : got == r;
+    } else {
+      TP_CHECK(rho >= 0 && std::isfinite(rho), "the reference gave no budget");
+      // Rounding is monotonic, so a value of t within rho of r needs no rounding of the ends.
+      accepted = error <= rho;
+      if (!accepted) {
+        lo = round_to(t, r - rho);
+        hi = round_to(t, r + rho);
+        accepted = lo <= got && got <= hi;
+      }
+      if (std::isfinite(got)) {
+        if (error > 0)
+          result.score = std::max(result.score, error / (rho + half_ulp(t, std::fabs(r) + rho)));
+      }
+    }
+    if (!accepted) {
+      if (!result.first) result.first = Mismatch{i / budget.cols, i % budget.cols, got, lo, hi, 0};
+      ++result.first->count;
+    }
+  }
+  return result;
+}
+
+}  // namespace tp

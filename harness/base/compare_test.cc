@@ -1,0 +1,71 @@
+#include "harness/base/compare.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace tp {
+namespace {
+
+Comparison judge(DType t, double y, double r, double rho) {
+  Budget b(1, 1);
+  b.r[0] = r;
+  b.rho[0] = rho;
+  std::byte bytes[4];
+  store(t, bytes, 0, y);
+  return compare(t, bytes, b);
+}
+
+TEST(Compare, ZeroRadiusIsBitwiseAfterTheLastRounding) {
+  EXPECT_FALSE(judge(DType::f32, 1.0, 1.0, 0).first);
+  EXPECT_TRUE(judge(DType::f32, std::nextafterf(1.0f, 2.0f), 1.0, 0).first);
+  EXPECT_FALSE(judge(DType::bf16, 1.0, 1.003, 0).first);  // RN_bf16(1.003) = 1
+  EXPECT_TRUE(judge(DType::bf16, 1.0078125, 1.003, 0).first);
+}
+
+TEST(Compare, AcceptsTheRoundingsOfEverythingWithinTheRadiusAndNothingElse) {
+  // bf16 spacing at 1 is 2^-7. 1 + 0.4 * 2^-7 with radius 0.2 * 2^-7 reaches past the tie: both
+  // neighbours pass.
+  const double ulp = 0x1p-7;
+  EXPECT_FALSE(judge(DType::bf16, 1.0, 1 + 0.4 * ulp, 0.2 * ulp).first);
+  EXPECT_FALSE(judge(DType::bf16, 1.0 + ulp, 1 + 0.4 * ulp, 0.2 * ulp).first);
+  EXPECT_TRUE(judge(DType::bf16, 1.0 + ulp, 1 + 0.4 * ulp, 0.05 * ulp).first);
+  EXPECT_TRUE(judge(DType::bf16, 1.0 - ulp, 1 + 0.4 * ulp, 0.2 * ulp).first);
+}
+
+TEST(Compare, NothingWalksThroughNaNLeastOfAll) {
+  EXPECT_TRUE(judge(DType::f32, NAN, 1.0, 1e30).first);
+  EXPECT_TRUE(judge(DType::f32, INFINITY, 1.0, 1e30).first);
+  EXPECT_TRUE(judge(DType::f32, 1.0, NAN, 0).first);
+  EXPECT_TRUE(judge(DType::f32, 1.0, INFINITY, 0).first);
+  EXPECT_TRUE(judge(DType::f32, -INFINITY, INFINITY, 0).first);
+  EXPECT_FALSE(judge(DType::f32, NAN, NAN, 0).first);
+  EXPECT_FALSE(judge(DType::f32, INFINITY, INFINITY, 0).first);
+  EXPECT_FALSE(
+      judge(DType::f16, INFINITY, 70000, 0).first);  // overflow of the last rounding is expected
+}
+
+TEST(Compare, NamesTheFirstElementAndCountsThemAll) {
+  Budget b(2, 3);
+  b.r = {1, 2, 3, 4, 5, 6};
+  const float y[] = {1, 2, 3, 4, 50, 60};
+  const Comparison c = compare(DType::f32, y, b);
+  ASSERT_TRUE(c.first);
+  EXPECT_EQ(c.first->row, 1);
+  EXPECT_EQ(c.first->col, 1);
+  EXPECT_EQ(c.first->got, 50);
+  EXPECT_EQ(c.first->lo, 5);
+  EXPECT_EQ(c.first->hi, 5);
+  EXPECT_EQ(c.first->count, 2);
+}
+
+TEST(Compare, ScoreIsAtMostOneWhereverTheElementIsAccepted) {
+  for (int i = -60; i <= 60; ++i) {
+    const double y = round_to(DType::bf16, 1 + i * 0.001);
+    const Comparison c = judge(DType::bf16, y, 1.01, 0.013);
+    EXPECT_TRUE(c.first || c.score <= 1) << y;
+  }
+}
+
+}  // namespace
+}  // namespace tp

@@ -1,0 +1,72 @@
+#pragma once
+// What the fuzzer knows of an operator: its keys, laws and mutants, and how to run one case of it.
+// properties/<op>.cc fills one in; CMake's OPERATORS list says which exist.
+
+#include <chrono>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "harness/base/case.h"
+#include "harness/base/sharding_rules.h"
+#include "harness/base/verdict.h"
+
+namespace tp {
+
+class World;  // the processes of this job (harness/group/world.h)
+
+// An operator with one upstream mistake put back. Its id is <bug-zoo id>:<variant>.
+struct Mutant {
+  std::string id;
+  std::string what;      // the mistake, in one sentence
+  std::string upstream;  // repository#number
+  ShardingRules rules;
+
+  // Whether the mistake decides anything differently from the right rules at this shape.
+  bool shows(const ModelShape& model, int tp_size) const;
+};
+
+struct Law {
+  std::string name;  // the word of the case line's key `law`
+  std::string what;
+};
+
+struct RunOptions {
+  const Mutant* mutant = nullptr;
+  std::chrono::milliseconds deadline{0};          // 0: none
+  std::function<void(const std::string&)> trace;  // if set: a line for each value and collective
+};
+
+struct Operator {
+  std::string name;
+  std::string what;
+  std::vector<Key> keys;
+  std::vector<Law> laws;
+  std::vector<Mutant> mutants;
+  // Why a case whose keys are all in range is illegal (an impossible shape); nothing if it is
+  // legal.
+  std::function<std::optional<std::string>(const Case&)> refuse;
+  // Runs a legal case on all processes of the world and returns the same verdict on each of them.
+  std::function<Verdict(World&, const Case&, const RunOptions&)> run;
+
+  const Key* key(std::string_view name) const;
+  // A case with every key at its default.
+  Case blank() const;
+};
+
+// The registry. Operators are added once at start-up, before anything is looked up.
+void add_operator(Operator op);
+const std::vector<Operator>& operators();
+// Throws BadInput naming the operators there are.
+const Operator& find_operator(std::string_view name);
+
+struct FoundMutant {
+  const Operator* op;
+  const Mutant* mutant;
+};
+// Every operator that has a mutant of this id. Throws BadInput if none has.
+std::vector<FoundMutant> find_mutant(std::string_view id);
+
+}  // namespace tp

@@ -1,0 +1,21 @@
+#pragma once
+// The user's own text, in messages to the user.
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace tp {
+
+// A short piece of foreign text that is safe to print: at most 60 characters, the control
+// characters and everything beyond ASCII replaced by '?'.
+std::string printable(std::string_view text);
+
+// Upper-case ASCII letters made small.
+std::string lower(std::string_view text);
+
+// Which of `known` a mistyped word may have meant, best first, at most five: those that contain it,
+// else those that are a few letters away. Upper and lower case are the same.
+std::vector<std::string> near_misses(std::string_view word, const std::vector<std::string>& known);
+
+}  // namespace tp

@@ -1,0 +1,51 @@
+#pragma once
+// What came of a case. A verdict is a value: it travels from rank to rank, from worker to
+// supervisor, and is printed as one line.
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace tp {
+
+enum class Outcome : std::uint8_t {
+  Pass,
+  // Findings: the code under test is wrong.
+  WrongValue,          // outside the budget
+  NotFinite,           // NaN or infinity where the reference expects a number
+  ReplicaMismatch,     // ranks that must hold equal bits do not
+  Uninitialised,       // the result depends on what memory held before
+  OutOfBounds,         // a guard was overwritten, or a slice lies outside its tensor
+  InputModified,       // an input, or a column the operator does not own, has changed
+  CollectiveMismatch,  // ranks disagree on which collective comes next
+  BadLaunch,           // barrier divergence, sizes that do not fit each other
+  LawBroken,           // a metamorphic law does not hold
+  Crash,
+  Hang,
+  OutOfMemory,
+  // No finding.
+  Refused,     // an illegal case, with its reason
+  Mistrusted,  // the data could not have shown the mistakes this shape allows: not a pass
+  Skipped,     // the machine lacks something, with its reason
+};
+
+std::string_view name_of(Outcome outcome);
+constexpr bool is_finding(Outcome o) { return o > Outcome::Pass && o < Outcome::Refused; }
+
+struct Verdict {
+  Outcome outcome = Outcome::Pass;
+  std::string detail;        // one line: where, got, accepted; or the reason
+  std::uint64_t digest = 0;  // xxHash of every gathered output, 0 if there was none
+  double score = 0;  // largest |error| / budget (research/numerics.md section 4); <= 1 if accepted
+  std::uint64_t threads = 0;  // emulated CUDA threads run, all ranks
+  double seconds = 0;         // wall time of the case on the driving process
+
+  bool finding() const { return is_finding(outcome); }
+};
+
+// One line without a newline, and back. from_line throws BadInput on anything to_line cannot have
+// made.
+std::string to_line(const Verdict& verdict);
+Verdict verdict_from_line(std::string_view line);
+
+}  // namespace tp

@@ -1,0 +1,29 @@
+#include "harness/cli/bench.h"
+
+#include <benchmark/benchmark.h>
+#include <fmt/format.h>
+
+#include "harness/base/check.h"
+#include "harness/base/text.h"
+
+namespace tp {
+
+int bench_main(const std::vector<std::string>& arguments) {
+  std::vector<std::string> words = {"tpcheck bench"};
+  words.insert(words.end(), arguments.begin(), arguments.end());
+  std::vector<char*> argv;
+  for (std::string& word : words) argv.push_back(word.data());
+  argv.push_back(nullptr);
+  int argc = int(words.size());
+  benchmark::Initialize(&argc, argv.data());  // takes out what it knows
+  if (argc > 1) {
+    throw BadInput(
+        fmt::format("unknown argument '{}' (see tpcheck bench --help)", printable(argv[1])));
+  }
+  // With nothing to run it says so itself.
+  const std::size_t matched = benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+  return matched > 0 ? 0 : 2;
+}
+
+}  // namespace tp

@@ -1,0 +1,13 @@
+#pragma once
+// tpcheck bench: Google Benchmark under its own flags.
+
+#include <string>
+#include <vector>
+
+namespace tp {
+
+// Runs the benchmarks that `arguments` select. Returns 0, or 2 if they select none. Throws BadInput
+// for an argument that Google Benchmark does not know.
+int bench_main(const std::vector<std::string>& arguments);
+
+}  // namespace tp

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# What a person sees of wrong input, from outside: cli_test.sh PATH-OF-TPCHECK
+# Exit codes, one sentence on standard error, nothing on standard output, nothing left behind.
+set -uo pipefail
+tpcheck=$(readlink -f "${1:?usage: cli_test.sh PATH-OF-TPCHECK}")
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cd "$dir" || exit 1
+failures=0
+
+fail() {
+  echo "FAILED: $1"
+  sed 's/^/  stderr: /' "$dir/.err"
+  failures=$((failures + 1))
+}
+
+run() { "$tpcheck" "$@" >"$dir/.out" 2>"$dir/.err" </dev/null; }
+
+# refuses TEXT ARGUMENTS...: exit code 2 and one sentence that contains TEXT.
+refuses() {
+  local text=$1 code
+  shift
+  run "$@"
+  code=$?
+  [[ $code == 2 ]] || fail "tpcheck $* returned $code, not 2"
+  [[ $(wc -l <.err) == 1 ]] || fail "tpcheck $*: not one line on standard error"
+  grep -qF -- "$text" .err || fail "tpcheck $*: '$text' is not in the message"
+  [[ ! -s .out ]] || fail "tpcheck $*: something on standard output"
+}
+
+# passes ARGUMENTS...: exit code 0, something on standard output, nothing on standard error.
+passes() {
+  run "$@" || fail "tpcheck $* returned $?"
+  [[ -s .out ]] || fail "tpcheck $*: nothing on standard output"
+  [[ ! -s .err ]] || fail "tpcheck $*: something on standard error"
+}
+
+refuses 'tpcheck --help' nonsense
+refuses 'tpcheck --help' --nonsense
+refuses 'tpcheck fuzz --help' fuzz --nonsense
+refuses "'no_op'" fuzz --ops no_op --cases 1
+refuses "'no-model'" fuzz --model no-model --cases 1
+refuses "'9999:none'" fuzz --mutant 9999:none --cases 1
+refuses '-n 0' fuzz -n 0 --cases 1
+refuses '--for' fuzz --for never
+refuses 'v9' replay 'v9 rms_norm seed=1'
+refuses 'no_op' replay 'v1 no_op seed=1'
+refuses 'nonsense' replay 'v1 rms_norm nonsense=1'
+refuses "'no-model'" explain no-model --tp 2
+refuses 'num_kv_heads=8' explain MiniMax-M2.5 --tp 12
+refuses 'tp_size=12' explain MiniMax-M2.5 --tp 12
+refuses '--head-dim 0' explain --heads 4 --kv-heads 2 --head-dim 0 --tp 2
+refuses "'9999:none'" zoo 9999:none
+refuses 'ops, models, mutants, laws' list nonsense
+refuses '--nonsense' bench --nonsense
+refuses 'zzzz' bench --benchmark_filter=zzzz
+
+printf '{"hidden_size": 64, "num_att' >truncated.json
+refuses 'truncated.json: ' explain truncated.json --tp 2
+printf '{"hidden_size": 64, "hidden_size": 64, "num_attention_heads": 4}' >twice.json
+refuses '"hidden_size" is given twice' explain twice.json --tp 2
+refuses 'missing.json' explain missing.json --tp 2
+printf '{"hidden_size": 64, "num_attention_heads": 4}' >good.json
+passes explain good.json --tp 2
+
+run explain MiniMax-M2.5 --tp 12 --json
+[[ $? == 2 ]] || fail 'explain --json of an illegal pair did not return 2'
+grep -q '"valid":false' .out || fail 'explain --json of an illegal pair says nothing on standard output'
+
+run
+[[ $? == 2 ]] || fail 'tpcheck without a command did not return 2'
+passes --version
+for command in '' fuzz replay explain zoo list; do
+  # shellcheck disable=SC2086  # the first is no word at all
+  passes $command --help
+done
+for what in ops models mutants laws; do passes list "$what"; done
+passes explain MiniMax-M2.5 --tp 16
+passes explain MiniMax-M2.5 --tp 16 --json
+if command -v python3 >/dev/null; then
+  for model in MiniMax-M2.5 DeepSeek-V3 Qwen3.5-27B good.json; do
+    passes explain "$model" --tp 2 --json
+    python3 -m json.tool .out >/dev/null || fail "explain $model --json is no JSON"
+  done
+fi
+
+# Under mpirun one process speaks, and all return the same code.
+if command -v mpirun >/dev/null; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+  mpirun --bind-to none -n 2 "$tpcheck" explain MiniMax-M2.5 --tp 16 >.out 2>.err </dev/null ||
+    fail 'explain under mpirun'
+  [[ $(grep -c '^TP 16' .out) == 1 ]] || fail 'explain under mpirun: not printed once'
+  mpirun --bind-to none -n 2 "$tpcheck" fuzz --ops no_op >.out 2>.err </dev/null
+  [[ $? == 2 ]] || fail 'a wrong operator under mpirun did not return 2'
+  [[ $(grep -c '^tpcheck: ' .err) == 1 ]] || fail 'a wrong operator under mpirun: not one sentence'
+fi
+
+left=$(find . -mindepth 1 ! -name '.out' ! -name '.err' ! -name '*.json')
+[[ -z $left ]] || fail "left behind: $left"
+((failures == 0)) && echo 'all as expected'
+exit $((failures > 0))

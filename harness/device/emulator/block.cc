@@ -1,0 +1,341 @@
+#include "harness/device/emulator/block.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <utility>
+
+#include "harness/device/sanitizer.h"
+
+namespace tp::emulator {
+namespace {
+
+// Where kernel threads come from and go back to: the process's own stack.
+Fiber home;
+
+std::string index_text(dim3 index, dim3 grid) {
+  if (grid.y == 1 && grid.z == 1) return std::to_string(index.x);
+  return fmt::format("({}, {}, {})", index.x, index.y, index.z);
+}
+
+}  // namespace
+
+Thread* running = nullptr;
+
+void Block::make_threads(dim3 size) {
+  block_dim = size;
+  threads_.assign(size.count(), {});
+  warps_.assign((threads_.size() + 31) / 32, {});
+  yielded_.reserve(threads_.size());
+  std::uint16_t index = 0;
+  for (unsigned z = 0; z < size.z; ++z) {
+    for (unsigned y = 0; y < size.y; ++y) {
+      for (unsigned x = 0; x < size.x; ++x, ++index) {
+        threads_[index].block = this;
+        threads_[index].thread_idx = {x, y, z};
+        threads_[index].index = index;
+      }
+    }
+  }
+}
+
+void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory, FiberPool& fibers,
+                  std::uint64_t seed) {
+  const LaunchSize& size = launch.size;
+  launch_ = &launch;
+  fibers_ = &fibers;
+  random_ = Random(seed);
+  shared = shared_memory;
+  grid_dim = size.grid;
+  block_idx = {unsigned(index % size.grid.x), unsigned(index / size.grid.x % size.grid.y),
+               unsigned(index / size.grid.x / size.grid.y)};
+  const bool same = block_dim.x == size.block.x && block_dim.y == size.block.y &&
+                    block_dim.z == size.block.z && !threads_.empty();
+  if (!same) make_threads(size.block);
+  for (Warp& warp : warps_) warp.exited = 0;
+  alive_ = threads();
+  push_all();
+  if (kTsan) fibers.reserve(threads_.size());
+  release(&begin_clock_);
+}
+
+Progress Block::run() {
+  moved_ = false;
+  if (!yielded_.empty()) {
+    std::rotate(yielded_.begin(), yielded_.begin() + random_.below(std::uint32_t(yielded_.size())),
+                yielded_.end());
+    for (std::uint16_t index : yielded_) ready_.push_back(index);
+    yielded_.clear();
+  }
+  Fiber::switch_to(home, next(), Order::unrelated);
+  running = nullptr;
+  if (!fault_ && alive_ > 0 && yielded_.empty()) fault_ = divergence();
+  if (fault_) throw Fault{Outcome::BadLaunch, *fault_};
+  if (alive_ == 0) return Progress::done;
+  return moved_ ? Progress::moved : Progress::spun;
+}
+
+void Block::drop() {
+  for (int i = 0; i < threads(); ++i) {
+    if (threads_[i].state != State::unstarted) fibers_->drop(*threads_[i].fiber);
+  }
+}
+
+Fiber& Block::next() {
+  if (ready_.empty()) return home;
+  Thread& thread = threads_[ready_.pop_front()];
+  if (thread.state == State::unstarted) {
+    thread.state = State::ready;
+    thread.fiber = &fibers_->take();
+    thread.fiber->thread = &thread;
+  }
+  return *thread.fiber->fiber;
+}
+
+void Block::park(Thread& thread) {
+  release(fibers_);  // in case it never runs again
+  Fiber& self = *thread.fiber->fiber;
+  Fiber& other = next();
+  if (&other != &self) Fiber::switch_to(self, other, Order::unrelated);
+  running = &thread;
+  thread.state = State::ready;
+}
+
+void Block::exit(Thread& thread) {
+  release(fibers_);
+  thread.state = State::unstarted;
+  thread.fenced = false;
+  thread.loaded = nullptr;
+  warps_[thread.index / 32].exited |= 1u << thread.index % 32;
+  --alive_;
+  moved_ = true;
+}
+
+void Block::run_threads(KernelFiber& fiber) {
+  for (;;) {
+    Block& block = static_cast<Block&>(*fiber.thread->block);
+    for (;;) {
+      running = fiber.thread;
+      acquire(&block.begin_clock_);
+      block.launch_->kernel->run_thread();
+      block.exit(*fiber.thread);
+      // A thread that nobody has begun needs no stack of its own: it can have this one, without a switch.
+      if (kTsan || block.ready_.empty()) break;
+      Thread& after = block.threads_[block.ready_.front()];
+      if (after.state != State::unstarted) break;
+      block.ready_.pop_front();
+      after.state = State::ready;
+      after.fiber = &fiber;
+      fiber.thread = &after;
+    }
+    block.fibers_->give(fiber);
+    Fiber::switch_to(*fiber.fiber, block.next(), Order::unrelated);
+  }
+}
+
+void run_kernel_threads(void* fiber) { Block::run_threads(*static_cast<KernelFiber*>(fiber)); }
+
+void Block::push_lanes(int warp, std::uint32_t lanes, bool front) {
+  // i -> a i + b is a permutation of the 32 lanes for every odd a.
+  const auto draw = std::uint32_t(random_.next());
+  const std::uint32_t a = draw | 1u;
+  const std::uint32_t b = draw >> 16;
+  for (std::uint32_t i = 0; i < 32; ++i) {
+    const std::uint32_t lane = (a * i + b) & 31u;
+    if ((lanes >> lane & 1u) == 0) continue;
+    const auto index = std::uint16_t(warp * 32 + int(lane));
+    front ? ready_.push_front(index) : ready_.push_back(index);
+  }
+}
+
+std::uint32_t Block::lanes_of(int warp) const {
+  const int lanes = threads() - warp * 32;
+  return lanes >= 32 ? ~0u : (1u << lanes) - 1u;
+}
+
+void Block::push_all() {
+  std::uint8_t order[kMaxThreads / 32];
+  const auto warps = std::uint32_t(warps_.size());
+  for (std::uint32_t i = 0; i < warps; ++i) {
+    const std::uint32_t j = random_.below(i + 1);
+    order[i] = order[j];
+    order[j] = std::uint8_t(i);
+  }
+  for (std::uint32_t i = 0; i < warps; ++i) push_lanes(order[i], lanes_of(order[i]), false);
+}
+
+void Block::yield(Thread& thread) {
+  yielded_.push_back(thread.index);
+  park(thread);
+}
+
+void Block::barrier(Thread& thread, Where where) {
+  std::uint64_t* clock = &barrier_clock_[barriers_ % 2];
+  release(clock);
+  thread.state = State::at_barrier;
+  if (at_barrier_ == 0) barrier_line_ = where.line;
+  barrier_differs_ |= barrier_line_ != where.line;
+  if (++at_barrier_ == threads()) {
+    if (barrier_differs_) fail(thread, divergence());
+    at_barrier_ = 0;
+    ++barriers_;
+    moved_ = true;
+    push_all();
+  }
+  park(thread);
+  acquire(clock);
+}
+
+std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::uint32_t mask,
+                          std::uint64_t value, std::uint32_t parameter) {
+  const int index = thread.index / 32;
+  const std::uint32_t lane = thread.index % 32u;
+  Warp& warp = warps_[std::size_t(index)];
+  if ((mask >> lane & 1u) == 0) {
+    fail(thread, fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+                             "{:#010x}, which does not name it",
+                             name(), index, lane, operation.name, to_string(thread.where), mask));
+  }
+  int m = 0;
+  while (m < warp.open && (warp.meetings[m].mask & mask) == 0) ++m;
+  Meeting& meeting = warp.meetings[m];
+  if (m == warp.open) {
+    meeting = {&operation, mask, 0, thread.where};
+    ++warp.open;
+  } else if (meeting.mask != mask || meeting.operation != &operation ||
+             meeting.where.line != thread.where.line) {
+    fail(thread, fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+                             "{:#010x}, others wait at {} ({}) with mask {:#010x}",
+                             name(), index, lane, operation.name, to_string(thread.where), mask,
+                             meeting.operation->name, to_string(meeting.where), meeting.mask));
+  }
+  const int leader = std::countr_zero(mask);
+  std::uint64_t* clock = &warp.clock[warp.parity >> leader & 1u][leader];
+  if (operation.orders_memory) release(clock);
+  warp.value[lane] = value;
+  warp.parameter[lane] = parameter;
+  meeting.arrived |= 1u << lane;
+  if (meeting.arrived == mask) {
+    meeting = warp.meetings[--warp.open];
+    warp.parity ^= 1u << leader;
+    moved_ = true;
+    if (!operation.complete(warp.value, warp.parameter, mask)) {
+      fail(thread, fmt::format("{} ({}) in {}, warp {}: a lane reads a lane that mask {:#010x} does not "
+                               "name",
+                               operation.name, to_string(thread.where), name(), index, mask));
+    }
+    push_lanes(index, mask & ~(1u << lane), random_.next() & 1u);
+  } else {
+    thread.state = State::in_warp;
+    park(thread);
+  }
+  if (operation.orders_memory) acquire(clock);
+  return warp.value[lane];
+}
+
+void Block::fail(Thread& thread, std::string what) {
+  fault_ = std::move(what);
+  release(fibers_);
+  Fiber::switch_to(*thread.fiber->fiber, home, Order::unrelated);
+  __builtin_unreachable();
+}
+
+std::string Block::name() const {
+  return fmt::format("kernel {}, block {}", launch_->name, index_text(block_idx, grid_dim));
+}
+
+std::string Block::census(int first, int last) const {
+  std::vector<std::pair<std::string, int>> groups;
+  const auto add = [&](std::string what) {
+    const auto same = [&](const auto& group) { return group.first == what; };
+    const auto found = std::find_if(groups.begin(), groups.end(), same);
+    found == groups.end() ? void(groups.emplace_back(std::move(what), 1)) : void(++found->second);
+  };
+  for (int i = first; i < last; ++i) {
+    const Thread& thread = threads_[i];
+    if (thread.state != State::unstarted) {
+      add(fmt::format("at {} ({})", thread.what, to_string(thread.where)));
+    }
+  }
+  for (int i = first; i < last; ++i) {
+    if (threads_[i].state != State::unstarted) continue;
+    add(warps_[std::size_t(i / 32)].exited >> i % 32 & 1u ? "exited" : "not begun");
+  }
+  std::string text;
+  for (const auto& [what, count] : groups) {
+    text += fmt::format("{}{} {}", text.empty() ? "" : ", ", count, what);
+  }
+  return text;
+}
+
+std::string Block::describe() const {
+  return fmt::format("{}: {}, of {}", name(), census(0, threads()), threads());
+}
+
+// Why nothing can go on. A warp's meeting is named first: the barrier waits for its lanes.
+std::string Block::divergence() const {
+  for (int w = 0; w < int(warps_.size()); ++w) {
+    const Warp& warp = warps_[std::size_t(w)];
+    if (warp.open == 0) continue;
+    const Meeting& meeting = warp.meetings[0];
+    const int lanes = std::popcount(meeting.mask);
+    const int absent = std::popcount(meeting.mask & ~lanes_of(w));
+    std::string text = fmt::format("warp collective divergence in {}, warp {}: {} of {} lanes at {} ({})",
+                                   name(), w, std::popcount(meeting.arrived), lanes,
+                                   meeting.operation->name, to_string(meeting.where));
+    const int exited = std::popcount(meeting.mask & warp.exited);
+    if (exited > 0) text += fmt::format(", {} exited", exited);
+    if (absent > 0) text += fmt::format(", {} beyond the block's {} threads", absent, threads());
+    const int elsewhere = lanes - std::popcount(meeting.arrived) - exited - absent;
+    if (elsewhere > 0) {
+      text += fmt::format(", {} elsewhere; the warp's threads: {}", elsewhere,
+                          census(w * 32, std::min(threads(), w * 32 + 32)));
+    }
+    return text;
+  }
+  return "barrier divergence in " + describe();
+}
+
+std::string to_string(Where where) {
+  const std::string_view file = where.file;
+  return fmt::format("{}:{}", file.substr(file.find_last_of('/') + 1), where.line);
+}
+
+namespace {
+
+Block& block_of(Thread& thread) { return static_cast<Block&>(*thread.block); }
+
+}  // namespace
+
+void block_barrier(Where where) {
+  Thread& thread = *running;
+  thread.what = "__syncthreads";
+  thread.where = where;
+  block_of(thread).barrier(thread, where);
+}
+
+void yield(const char* what, Where where) {
+  Thread& thread = *running;
+  thread.what = what;
+  thread.where = where;
+  block_of(thread).yield(thread);
+}
+
+void misaligned(const void* address, std::size_t bytes, const char* what, Where where) {
+  Thread& thread = *running;
+  Block& block = block_of(thread);
+  block.fail(thread, fmt::format("{} ({}) in {}: the address is {} bytes past a multiple of {}", what,
+                                 to_string(where), block.name(),
+                                 reinterpret_cast<std::uintptr_t>(address) % bytes, bytes));
+}
+
+std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint64_t value,
+                   std::uint32_t parameter, Where where) {
+  Thread& thread = *running;
+  thread.what = operation.name;
+  thread.where = where;
+  return block_of(thread).meet(thread, operation, mask, value, parameter);
+}
+
+}  // namespace tp::emulator

@@ -1,0 +1,151 @@
+#include "harness/device/emulator/grid.h"
+
+#include <fmt/format.h>
+
+#include <numeric>
+#include <utility>
+
+#include "harness/device/sanitizer.h"
+#include "harness/device/scheduler.h"
+
+namespace tp::emulator {
+namespace {
+
+constexpr std::size_t kMaxResident = 64;  // blocks of one launch
+// Threads of all resident blocks. Every launch may have one block beyond it. Stacks are mappings, of
+// which a process has 65530; TSan cannot tell more than about 8000 threads apart.
+constexpr std::uint64_t kMaxResidentThreads = kTsan ? 2048 : 8192;
+constexpr std::uint64_t kMaxTsanThreads = 6000;
+constexpr std::uint64_t kMaxSharedBytes = 227 * 1024;  // of a block on sm_90
+
+std::uint64_t resident_threads = 0;
+
+// Blocks whose threads have all exited, for the next launch: their lists need not be made again.
+std::vector<std::unique_ptr<Block>>& spare_blocks() {
+  static auto& blocks = *new std::vector<std::unique_ptr<Block>>;
+  return blocks;
+}
+
+std::string dims(dim3 d) { return fmt::format("{} x {} x {}", d.x, d.y, d.z); }
+
+// What CUDA would refuse, in one sentence.
+void check(const Launch& launch, int tp_rank) {
+  const dim3 grid = launch.size.grid;
+  const dim3 block = launch.size.block;
+  const auto refuse = [&](const std::string& why) {
+    throw Fault{Outcome::BadLaunch, fmt::format("kernel {}: {}", launch.name, why), tp_rank};
+  };
+  if (grid.count() == 0) refuse(fmt::format("a grid of {} blocks is empty", dims(grid)));
+  if (block.count() == 0) refuse(fmt::format("a block of {} threads is empty", dims(block)));
+  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
+    refuse(fmt::format("a grid of {} blocks exceeds 2147483647 x 65535 x 65535", dims(grid)));
+  }
+  if (block.x > 1024 || block.y > 1024 || block.z > 64) {
+    refuse(fmt::format("a block of {} threads exceeds 1024 x 1024 x 64", dims(block)));
+  }
+  if (block.count() > kMaxThreads) {
+    refuse(fmt::format("a block of {} = {} threads exceeds {}", dims(block), block.count(), kMaxThreads));
+  }
+  if (launch.size.shared_bytes > kMaxSharedBytes) {
+    refuse(fmt::format("{} bytes of shared memory exceed {}", launch.size.shared_bytes, kMaxSharedBytes));
+  }
+}
+
+}  // namespace
+
+void enqueue_kernel(Launch launch, Stream& stream) {
+  check(launch, stream.tp_rank());
+  stream.enqueue(std::make_unique<Grid>(std::move(launch), stream));
+}
+
+Grid::Grid(Launch launch, Stream& stream)
+    : launch_(std::move(launch)),
+      stream_(stream),
+      queue_(static_cast<Queue&>(stream.device_queue())),
+      shared_(launch_.size.shared_bytes, stream.scheduler().options().poison),
+      blocks_(launch_.size.grid.count()),
+      threads_(launch_.size.block.count()) {
+  release(this);  // what the host did before the launch happens before the kernel
+}
+
+Grid::~Grid() {
+  Queue::AsStream as_stream(queue_);
+  acquire(&queue_.fibers());  // the kernel happens before what follows in the stream
+  for (auto& block : resident_) {
+    void* shared = block->shared;
+    block->drop();
+    shared_.give(shared);
+    resident_threads -= threads_;
+  }
+  queue_.fibers().recycle();
+  resident_.clear();
+  ended_.clear();
+  launch_.kernel.reset();
+}
+
+void Grid::begin_launch(Random& random) {
+  Queue::AsStream as_stream(queue_);
+  acquire(this);
+  offset_ = random.next() % blocks_;
+  do {
+    stride_ = 1 + random.next() % blocks_;
+  } while (std::gcd(stride_, blocks_) != 1);
+}
+
+bool Grid::has_room() const {
+  if (resident_.empty()) return true;
+  if (kTsan && FiberPool::alive() + threads_ > kMaxTsanThreads) return false;
+  return resident_.size() < kMaxResident && resident_threads + threads_ <= kMaxResidentThreads;
+}
+
+Progress Grid::step(Random& random) {
+  if (begun_ == 0) begin_launch(random);
+  const auto choices = std::uint32_t(resident_.size() + (begun_ < blocks_ && has_room()));
+  const std::size_t pick = random.below(choices);
+  if (pick == resident_.size()) begin_block(random);
+  const Progress progress = resident_[pick]->run();
+  if (progress != Progress::done) return progress;
+  end_block(pick);
+  return begun_ == blocks_ && resident_.empty() ? Progress::done : Progress::moved;
+}
+
+void Grid::begin_block(Random& random) {
+  Queue::AsStream as_stream(queue_);
+  if (kTsan && resident_.empty() && FiberPool::alive() + threads_ > kMaxTsanThreads) {
+    // Too many to tell apart: TSan forgets who wrote what in the blocks so far.
+    acquire(&queue_.fibers());
+    queue_.fibers().recycle();
+  }
+  auto& spare = spare_blocks();
+  if (kTsan || spare.empty()) {
+    resident_.push_back(std::make_unique<Block>());
+  } else {
+    resident_.push_back(std::move(spare.back()));
+    spare.pop_back();
+  }
+  const std::uint64_t index = (begun_++ * stride_ + offset_) % blocks_;
+  resident_.back()->begin(launch_, index, shared_.take(), queue_.fibers(), random.next());
+  resident_threads += threads_;
+  stream_.scheduler().count(1, threads_);
+}
+
+void Grid::end_block(std::size_t resident) {
+  std::unique_ptr<Block> block = std::move(resident_[resident]);
+  std::swap(resident_[resident], resident_.back());
+  resident_.pop_back();
+  resident_threads -= threads_;
+  const auto overrun = shared_.check(block->shared);
+  shared_.give(block->shared);
+  const std::string where = overrun ? block->name() : "";
+  (kTsan ? ended_ : spare_blocks()).push_back(std::move(block));
+  if (overrun) throw Fault{Outcome::OutOfBounds, where + " " + *overrun, stream_.tp_rank()};
+}
+
+std::string Grid::describe() const {
+  if (resident_.empty()) {
+    return fmt::format("runs kernel {}: {} of {} blocks begun", launch_.name, begun_, blocks_);
+  }
+  return fmt::format("runs {} blocks of {}", resident_.size(), resident_[0]->describe());
+}
+
+}  // namespace tp::emulator

@@ -1,0 +1,46 @@
+#pragma once
+// A launch as a stream runs it: blocks begin in a drawn order, up to a number of them are resident at
+// once, and each step runs one of them until its threads wait or yield.
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "harness/device/emulator/block.h"
+#include "harness/device/emulator/launch.h"
+#include "harness/device/emulator/queue.h"
+#include "harness/device/emulator/shared_memory.h"
+#include "harness/device/work.h"
+
+namespace tp::emulator {
+
+class Grid final : public Work {
+ public:
+  Grid(Launch launch, Stream& stream);
+  ~Grid() override;
+
+  Progress step(Random& random) override;
+  std::string_view name() const override { return launch_.name; }
+  std::string describe() const override;
+
+ private:
+  bool has_room() const;
+  void begin_block(Random& random);
+  void end_block(std::size_t resident);
+  void begin_launch(Random& random);
+
+  Launch launch_;
+  Stream& stream_;
+  Queue& queue_;
+  SharedMemory shared_;
+  std::uint64_t blocks_;
+  std::uint64_t threads_;  // of a block
+  std::uint64_t begun_ = 0;
+  std::uint64_t stride_ = 0;  // the i-th block to begin is (i * stride + offset) % blocks
+  std::uint64_t offset_ = 0;
+  std::vector<std::unique_ptr<Block>> resident_;
+  std::vector<std::unique_ptr<Block>> ended_;  // TSan: kept until the launch is over
+};
+
+}  // namespace tp::emulator

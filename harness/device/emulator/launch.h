@@ -1,0 +1,67 @@
+#pragma once
+// launch(): queues a kernel on a stream of the emulator.
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "harness/device/emulator/dim3.h"
+#include "harness/device/stream.h"
+
+namespace tp::emulator {
+
+struct LaunchSize {
+  dim3 grid;
+  dim3 block;
+  std::size_t shared_bytes = 0;
+};
+
+// A kernel with its arguments.
+class Kernel {
+ public:
+  virtual ~Kernel() = default;
+  virtual void run_thread() const = 0;  // as the thread `running`
+};
+
+struct Launch {
+  std::string name;
+  LaunchSize size;
+  std::unique_ptr<Kernel> kernel;
+};
+
+template <typename... Parameters>
+class KernelCall final : public Kernel {
+ public:
+  template <typename... Arguments>
+  explicit KernelCall(void (*kernel)(Parameters...), Arguments&&... arguments)
+      : kernel_(kernel), arguments_(std::forward<Arguments>(arguments)...) {}
+  // Each thread gets its own copy of the arguments, as in CUDA.
+  void run_thread() const override { std::apply(kernel_, arguments_); }
+
+ private:
+  void (*kernel_)(Parameters...);
+  std::tuple<Parameters...> arguments_;
+};
+
+// Throws Fault if CUDA would refuse the launch.
+void enqueue_kernel(Launch launch, Stream& stream);
+
+}  // namespace tp::emulator
+
+namespace tp {
+
+// Queues kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
+template <typename... Parameters, typename... Arguments>
+void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
+  using Call = emulator::KernelCall<Parameters...>;
+  emulator::enqueue_kernel({std::string(name),
+                            {grid, block, shared_bytes},
+                            std::make_unique<Call>(kernel, std::forward<Arguments>(arguments)...)},
+                           stream);
+}
+
+}  // namespace tp

@@ -1,0 +1,39 @@
+#pragma once
+// The emulator's side of a stream: the fibers its kernels run on, and who the stream is for TSan.
+
+#include <optional>
+
+#include "harness/device/emulator/fiber_pool.h"
+#include "harness/device/work.h"
+
+namespace tp::emulator {
+
+class Queue final : public DeviceQueue {
+ public:
+  Queue();
+  ~Queue() override;
+
+  bool finished() override { return true; }  // a kernel's last step completes it
+  void host_joins() override;
+  void host_leaves() override;
+
+  FiberPool& fibers();
+
+  // For its lifetime TSan takes the running code for the stream: what it allocates, frees, acquires and
+  // releases is ordered with the stream's kernels, and not with other streams'.
+  class AsStream {
+   public:
+    explicit AsStream(Queue& queue);
+    ~AsStream();
+
+   private:
+    void* before_ = nullptr;
+  };
+
+ private:
+  void* identity_ = nullptr;
+  char clock_ = 0;
+  std::optional<FiberPool> own_fibers_;
+};
+
+}  // namespace tp::emulator

@@ -1,0 +1,54 @@
+#pragma once
+// Sums and maxima over a block, in one fixed order on every backend. Included by device.h, whose
+// dialects have warp_sum and warp_max.
+
+#include <bit>
+#include <cstdint>
+
+namespace tp {
+
+constexpr int ceil_log2(int n) { return n <= 1 ? 0 : 1 + ceil_log2((n + 1) / 2); }
+
+// fp32 roundings on the longest path through warp_sum, and through block_sum of `threads` threads.
+constexpr int kWarpSumDepth = 5;
+constexpr int block_sum_depth(int threads) { return kWarpSumDepth + ceil_log2((threads + 31) / 32); }
+// Floats of shared memory that block_sum and block_max of `threads` threads need as scratch.
+constexpr int block_scratch_floats(int threads) { return (threads + 31) / 32; }
+
+// The binary tree over values[0..Width), values from `count` on being absent.
+template <int Width>
+__device__ inline float tree_sum(const float* values, int count) {
+  if constexpr (Width == 1) {
+    return count > 0 ? *values : 0.0f;
+  } else {
+    return tree_sum<Width / 2>(values, count) +
+           tree_sum<Width / 2>(values + Width / 2, count - Width / 2);
+  }
+}
+
+// The sum of all threads' values, given to every thread. blockDim must be (32 k, 1, 1). Order: xor
+// butterflies inside the warps, then a balanced binary tree over the warps in order, filled up with
+// zeros to a power of two. One barrier inside: `scratch` (block_scratch_floats of shared memory) is free
+// for other uses after the *next* __syncthreads.
+__device__ inline float block_sum(float value, float* scratch, Where where = Where::here()) {
+  const float sum = warp_sum(value, where);
+  const int warps = int(blockDim.x / 32);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+  block_barrier(where);
+  if (warps <= 4) return tree_sum<4>(scratch, warps);
+  if (warps <= 8) return tree_sum<8>(scratch, warps);
+  if (warps <= 16) return tree_sum<16>(scratch, warps);
+  return tree_sum<32>(scratch, warps);
+}
+
+// The same for the maximum, in no order that matters: NaN if any value is, +0 above -0.
+__device__ inline float block_max(float value, float* scratch, Where where = Where::here()) {
+  float result = warp_max(value, where);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = result;
+  block_barrier(where);
+  const int warps = int(blockDim.x / 32);
+  for (int i = 0; i < warps; ++i) result = larger(result, scratch[i]);
+  return result;
+}
+
+}  // namespace tp

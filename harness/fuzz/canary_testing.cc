@@ -1,0 +1,134 @@
+#include "harness/fuzz/canary_testing.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <optional>
+#include <stdexcept>
+
+#include "harness/base/operator.h"
+#include "harness/base/philox.h"
+#include "harness/device/scheduler.h"
+#include "harness/group/ledger.h"
+#include "harness/group/tp_group.h"
+#include "harness/group/world.h"
+
+namespace tp {
+
+namespace {
+
+const std::vector<std::string> kFaults = {"none", "wrong", "segv", "abort", "exit", "loop", "throw", "skip_collective"};
+
+
+int unique_shards(const ModelShape& model, int tp_size) { return std::min(model.num_kv_heads, tp_size); }
+
+Mutant unique_shards_mutant() {
+  Mutant m{.id = "0:unique_shards",
+           .what = "counts a replicated shard once",
+           .upstream = "tpcheck/canary#1",
+           .rules = sharding_rules()};
+  m.rules.k_norm_shards = unique_shards;
+  return m;
+}
+
+void __attribute__((noinline)) do_fault(const std::string& fault) {
+  if (fault == "segv") {
+    volatile int* nowhere = nullptr;
+    *nowhere = 1;
+  }
+  if (fault == "abort") std::abort();
+  if (fault == "exit") std::_Exit(3);
+  if (fault == "throw") throw std::runtime_error("a canary threw this");
+  for (volatile int forever = 1; fault == "loop" && forever;) {
+  }
+}
+
+// One rank: two barriers, and between them what is asked for.
+void run_rank(TpGroup& group, Stream& stream, const std::string& fault, bool here) {
+  group.barrier(stream);
+  stream.synchronize();
+  if (here) do_fault(fault);
+  if (!here || fault != "skip_collective") group.barrier(stream);
+  stream.synchronize();
+}
+
+// What went wrong on this process's ranks, as a line; empty if nothing did.
+std::string run_ranks(World& world, const Case& c, const RunOptions& options, const std::string& fault, int fault_rank) {
+  std::optional<GroupSession::Clock::time_point> deadline;
+  if (options.deadline.count() > 0) deadline = GroupSession::Clock::now() + options.deadline;
+  GroupSession session(world, c.tp_size, deadline, options.trace);
+  Scheduler scheduler({.seed = c.seed, .deadline = deadline, .running = &ledger_page(world.process()).running});
+  std::deque<TpGroup> groups;
+  for (std::int64_t rank = session.local_ranks().offset; rank < session.local_ranks().end(); ++rank) {
+    TpGroup& group = groups.emplace_back(session.group(int(rank)));
+    scheduler.add_rank(int(rank), [&group, &fault, here = rank == fault_rank](Stream& stream) {
+      run_rank(group, stream, fault, here);
+    });
+  }
+  std::optional<Fault> wrong = scheduler.run([&] { return session.progress(); }).fault;
+  if (const auto in_group = session.finish(wrong)) wrong = in_group;
+  if (session.broken()) world.retire();
+  return wrong ? to_line(Verdict{wrong->outcome, wrong->what, 0, 0, 0, 0}) : "";
+}
+
+Verdict run(World& world, const Case& c, const RunOptions& options) {
+  const int fault_rank = int(c.options.at("fault_rank")) % c.tp_size;
+  const std::string& fault = kFaults[std::size_t(c.options.at("fault"))];
+  const std::string mine = run_ranks(world, c, options, fault, fault_rank);
+  std::string wrong;
+  for (const std::string& line : world.gather(mine)) {
+    if (wrong.empty() || wrong.starts_with("Pass")) wrong = line;
+  }
+  wrong = world.broadcast(wrong);
+  if (!wrong.empty()) return verdict_from_line(wrong);
+
+  const int right = sharding_rules().k_norm_shards(c.model, c.tp_size);
+  int shards = fault == "wrong" ? unique_shards(c.model, c.tp_size) : right;
+  if (options.mutant) shards = options.mutant->rules.k_norm_shards(c.model, c.tp_size);
+  Verdict v;
+  v.digest = stream_of(fmt::format("{} {}", shards, c.seed));
+  v.score = 0.5;
+  v.threads = std::uint64_t(c.tp_size) * std::uint64_t(c.num_tokens);
+  if (shards != right) {
+    v.outcome = Outcome::WrongValue;
+    v.detail = fmt::format("tp_rank {}: got {} shards, accepted {}", fault_rank, shards, right);
+  }
+  return v;
+}
+
+Operator make_canary(const std::string& name, std::vector<int> fault_weights) {
+  Operator op{.name = name, .what = "fails as its case line says", .keys = {}, .laws = {}, .mutants = {}, .refuse = {}, .run = run};
+  for (const char* key : {"num_heads", "num_kv_heads", "head_dim", "tp_size", "num_tokens", "dtype", "fill", "seed"}) {
+    op.keys.push_back(shared_key(key));
+  }
+  Key fault{.name = "fault", .help = "what goes wrong"};
+  fault.max = std::int64_t(kFaults.size()) - 1;
+  fault.words = kFaults;
+  fault.shrink = Shrink::to_fallback;
+  fault.weights = std::move(fault_weights);
+  Key rank{.name = "fault_rank", .help = "where it goes wrong, modulo tp_size"};
+  rank.max = 1023;
+  rank.draw_max = 15;
+  op.keys.push_back(fault);
+  op.keys.push_back(rank);
+  op.mutants.push_back(unique_shards_mutant());
+  op.refuse = [](const Case& c) { return partitionable(c.model, c.tp_size); };
+  return op;
+}
+
+}  // namespace
+
+void add_canaries() {
+  std::vector<int> none(kFaults.size(), 0);
+  none[0] = 1;
+  add_operator(make_canary("canary", none));
+  for (std::size_t i = 1; i < kFaults.size(); ++i) {
+    std::vector<int> weights = none;
+    weights[i] = 1;
+    add_operator(make_canary("canary_" + kFaults[i], weights));
+  }
+}
+
+}  // namespace tp

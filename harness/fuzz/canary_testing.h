@@ -1,0 +1,15 @@
+#pragma once
+// An operator that is meant to fail: its case line says how, and on which rank. Only test binaries
+// register it, to show that every kind of failure is caught, blamed and survived.
+//
+//   v1 canary num_heads=2 num_kv_heads=1 head_dim=8 tp_size=2 num_tokens=1 dtype=bf16 seed=7 fault=segv fault_rank=1
+//
+// `canary` draws no fault. `canary_<fault>` is the same operator, and every other case that it draws has
+// that fault. The fault `wrong` is the decision of the mutant "0:unique_shards", and so shows only where
+// tp_size > num_kv_heads.
+
+namespace tp {
+
+void add_canaries();
+
+}  // namespace tp

@@ -1,0 +1,127 @@
+#include "harness/fuzz/domain.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+
+#include "harness/base/check.h"
+
+namespace tp {
+
+namespace {
+
+bool has_mutant(const Operator& op, const std::string& id) {
+  return std::any_of(op.mutants.begin(), op.mutants.end(), [&](const Mutant& m) { return m.id == id; });
+}
+
+void choose_ops(Domain& domain, const std::vector<std::string>& names) {
+  if (names.empty()) {
+    for (const Operator& op : operators()) domain.ops.push_back(&op);
+  }
+  for (const std::string& name : names) {
+    const Operator* op = &find_operator(name);
+    if (std::find(domain.ops.begin(), domain.ops.end(), op) == domain.ops.end()) domain.ops.push_back(op);
+  }
+  if (domain.mutant.empty()) return;
+  find_mutant(domain.mutant);
+  std::erase_if(domain.ops, [&](const Operator* op) { return !has_mutant(*op, domain.mutant); });
+  if (domain.ops.empty()) {
+    throw BadInput(fmt::format("none of {} has the mutant '{}'", fmt::join(names, ", "), domain.mutant));
+  }
+}
+
+void check_models_fit(const Domain& domain) {
+  std::string reason;
+  for (const Model& model : domain.models) {
+    for (const int tp : domain.tp_sizes) {
+      const auto why = partitionable(model.shape, tp);
+      if (!why) return;
+      reason = fmt::format("{}: {}", model.id, *why);
+    }
+  }
+  throw BadInput(fmt::format("no model fits any of the tp sizes ({})", reason));
+}
+
+}  // namespace
+
+bool is_legal(const HeadTriple& t) {
+  const ModelShape shape{.num_heads = t.num_heads, .num_kv_heads = t.num_kv_heads};
+  return !partitionable(shape, t.tp_size);
+}
+
+Relation relation_of(const HeadTriple& t) {
+  if (t.tp_size == 1) return Relation::single;
+  if (t.num_kv_heads < t.tp_size) return Relation::below;
+  return t.num_kv_heads == t.tp_size ? Relation::equal : Relation::above;
+}
+
+bool has_heads(const Operator& op) {
+  return op.key("num_heads") && op.key("num_kv_heads") && op.key("tp_size");
+}
+
+HeadTriple heads_of(const Case& c) { return {c.model.num_heads, c.model.num_kv_heads, c.tp_size}; }
+
+void set_heads(Case& c, const HeadTriple& t) {
+  c.model.num_heads = t.num_heads;
+  c.model.num_kv_heads = t.num_kv_heads;
+  c.tp_size = t.tp_size;
+}
+
+Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
+                   const std::vector<std::string>& models_wanted, const std::string& mutant) {
+  Domain domain;
+  domain.tp_sizes = tp_sizes;
+  domain.mutant = mutant;
+  choose_ops(domain, ops);
+  std::sort(domain.tp_sizes.begin(), domain.tp_sizes.end());
+  domain.tp_sizes.erase(std::unique(domain.tp_sizes.begin(), domain.tp_sizes.end()), domain.tp_sizes.end());
+  TP_CHECK(!domain.tp_sizes.empty(), "no tp_size to draw");
+  const Key tp_key = shared_key("tp_size");
+  if (domain.tp_sizes.front() < tp_key.min || domain.tp_sizes.back() > tp_key.max) {
+    throw BadInput(fmt::format("tp sizes {} .. {} are not within {} .. {}", domain.tp_sizes.front(),
+                               domain.tp_sizes.back(), tp_key.min, tp_key.max));
+  }
+  domain.models_only = !models_wanted.empty();
+  for (const std::string& name : models_wanted) {
+    if (name != "all") domain.models.push_back(find_model(name));
+  }
+  if (domain.models.empty()) domain.models = models();
+  if (domain.models_only) check_models_fit(domain);
+  return domain;
+}
+
+void set_model(Case& c, const Model& model) {
+  Case source;
+  source.model = model.shape;
+  for (const Key& key : find_operator(c.op).keys) {
+    for (const char* name : {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"}) {
+      if (key.name == name && key.get_field) key.set(c, key.get(source));
+    }
+  }
+}
+
+EachPair each_pair(const Domain& domain) {
+  EachPair each;
+  for (const Model& model : domain.models) {
+    for (const int tp : domain.tp_sizes) {
+      // A tp_size that does not divide the query heads is nobody's wish; one that does, but does not fit
+      // the KV heads, is what a user tries and must be told about.
+      if (model.shape.num_heads % tp != 0) continue;
+      if (partitionable(model.shape, tp)) {
+        ++each.refused;
+        continue;
+      }
+      ++each.legal;
+      for (const Operator* op : domain.ops) {
+        Case c = op->blank();
+        set_model(c, model);
+        c.tp_size = tp;
+        each.cases.push_back(c);
+      }
+    }
+  }
+  return each;
+}
+
+}  // namespace tp

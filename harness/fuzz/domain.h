@@ -1,0 +1,56 @@
+#pragma once
+// Where a fuzz job looks: operators, sizes of the group, models. And what is legal there.
+
+#include <string>
+#include <vector>
+
+#include "harness/base/models.h"
+#include "harness/base/operator.h"
+
+namespace tp {
+
+// How the KV heads meet the ranks. Most bugs of the zoo live in one of these alone.
+enum class Relation { single, below, equal, above };  // tp_size = 1; else kv_heads below/equal/above it
+
+// The part of a shape that must fit together, and so is drawn and shrunk together.
+struct HeadTriple {
+  int num_heads = 1;
+  int num_kv_heads = 1;
+  int tp_size = 1;
+
+  bool operator==(const HeadTriple&) const = default;
+};
+bool is_legal(const HeadTriple& t);
+Relation relation_of(const HeadTriple& t);
+
+// Whether the operator has the three keys of a HeadTriple.
+bool has_heads(const Operator& op);
+HeadTriple heads_of(const Case& c);
+void set_heads(Case& c, const HeadTriple& t);
+
+struct Domain {
+  std::vector<const Operator*> ops;
+  std::vector<int> tp_sizes;   // ascending
+  std::vector<Model> models;
+  bool models_only = false;    // else half of the cases are random shapes
+  std::string mutant;          // id; empty: none
+};
+
+// Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, and where
+// no model fits any tp_size.
+Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
+                   const std::vector<std::string>& models, const std::string& mutant);
+
+// The operator's keys that a model decides, set from it; the others stay as they are.
+void set_model(Case& c, const Model& model);
+
+// One case for each operator, model and tp_size at which the heads can be cut evenly, all other keys
+// being at their defaults. `refused` counts the pairs (model, tp_size) that the KV heads do not fit.
+struct EachPair {
+  std::vector<Case> cases;
+  int legal = 0;
+  int refused = 0;
+};
+EachPair each_pair(const Domain& domain);
+
+}  // namespace tp

@@ -1,0 +1,116 @@
+#include "harness/fuzz/finding.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "harness/fuzz/interrupt.h"
+
+namespace tp {
+
+namespace {
+
+// Mutants whose output is the observed one, bit for bit.
+std::string look_alikes(Runner& runner, const Finding& finding, const MakeRequest& request) {
+  if (finding.verdict.digest == 0) return "";
+  std::vector<std::string> alike;
+  for (const Mutant& mutant : find_operator(finding.smallest.op).mutants) {
+    if (!mutant.shows(finding.smallest.model, finding.smallest.tp_size)) continue;
+    Request r = request(finding.smallest);
+    r.mutant = mutant.id;
+    if (runner.run(r).verdict.digest == finding.verdict.digest) {
+      alike.push_back(fmt::format("{} ({})", mutant.what, mutant.upstream));
+    }
+  }
+  return fmt::format("{}", fmt::join(alike, "; or "));
+}
+
+std::string changed_keys(const Finding& f) {
+  std::string text;
+  for (const Key& key : find_operator(f.original.op).keys) {
+    const std::int64_t was = key.get(f.original);
+    if (was != key.get(f.smallest)) text += fmt::format("{}{}={}", text.empty() ? "" : " ", key.name, key.print(was));
+  }
+  return text.empty() ? "this very case" : text;
+}
+
+}  // namespace
+
+Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
+                    const ShrinkLimits& limits) {
+  Finding finding;
+  finding.original = finding.smallest = case_from_line(answer.request.line);
+  finding.verdict = answer.verdict;
+  finding.mutant = answer.request.mutant;
+  finding.log = answer.log;
+  const auto fails_on = [&](Runner& where, const Case& c) -> std::optional<Verdict> {
+    Answer again = where.run(request(c));
+    if (!same_failure(answer.verdict, again.verdict)) return std::nullopt;
+    if (!again.log.empty()) finding.log = again.log;
+    return again.verdict;
+  };
+  const bool ends_job = answer.verdict.outcome == Outcome::Crash || answer.verdict.outcome == Outcome::Hang;
+  Runner* where = ends_job ? &runner.alone() : &runner;
+  try {
+    finding.reproduced = fails_on(*where, finding.original).has_value();
+    if (!finding.reproduced && where != &runner) {
+      where = &runner;  // it takes several processes
+      finding.reproduced = fails_on(*where, finding.original).has_value();
+      finding.processes = processes;
+    }
+    if (!finding.reproduced) return finding;
+    const auto fails = [&](const Case& c) -> std::optional<Verdict> {
+      if (finding.interrupted) return std::nullopt;
+      try {
+        return fails_on(*where, c);
+      } catch (const Interrupted&) {
+        finding.interrupted = true;
+        return std::nullopt;
+      }
+    };
+    const Shrunk shrunk = minimise(finding.original, finding.verdict, fails, limits);
+    finding.smallest = shrunk.smallest;
+    finding.verdict = shrunk.verdict;
+    finding.runs = shrunk.runs;
+    if (finding.mutant.empty() && !finding.interrupted) finding.looks_like = look_alikes(*where, finding, request);
+  } catch (const Interrupted&) {
+    finding.interrupted = true;
+  } catch (const GaveUp& e) {
+    // Nothing runs any more, and so this failure is reported as it was seen.
+    fmt::print(stderr, "{}\n", e.what());
+    finding.reproduced = true;
+  }
+  return finding;
+}
+
+std::string signature(const std::string& op, const Verdict& verdict) {
+  return fmt::format("{} {}", op, name_of(verdict.outcome));
+}
+
+std::string replay_command(const Finding& f) {
+  std::string command = fmt::format("./tpcheck replay '{}'", to_line(f.smallest));
+  if (!f.mutant.empty()) command += fmt::format(" --mutant {}", f.mutant);
+  if (f.processes > 0) command += fmt::format(" -n {}", f.processes);
+  return command;
+}
+
+std::string finding_text(const Finding& f, int number) {
+  const std::string head = f.reproduced ? fmt::format("FINDING {}", number) : "UNSTABLE";
+  std::string text = fmt::format("{}  {}  {}   {}\n", head, f.smallest.op, name_of(f.verdict.outcome), f.verdict.detail);
+  text += fmt::format("  case        {}\n", to_line(f.smallest));
+  if (f.reproduced && f.runs > 0) {
+    text += fmt::format("  from        {}   ({} runs{})\n", changed_keys(f), f.runs,
+                        f.interrupted ? ", interrupted" : "");
+  } else if (!f.reproduced) {
+    text += f.interrupted ? "  replay      interrupted before it was replayed\n"
+                          : "  replayed    and did not fail again\n";
+  }
+  if (!f.mutant.empty()) {
+    const Mutant& m = *find_mutant(f.mutant).front().mutant;
+    text += fmt::format("  mutant      {}: {} ({})\n", m.id, m.what, m.upstream);
+  }
+  if (!f.looks_like.empty()) text += fmt::format("  looks like  {}\n", f.looks_like);
+  text += fmt::format("  replay      {}\n", replay_command(f));
+  return text;
+}
+
+}  // namespace tp

@@ -1,0 +1,44 @@
+#pragma once
+// From a failing case to something a person can act on: replayed, shrunk, compared with known bugs, and
+// printed with one line to paste.
+
+#include <functional>
+#include <string>
+
+#include "harness/base/operator.h"
+#include "harness/fuzz/runner.h"
+#include "harness/fuzz/shrink.h"
+
+namespace tp {
+
+struct Finding {
+  Case original;
+  Case smallest;
+  Verdict verdict;              // of `smallest`
+  int runs = 0;                 // spent on shrinking
+  bool reproduced = false;      // by its own replay; if not, nothing else was tried
+  bool interrupted = false;     // Ctrl-C came while it was shrunk
+  int processes = 0;            // replay needs this many; 0: any number
+  std::string mutant;           // id of the mutant that was run; empty: none
+  std::string looks_like;       // known bugs that give the same bits
+  std::string log;              // what the worker last said, if it died
+};
+
+using FindingReport = std::function<void(const Finding&)>;
+using MakeRequest = std::function<Request(const Case&)>;
+
+// Replays and shrinks the failing case of `answer`, and looks for the mutant that gives the same output.
+// `processes`: of the runner's jobs. Ctrl-C ends the shrinking and is noted.
+Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
+                    const ShrinkLimits& limits);
+
+// One finding of each signature is enough.
+std::string signature(const std::string& op, const Verdict& verdict);
+
+// The command that runs the finding again.
+std::string replay_command(const Finding& finding);
+
+// The block of design.md section 7.
+std::string finding_text(const Finding& finding, int number);
+
+}  // namespace tp

@@ -1,0 +1,215 @@
+#include "harness/fuzz/fuzz.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <deque>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "harness/base/check.h"
+#include "harness/fuzz/artifacts.h"
+#include "harness/fuzz/deadlines.h"
+#include "harness/fuzz/draw.h"
+#include "harness/fuzz/driver.h"
+#include "harness/fuzz/interrupt.h"
+#include "harness/fuzz/report_json.h"
+
+namespace tp {
+
+namespace {
+
+constexpr double kDefaultSeconds = 60;
+constexpr int kEachMaxTp = 64;
+// Where nothing can be trusted or everything is skipped, drawing on is of no use.
+constexpr std::int64_t kHopeless = 1000;
+constexpr std::chrono::milliseconds kHangDeadline{5000};
+
+class Fuzzer {
+ public:
+  Fuzzer(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options, std::uint64_t seed,
+         Progress& progress, const FindingReport& report)
+      : runner_(runner),
+        processes_(processes),
+        options_(options),
+        progress_(progress),
+        report_(report),
+        mutant_(domain.mutant),
+        draw_(domain, seed),
+        deadlines_(options.timeout) {
+    result_.summary.seed = seed;
+    seconds_ = options.for_seconds > 0 || options.cases > 0 || options.each ? options.for_seconds : kDefaultSeconds;
+    if (!options.artifacts.empty()) artifacts_.emplace(options.artifacts);
+    if (options.each) {
+      EachPair each = each_pair(domain);
+      result_.summary.pairs_legal = each.legal;
+      result_.summary.pairs_refused = each.refused;
+      shapes_.assign(each.cases.begin(), each.cases.end());
+    }
+  }
+
+  FuzzResult run() {
+    try {
+      while (in_flight_ > 0 || wants_more()) {
+        while (failures_.empty() && runner_.has_room() && wants_more()) submit();
+        if (in_flight_ > 0) take(runner_.wait());
+        while (in_flight_ == 0 && !failures_.empty()) {
+          const Answer failure = std::move(failures_.front());
+          failures_.pop_front();
+          handle(failure);
+        }
+      }
+    } catch (const Interrupted&) {
+      result_.interrupted = true;
+    }
+    progress_.clear();
+    result_.summary.seconds = elapsed();
+    return std::move(result_);
+  }
+
+ private:
+  double elapsed() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+  bool wants_more() const {
+    if (result_.interrupted || (!result_.findings.empty() && !options_.keep_going)) return false;
+    if (seconds_ > 0 && elapsed() >= seconds_) return false;
+    if (options_.each) return !shapes_.empty();
+    const std::int64_t ran = result_.summary.ran();
+    if (ran == 0 && answers_ >= kHopeless) return false;
+    return options_.cases == 0 || ran + in_flight_ < options_.cases;
+  }
+
+  Request request_for(const Case& c) const {
+    return {.line = to_line(c), .mutant = mutant_, .deadline = deadlines_.of(c.op)};
+  }
+
+  void submit() {
+    Case c;
+    if (options_.each) {
+      c = draw_.rest(shapes_.front());
+      shapes_.pop_front();
+    } else {
+      c = draw_.next();
+    }
+    runner_.submit(request_for(c));
+    ++in_flight_;
+  }
+
+  void take(Answer answer) {
+    --in_flight_;
+    ++answers_;
+    const Case c = case_from_line(answer.request.line);
+    const Verdict& v = answer.verdict;
+    result_.summary.add(c, v);
+    if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
+    // A pair is not done until its data could be trusted.
+    if (v.outcome == Outcome::Mistrusted && options_.each && answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal)) {
+      shapes_.push_back(c);
+    }
+    if (v.finding()) failures_.push_back(std::move(answer));
+    if (progress_.due()) {
+      result_.summary.seconds = elapsed();
+      progress_.update(progress_text(result_.summary));
+    }
+  }
+
+  void handle(const Answer& failure) {
+    const Case c = case_from_line(failure.request.line);
+    if (!result_.findings.empty() && !options_.keep_going) return;
+    keep(c, failure.log);  // before anything else is tried with it
+    if (signatures_.contains(signature(c.op, failure.verdict))) {
+      ++result_.summary.repeated;
+      return;
+    }
+    progress_.clear();
+    const auto request = [&](const Case& smaller) {
+      Request r = request_for(smaller);
+      // Every step on the way down from a hang costs its deadline.
+      if (failure.verdict.outcome == Outcome::Hang) r.deadline = std::min(r.deadline, kHangDeadline);
+      return r;
+    };
+    const Finding finding = investigate(runner_, failure, request, processes_, {});
+    if (finding.reproduced) {
+      keep(finding.smallest, finding.log);
+      signatures_.insert(signature(c.op, failure.verdict));
+      result_.findings.push_back(finding);
+    } else {
+      ++result_.summary.unstable;
+      result_.unstable.push_back(finding);
+    }
+    report_(finding);
+    if (finding.interrupted) result_.interrupted = true;
+  }
+
+  void keep(const Case& c, const std::string& log) const {
+    if (!artifacts_) return;
+    artifacts_->write(c);
+    if (!log.empty()) artifacts_->write(c, ".log", log + "\n");
+  }
+
+  Runner& runner_;
+  const int processes_;
+  const FuzzOptions& options_;
+  Progress& progress_;
+  const FindingReport& report_;
+  const std::string mutant_;
+  Draw draw_;
+  Deadlines deadlines_;
+  std::optional<Artifacts> artifacts_;
+  double seconds_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  std::deque<Case> shapes_;  // with --each: still to be run
+  std::deque<Answer> failures_;
+  std::set<std::string> signatures_;
+  std::int64_t in_flight_ = 0;
+  std::int64_t answers_ = 0;
+  FuzzResult result_;
+};
+
+}  // namespace
+
+int FuzzResult::exit_code() const {
+  if (!findings.empty()) return 1;
+  if (interrupted) return 72;
+  if (!unstable.empty()) return 5;
+  return summary.ran() == 0 ? 4 : 0;
+}
+
+FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options, std::uint64_t seed,
+                Progress& progress, const FindingReport& report) {
+  return Fuzzer(runner, processes, domain, options, seed, progress, report).run();
+}
+
+std::uint64_t random_seed() { return std::random_device{}(); }
+
+int fuzz_main(World* world, const FuzzOptions& options) {
+  std::vector<int> tp_sizes = options.tp_sizes;
+  if (tp_sizes.empty()) {
+    tp_sizes.resize(options.each ? kEachMaxTp : 16);
+    std::iota(tp_sizes.begin(), tp_sizes.end(), 1);
+  }
+  const Domain domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
+  const std::uint64_t seed = options.seed.value_or(random_seed());
+  const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
+  return with_runner(world, where, [&](Runner& runner) {
+    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(), seed);
+    Progress progress(Progress::Show::yes);
+    int number = 0;
+    std::FILE* to = options.json ? stderr : stdout;
+    const FindingReport report = [&](const Finding& finding) {
+      fmt::print(to, "{}\n", finding_text(finding, number += finding.reproduced));
+      std::fflush(to);
+    };
+    const FuzzResult result =
+        fuzz(runner, processes_of(world, where), domain, options, seed, progress, report);
+    if (result.interrupted) fmt::print(stderr, "interrupted: what there is so far\n");
+    fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary), options.json ? "\n" : "");
+    std::fflush(stdout);
+    return result.exit_code();
+  });
+}
+
+}  // namespace tp

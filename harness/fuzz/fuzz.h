@@ -1,0 +1,62 @@
+#pragma once
+// tpcheck fuzz: draws cases, has workers run them, and turns every failure into one line that replays.
+//
+// The loop runs in a process that cannot crash: a supervisor outside MPI that drives worker jobs, or,
+// where tpcheck itself was started by mpirun, process 0 in-process.
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "harness/fuzz/domain.h"
+#include "harness/fuzz/finding.h"
+#include "harness/fuzz/progress.h"
+#include "harness/fuzz/runner.h"
+#include "harness/fuzz/summary.h"
+
+namespace tp {
+
+class World;
+
+struct FuzzOptions {
+  std::vector<std::string> ops;     // empty: all
+  std::vector<int> tp_sizes;        // empty: 1 .. 16, and with `each` 1 .. 64
+  std::vector<std::string> models;  // presets or paths of a config.json; {"all"}: every preset; empty: the mix
+  double for_seconds = 0;           // 0: no limit of time; 60 where there is no limit of cases either
+  std::int64_t cases = 0;           // 0: no limit
+  std::optional<std::uint64_t> seed;
+  int processes = 0;   // of one worker job; 0: the cores, at most 4
+  int jobs = 0;        // 0: as many as fill the cores
+  double timeout = 0;  // of a case, in seconds; 0: max(2, 20 x the operator's slowest passing case)
+  std::string artifacts = "findings";
+  bool keep_going = false;
+  std::string mutant;  // id; empty: the operators as they are
+  bool each = false;   // one case for each legal (model, tp_size) instead of drawing
+  bool json = false;
+  std::string on = "emulator";  // where kernels run
+};
+
+struct FuzzResult {
+  Summary summary;
+  std::vector<Finding> findings;  // replayed and shrunk, one of each signature
+  std::vector<Finding> unstable;  // failures that their own replay did not show
+  bool interrupted = false;
+
+  // 0, 1, 4, 5 or 72 (design.md section 6).
+  int exit_code() const;
+};
+
+// Runs cases from `domain` until a limit of `options` is reached or something is found. `report` is told of
+// every finding as soon as it is shrunk. `processes`: of the runner's jobs. Throws GaveUp if the runner
+// does; Ctrl-C ends it with what there is.
+FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
+                std::uint64_t seed, Progress& progress, const FindingReport& report);
+
+// A seed for whoever did not give one.
+std::uint64_t random_seed();
+
+// The command. Its exit code is the same on all processes of a launched world; process 0 prints.
+int fuzz_main(World* world, const FuzzOptions& options);
+
+}  // namespace tp

@@ -1,0 +1,18 @@
+#pragma once
+// Ctrl-C: a flag and a file descriptor to poll, so that the loop can stop its jobs and print what it has.
+
+namespace tp {
+
+// Thrown where work stops because of Ctrl-C or SIGTERM. Exit code 72.
+struct Interrupted {};
+
+// From now on SIGINT and SIGTERM are noted instead of ending the process, and SIGPIPE is ignored.
+void catch_interrupts();
+
+// A file descriptor that is readable once a signal has come; -1 before catch_interrupts().
+int interrupt_fd();
+
+// Throws Interrupted once a signal has come.
+void throw_if_interrupted();
+
+}  // namespace tp

@@ -1,0 +1,65 @@
+#pragma once
+// One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then never
+// starts MPI and is up in some 10 ms. It has its own process group and its own folder for temporary
+// files and ledgers; neither outlives the Job, nor (but for the folder) the supervisor.
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <deque>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace tp {
+
+// Throws Unavailable if there is no mpirun.
+void check_launcher(int processes);
+
+// Lines out of a pipe, as they come.
+class LineReader {
+ public:
+  explicit LineReader(int fd = -1) : fd_(fd) {}
+  int fd() const { return fd_; }
+  // Appends what can be read without waiting. Returns false at the end of the pipe.
+  bool read_into(std::vector<std::string>& lines);
+
+ private:
+  int fd_;
+  std::string partial_;
+};
+
+class Job {
+ public:
+  explicit Job(int processes);
+  ~Job();  // lets an idle job end, kills a busy one
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
+
+  // Sends one line. A job that has died shows by the end of its output, not here.
+  void send(const std::string& line);
+
+  LineReader out;
+  // Reads standard error; the last lines of it are kept.
+  void read_errors();
+  int errors_fd() const { return errors_.fd(); }
+  std::string last_errors() const;
+
+  // Ends the job, once it has had some time to end by itself. How it ended, in a few words: "killed by
+  // SIGSEGV", "exited with 3".
+  std::string end(std::chrono::milliseconds patience);
+  // After end(): what was going on, for a verdict's detail: rank, kernel and the last thing it said.
+  std::string last_words() const;
+
+ private:
+  void start();
+
+  int processes_;
+  std::filesystem::path folder_;
+  pid_t pid_ = -1;
+  int in_ = -1;
+  LineReader errors_;
+  std::deque<std::string> kept_;
+};
+
+}  // namespace tp

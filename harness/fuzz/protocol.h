@@ -1,0 +1,33 @@
+#pragma once
+// What supervisor and worker say to each other, a line at a time.
+//
+//   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <case line>
+//   back, at start   tpcheck-ready <where it runs>
+//   back             tpcheck-trace <text>          any number, only if asked for
+//                    tpcheck-retires                before its last verdict, if the job can run no more
+//                    tpcheck-verdict <verdict line>
+// Any other line a worker prints is not protocol: something printed by the code under test.
+
+#include <chrono>
+#include <string>
+#include <string_view>
+
+namespace tp {
+
+inline constexpr std::string_view kReady = "tpcheck-ready ";
+inline constexpr std::string_view kTrace = "tpcheck-trace ";
+inline constexpr std::string_view kRetires = "tpcheck-retires";
+inline constexpr std::string_view kVerdict = "tpcheck-verdict ";
+
+struct Request {
+  std::string line;    // of the case
+  std::string mutant;  // id; empty: none
+  std::chrono::milliseconds deadline{0};
+  bool trace = false;
+};
+
+// One line without a newline, and back. The second throws BadInput; it does not look at the case line.
+std::string to_line(const Request& request);
+Request request_from_line(std::string_view line);
+
+}  // namespace tp

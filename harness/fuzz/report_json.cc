@@ -1,0 +1,65 @@
+#include "harness/fuzz/report_json.h"
+
+#include <nlohmann/json.hpp>
+
+namespace tp {
+
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json to_json(const Finding& f) {
+  return {{"op", f.smallest.op},
+          {"outcome", name_of(f.verdict.outcome)},
+          {"detail", f.verdict.detail},
+          {"case", to_line(f.smallest)},
+          {"from", to_line(f.original)},
+          {"runs", f.runs},
+          {"mutant", f.mutant.empty() ? Json() : Json(f.mutant)},
+          {"looks_like", f.looks_like.empty() ? Json() : Json(f.looks_like)},
+          {"replay", replay_command(f)}};
+}
+
+template <typename Map, typename Name>
+Json to_json(const Map& map, Name name) {
+  Json out = Json::object();
+  for (const auto& [key, value] : map) out[std::string(name(key))] = value;
+  return out;
+}
+
+}  // namespace
+
+std::string to_json(const FuzzResult& result) {
+  const Summary& s = result.summary;
+  Json out = {{"exit_code", result.exit_code()},
+              {"seed", s.seed},
+              {"seconds", s.seconds},
+              {"cases", s.ran()},
+              {"cases_per_second", s.cases_per_second()},
+              {"emulated_threads", s.threads},
+              {"emulated_threads_per_second", s.seconds > 0 ? double(s.threads) / s.seconds : 0.0},
+              {"interrupted", result.interrupted},
+              {"repeated", s.repeated},
+              {"pairs", s.pairs_legal < 0 ? Json() : Json{{"legal", s.pairs_legal}, {"refused", s.pairs_refused}}},
+              {"mix",
+               {{"kv_heads_below_tp_size", s.share(Relation::below)},
+                {"kv_heads_at_tp_size", s.share(Relation::equal)},
+                {"kv_heads_above_tp_size", s.share(Relation::above)},
+                {"tp_size_1", s.share(Relation::single)}}},
+              {"ops", to_json(s.ops, [](const std::string& op) { return op; })},
+              {"dtypes", to_json(s.dtypes, [](DType t) { return name_of(t); })},
+              {"fills", to_json(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; })},
+              {"outcomes", to_json(s.outcomes, [](Outcome o) { return name_of(o); })}};
+  out["scores"] = Json::array();
+  for (const auto& [key, score] : s.scores) {
+    out["scores"].push_back({{"op", key.first}, {"dtype", name_of(key.second)}, {"score", score}});
+  }
+  out["findings"] = Json::array();
+  for (const Finding& f : result.findings) out["findings"].push_back(to_json(f));
+  out["unstable"] = Json::array();
+  for (const Finding& f : result.unstable) out["unstable"].push_back(to_json(f));
+  // Details may quote bytes of the code under test that are not UTF-8.
+  return out.dump(2, ' ', false, Json::error_handler_t::replace);
+}
+
+}  // namespace tp

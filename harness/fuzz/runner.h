@@ -1,0 +1,47 @@
+#pragma once
+// Who runs cases for the fuzz loop: worker jobs under a supervisor (supervisor.h), or the processes of
+// this very job (in_process.h).
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "harness/base/verdict.h"
+#include "harness/fuzz/protocol.h"
+
+namespace tp {
+
+// Nothing can be run any more: workers die before they run anything. Exit code 70.
+struct GaveUp : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct Answer {
+  Request request;
+  Verdict verdict;
+  std::vector<std::string> trace;
+  std::string log;  // the last lines of the job's standard error, where the case killed it
+};
+
+class Runner {
+ public:
+  virtual ~Runner() = default;
+
+  // What runs where, as a phrase: "1 job of 2 processes".
+  virtual std::string where() const = 0;
+  // Whether submit() may be called.
+  virtual bool has_room() const = 0;
+  virtual void submit(Request request) = 0;
+  // The next answer to anything submitted. Throws Interrupted (interrupt.h) and GaveUp.
+  virtual Answer wait() = 0;
+  // The runner for cases that crash or hang: a single process, with a spare one ready to take over.
+  virtual Runner& alone() = 0;
+
+  // Submit and wait, where nothing else is under way.
+  Answer run(Request request) {
+    submit(std::move(request));
+    return wait();
+  }
+};
+
+}  // namespace tp

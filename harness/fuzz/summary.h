@@ -1,0 +1,44 @@
+#pragma once
+// What a fuzz job has seen so far: counts, the mix, what was covered, how near to the budgets it came.
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "harness/base/case.h"
+#include "harness/base/verdict.h"
+#include "harness/fuzz/domain.h"
+
+namespace tp {
+
+struct Summary {
+  std::uint64_t seed = 0;
+  double seconds = 0;
+  std::map<Outcome, std::int64_t> outcomes;
+  std::map<Relation, std::int64_t> relations;  // of cases with heads that ran
+  std::map<std::string, std::int64_t> ops;
+  std::map<DType, std::int64_t> dtypes;
+  std::map<Fill, std::int64_t> fills;
+  std::map<std::pair<std::string, DType>, double> scores;  // largest error/budget of passing cases
+  std::uint64_t threads = 0;
+  int unstable = 0;       // failures their own replay did not show
+  int repeated = 0;       // findings with the signature of an earlier one
+  int pairs_legal = -1;   // with --each: pairs of model and tp_size; else -1
+  int pairs_refused = -1;
+
+  void add(const Case& c, const Verdict& verdict);
+  // Cases that say something about the code under test: passed or failed.
+  std::int64_t ran() const;
+  std::int64_t count(Outcome outcome) const;
+  // The share of cases with heads whose KV heads meet the ranks like this.
+  double share(Relation relation) const;
+  double cases_per_second() const { return seconds > 0 ? double(ran()) / seconds : 0; }
+};
+
+// A handful of lines for people, and the state in one line.
+std::string summary_text(const Summary& summary);
+std::string progress_text(const Summary& summary);
+
+}  // namespace tp

@@ -1,0 +1,98 @@
+#include "harness/fuzz/zoo.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "harness/base/check.h"
+#include "harness/base/operator.h"
+#include "harness/fuzz/driver.h"
+#include "harness/fuzz/fuzz.h"
+
+namespace tp {
+
+namespace {
+
+struct Hunt {
+  std::string id;
+  FuzzResult result;
+
+  bool found() const { return !result.findings.empty(); }
+  std::string line() const { return found() ? to_line(result.findings[0].smallest) : ""; }
+  int runs() const { return found() ? result.findings[0].runs : 0; }
+};
+
+std::vector<std::string> wanted(const ZooOptions& options) {
+  std::vector<std::string> ids = options.mutants;
+  for (const std::string& id : ids) find_mutant(id);
+  if (!ids.empty()) return ids;
+  for (const Operator& op : operators()) {
+    for (const Mutant& m : op.mutants) {
+      if (std::find(ids.begin(), ids.end(), m.id) == ids.end()) ids.push_back(m.id);
+    }
+  }
+  if (ids.empty()) throw BadInput("no operator has a mutant");
+  return ids;
+}
+
+std::string table_row(const Hunt& hunt, std::size_t id_width) {
+  const Summary& s = hunt.result.summary;
+  return fmt::format("{:<{}}  {:<9}  {:>7}  {:>7.2f}  {:>6}  {}\n", hunt.id, id_width, hunt.found() ? "found" : "NOT FOUND",
+                     s.ran(), s.seconds, hunt.runs(), hunt.line());
+}
+
+std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed) {
+  nlohmann::ordered_json out = {{"seed", seed}, {"mutants", nlohmann::ordered_json::array()}};
+  for (const Hunt& hunt : hunts) {
+    out["mutants"].push_back({{"id", hunt.id},
+                              {"found", hunt.found()},
+                              {"cases", hunt.result.summary.ran()},
+                              {"seconds", hunt.result.summary.seconds},
+                              {"shrink_runs", hunt.runs()},
+                              {"case", hunt.found() ? nlohmann::ordered_json(hunt.line()) : nullptr}});
+  }
+  return out.dump(2);
+}
+
+}  // namespace
+
+int zoo_main(World* world, const ZooOptions& options) {
+  const std::vector<std::string> ids = wanted(options);
+  std::size_t id_width = 6;
+  for (const std::string& id : ids) id_width = std::max(id_width, id.size());
+  const std::uint64_t seed = options.seed.value_or(random_seed());
+  const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
+  std::vector<int> tp_sizes(16);
+  std::iota(tp_sizes.begin(), tp_sizes.end(), 1);
+  return with_runner(world, where, [&](Runner& runner) {
+    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(), seed);
+    if (!options.json) {
+      fmt::print("{:<{}}  {:<9}  {:>7}  {:>7}  {:>6}  {}\n", "mutant", id_width, "", "cases", "seconds", "shrink", "case");
+    }
+    std::vector<Hunt> hunts;
+    for (const std::string& id : ids) {
+      FuzzOptions hunting;
+      hunting.for_seconds = options.for_seconds;
+      hunting.artifacts = "";
+      hunting.mutant = id;
+      Progress progress(Progress::Show::yes);
+      const Domain domain = make_domain({}, tp_sizes, {}, id);
+      hunts.push_back({id, fuzz(runner, processes_of(world, where), domain, hunting, seed, progress,
+                                [](const Finding&) {})});
+      if (!options.json) fmt::print("{}", table_row(hunts.back(), id_width));
+      std::fflush(stdout);
+      if (hunts.back().result.interrupted) return 72;
+    }
+    const auto found = std::count_if(hunts.begin(), hunts.end(), [](const Hunt& h) { return h.found(); });
+    if (options.json) {
+      fmt::print("{}\n", to_json(hunts, seed));
+    } else {
+      fmt::print("{} of {} found, seed {}\n", found, hunts.size(), seed);
+    }
+    return found == std::ptrdiff_t(hunts.size()) ? 0 : 1;
+  });
+}
+
+}  // namespace tp

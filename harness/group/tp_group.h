@@ -1,0 +1,135 @@
+#pragma once
+// The collectives of one tensor-parallel group. Kernels' host code sees a TpGroup: one rank's
+// handle. A GroupSession is this process's side of a group for the time of one case: it hosts a run
+// of consecutive ranks, meets them in memory, and meets the other processes through a Channel.
+//
+// Sums are folded in tp_rank order, 0 first, one rank's contribution at a time and never as partial
+// sums of a process, so the bits do not depend on how many processes there are. Every message
+// between processes starts with the collective's header, and so does the end of a case: ranks that
+// disagree on what comes next are a CollectiveMismatch at once, never a hang.
+
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "harness/base/dtype.h"
+#include "harness/base/shape.h"
+#include "harness/device/scheduler.h"
+#include "harness/device/stream.h"
+#include "harness/group/ledger.h"
+#include "harness/group/world.h"
+
+namespace tp {
+
+enum class Collective : std::uint8_t { all_reduce_sum, all_reduce_max, all_gather, barrier };
+
+class GroupSession;
+
+// One rank's handle. All collectives are asynchronous operations of the rank's stream, like a
+// launch.
+class TpGroup {
+ public:
+  int tp_size() const;
+  int tp_rank() const { return tp_rank_; }
+
+  // data[0..count): the sum (or maximum) of all ranks' data, on every rank, in place, in device
+  // memory. f16 and bf16 are rounded after every addition, as NCCL does at every hop.
+  template <typename T>
+  void all_reduce_sum(T* data, std::int64_t count, Stream& stream) {
+    enter(Collective::all_reduce_sum, data, data, count, dtype_of<T>::value, stream);
+  }
+  template <typename T>
+  void all_reduce_max(T* data, std::int64_t count, Stream& stream) {
+    enter(Collective::all_reduce_max, data, data, count, dtype_of<T>::value, stream);
+  }
+  // all[r * count .. (r+1) * count): what rank r passed as mine[0..count), on every rank.
+  template <typename T>
+  void all_gather(const T* mine, T* all, std::int64_t count, Stream& stream) {
+    enter(Collective::all_gather, mine, all, count, dtype_of<T>::value, stream);
+  }
+  void barrier(Stream& stream) {
+    enter(Collective::barrier, nullptr, nullptr, 0, DType::f32, stream);
+  }
+
+ private:
+  friend class GroupSession;
+  TpGroup(GroupSession& session, int tp_rank) : session_(session), tp_rank_(tp_rank) {}
+  void enter(Collective what, const void* in, void* out, std::int64_t count, DType dtype,
+             Stream& stream);
+
+  GroupSession& session_;
+  int tp_rank_;
+  std::int64_t sequence_ = 0;
+};
+
+// Ranks [first, first + size) of tp_size live on process `process` of `processes`.
+Shard ranks_of_process(int tp_size, int processes, int process);
+
+class GroupSession {
+ public:
+  using Clock = std::chrono::steady_clock;
+  // Every process of the world makes one; those beyond tp_size host no rank.
+  GroupSession(World& world, int tp_size, std::optional<Clock::time_point> deadline,
+               std::function<void(const std::string&)> trace = {});
+
+  int tp_size() const { return tp_size_; }
+  Shard local_ranks() const { return local_; }
+  TpGroup group(int tp_rank) { return TpGroup(*this, tp_rank); }
+
+  // For Scheduler::run: moves collectives on. Runs on the process's own stack.
+  Idle progress();
+  // After Scheduler::run: meets the other processes once more with the end of the case, or with
+  // this process's fault. Returns what went wrong in the group, if this process does not know it
+  // already.
+  std::optional<Fault> finish(const std::optional<Fault>& fault);
+  // Whether the processes parted within an exchange, which MPI cannot take back: no further case.
+  bool broken() const { return phase_ != Phase::idle; }
+
+ private:
+  friend class TpGroup;
+  // One rank's entry into one collective. Contributions and results are staged in host memory.
+  struct Entry {
+    CollectiveHeader header;
+    Collective what = Collective::barrier;
+    DType dtype = DType::f32;
+    std::vector<std::byte> in, out;
+    Gate gate;  // opens when `out` is there
+  };
+  struct Message {  // what processes exchange before anything else
+    CollectiveHeader header;
+    std::int32_t bad_rank = -1;  // a local rank that disagrees with the first one
+    std::int32_t fault = 0;
+    CollectiveHeader bad_header;
+  };
+  enum class Phase : std::uint8_t { idle, headers, payload };
+
+  Message local_message() const;
+  void start_headers(const Message& mine);
+  void start_payload();
+  void complete();
+  bool wait_for_others();
+  std::optional<Fault> disagreement() const;
+
+  int tp_size_;
+  Shard local_;
+  int processes_, process_;
+  Channel channel_;
+  std::optional<Clock::time_point> deadline_;
+  std::function<void(const std::string&)> trace_;
+  LedgerPage& ledger_;
+
+  std::deque<Entry> entries_;                // of this case; addresses are stable
+  std::vector<std::deque<Entry*>> arrived_;  // by local rank: entered, not yet complete
+  Phase phase_ = Phase::idle;
+  bool over_ = false;  // the processes have parted: no further exchange
+  Message mine_;
+  std::vector<Message> messages_;  // of every process
+  std::vector<std::byte> sent_, received_;
+  std::optional<Fault> fault_;
+};
+
+}  // namespace tp

@@ -1,0 +1,231 @@
+// The collectives, on as many processes as this test was started with.
+
+#include "harness/group/tp_group.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "harness/base/philox.h"
+#include "harness/device/buffer.h"
+#include "harness/device/scheduler.h"
+#include "harness/group/mpi_testing.h"
+
+namespace tp {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+struct Outcomes {
+  std::optional<Fault> fault;
+  bool broken = false;
+};
+
+// Runs `body` as every rank of a group of tp_size.
+Outcomes run_ranks(int tp_size, std::uint64_t seed,
+                   const std::function<void(TpGroup&, Stream&)>& body,
+                   std::chrono::milliseconds patience = std::chrono::seconds(20)) {
+  const auto deadline = Clock::now() + patience;
+  GroupSession session(test_world(), tp_size, deadline);
+  Scheduler scheduler({.seed = seed, .deadline = deadline});
+  for (std::int64_t r = session.local_ranks().offset; r < session.local_ranks().end(); ++r) {
+    scheduler.add_rank(int(r), [&, r](Stream& stream) {
+      TpGroup group = session.group(int(r));
+      body(group, stream);
+    });
+  }
+  const Report report = scheduler.run([&] { return session.progress(); });
+  Outcomes outcomes{report.fault};
+  if (auto fault = session.finish(report.fault)) outcomes.fault = fault;
+  outcomes.broken = session.broken();
+  return outcomes;
+}
+
+template <typename T>
+T value(int rank, std::int64_t i) {
+  return from_float<T>(float(philox(1, std::uint64_t(rank), std::uint64_t(i))[0]) * 0x1p-30f -
+                       2.0f);
+}
+
+template <typename T>
+void check_all_reduce(int tp_size) {
+  constexpr std::int64_t kCount = 37;
+  int wrong = 0;
+  const Outcomes result = run_ranks(tp_size, 3, [&](TpGroup& group, Stream& stream) {
+    std::vector<T> data(kCount), got(kCount);
+    for (std::int64_t i = 0; i < kCount; ++i) data[std::size_t(i)] = value<T>(group.tp_rank(), i);
+    Buffer sum("sum", sizeof(T) * kCount, 0), max("max", sizeof(T) * kCount, 0);
+    from_host(stream, sum.data(), data.data(), sum.bytes());
+    from_host(stream, max.data(), data.data(), max.bytes());
+    group.all_reduce_sum(sum.as<T>(), kCount, stream);
+    group.all_reduce_max(max.as<T>(), kCount, stream);
+    std::vector<T> sums(kCount), maxima(kCount);
+    to_host(stream, sums.data(), sum.data(), sum.bytes());
+    to_host(stream, maxima.data(), max.data(), max.bytes());
+    stream.synchronize();
+    for (std::int64_t i = 0; i < kCount; ++i) {
+      // Folded in tp_rank order, rounded to T each time, whatever the processes are.
+      T expected = value<T>(0, i);
+      float largest = to_float(expected);
+      for (int r = 1; r < tp_size; ++r) {
+        expected = from_float<T>(to_float(expected) + to_float(value<T>(r, i)));
+        largest = std::max(largest, to_float(value<T>(r, i)));
+      }
+      wrong += std::memcmp(&sums[std::size_t(i)], &expected, sizeof(T)) != 0;
+      wrong += to_float(maxima[std::size_t(i)]) != largest;
+    }
+  });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+  EXPECT_EQ(wrong, 0) << "tp_size " << tp_size;
+}
+
+TEST(TpGroup, AllReduceFoldsInRankOrderForEveryTypeAndSize) {
+  for (int tp_size : {1, 2, 3, 4, 7, 16}) {
+    check_all_reduce<float>(tp_size);
+    check_all_reduce<f16>(tp_size);
+    check_all_reduce<bf16>(tp_size);
+  }
+}
+
+TEST(TpGroup, AMaximumKeepsNaN) {
+  const Outcomes result = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    Buffer b("x", sizeof(float), 0);
+    const float mine = group.tp_rank() == 1 ? NAN : float(group.tp_rank());
+    from_host(stream, b.data(), &mine, sizeof(float));
+    group.all_reduce_max(b.as<float>(), 1, stream);
+    float got = 0;
+    to_host(stream, &got, b.data(), sizeof(float));
+    stream.synchronize();
+    EXPECT_TRUE(std::isnan(got));
+  });
+  EXPECT_FALSE(result.fault);
+}
+
+TEST(TpGroup, AllGatherPutsRanksInOrder) {
+  for (int tp_size : {1, 3, 8}) {
+    const Outcomes result = run_ranks(tp_size, 5, [&](TpGroup& group, Stream& stream) {
+      const float mine[2] = {float(group.tp_rank()), float(10 * group.tp_rank())};
+      Buffer in("in", sizeof(mine), 0), all("all", sizeof(mine) * std::size_t(tp_size), 0);
+      from_host(stream, in.data(), mine, sizeof(mine));
+      group.all_gather(in.as<const float>(), all.as<float>(), 2, stream);
+      group.barrier(stream);
+      std::vector<float> got(2 * std::size_t(tp_size));
+      to_host(stream, got.data(), all.data(), all.bytes());
+      stream.synchronize();
+      for (int r = 0; r < tp_size; ++r) {
+        EXPECT_EQ(got[2 * std::size_t(r)], float(r));
+        EXPECT_EQ(got[2 * std::size_t(r) + 1], float(10 * r));
+      }
+    });
+    EXPECT_FALSE(result.fault);
+  }
+}
+
+// What must be a sentence at once, and never a hang.
+TEST(TpGroup, ARankThatSkipsACollectiveIsAMismatchAtOnce) {
+  const auto start = Clock::now();
+  const Outcomes result = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    Buffer b("x", 16, 0);
+    if (group.tp_rank() != 2) group.all_reduce_sum(b.as<float>(), 4, stream);
+    group.barrier(stream);
+    stream.synchronize();
+  });
+  EXPECT_LT(Clock::now() - start, std::chrono::seconds(5));
+  ASSERT_TRUE(result.fault);
+  EXPECT_EQ(result.fault->outcome, Outcome::CollectiveMismatch);
+  EXPECT_NE(result.fault->what.find("tp_rank 2"), std::string::npos) << result.fault->what;
+  EXPECT_NE(result.fault->what.find("#1 barrier"), std::string::npos) << result.fault->what;
+  EXPECT_FALSE(result.broken);
+}
+
+TEST(TpGroup, ARankThatEndsEarlyIsAMismatchAtOnce) {
+  for (int silent : {0, 3}) {
+    const Outcomes result = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+      if (group.tp_rank() == silent) return;
+      group.barrier(stream);
+      stream.synchronize();
+    });
+    ASSERT_TRUE(result.fault);
+    EXPECT_EQ(result.fault->outcome, Outcome::CollectiveMismatch);
+    EXPECT_NE(result.fault->what.find("end of case"), std::string::npos) << result.fault->what;
+    EXPECT_NE(result.fault->what.find("tp_rank " + std::to_string(silent)), std::string::npos)
+        << result.fault->what;
+  }
+}
+
+TEST(TpGroup, CountsAndTypesMustAgree) {
+  const Outcomes count = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    Buffer b("x", 64, 0);
+    group.all_reduce_sum(b.as<float>(), group.tp_rank() == 3 ? 5 : 4, stream);
+    stream.synchronize();
+  });
+  ASSERT_TRUE(count.fault);
+  EXPECT_EQ(count.fault->outcome, Outcome::CollectiveMismatch);
+  const Outcomes type = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    Buffer b("x", 64, 0);
+    if (group.tp_rank() == 1) group.all_reduce_sum(b.as<bf16>(), 4, stream);
+    if (group.tp_rank() != 1) group.all_reduce_sum(b.as<f16>(), 4, stream);
+    stream.synchronize();
+  });
+  ASSERT_TRUE(type.fault);
+  EXPECT_EQ(type.fault->outcome, Outcome::CollectiveMismatch);
+}
+
+// A rank that fails never leaves the others waiting, on whichever process they are.
+TEST(TpGroup, AFaultOnOneRankEndsTheCaseOnAllProcesses) {
+  const auto start = Clock::now();
+  const Outcomes result = run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    if (group.tp_rank() == 3) throw Fault{Outcome::BadLaunch, "planted", 3};
+    group.barrier(stream);
+    stream.synchronize();
+  });
+  EXPECT_TRUE(result.fault);
+  EXPECT_LT(Clock::now() - start, std::chrono::seconds(5));
+  // And the next case runs.
+  EXPECT_FALSE(run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+                 group.barrier(stream);
+                 stream.synchronize();
+               }).fault);
+}
+
+TEST(TpGroup, RanksOfProcessesAreConsecutiveAndComplete) {
+  for (int tp_size : {1, 2, 5, 16}) {
+    for (int processes : {1, 2, 3, 4, 20}) {
+      std::int64_t next = 0;
+      for (int p = 0; p < processes; ++p) {
+        const Shard ranks = ranks_of_process(tp_size, processes, p);
+        if (p >= tp_size) {
+          EXPECT_EQ(ranks.size, 0);
+          continue;
+        }
+        EXPECT_EQ(ranks.offset, next);
+        EXPECT_GE(ranks.size, 1);
+        next = ranks.end();
+      }
+      EXPECT_EQ(next, tp_size);
+    }
+  }
+}
+
+// What crosses processes is collectives and nothing else: every rank's ledger has all of them.
+TEST(Ledger, HasEveryCollectiveOfEveryLocalRank) {
+  run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    Buffer b("x", 64, 0);
+    group.all_reduce_sum(b.as<float>(), 4, stream);
+    group.barrier(stream);
+    stream.synchronize();
+  });
+  const LedgerPage& page = ledger_page(test_world().process());
+  const Shard local = ranks_of_process(4, test_world().processes(), test_world().process());
+  EXPECT_EQ(page.num_ranks, local.size);
+  for (std::int64_t r = 0; r < local.size; ++r) {
+    EXPECT_EQ(page.ranks[std::size_t(r)].entered, 2);
+    EXPECT_EQ(page.ranks[std::size_t(r)].ring[0], make_header(1, "all_reduce_sum", 4, "f32"));
+    EXPECT_EQ(page.ranks[std::size_t(r)].ring[1], make_header(2, "barrier", 0, ""));
+  }
+}
+
+}  // namespace
+}  // namespace tp

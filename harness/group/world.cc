@@ -1,0 +1,133 @@
+#include "harness/group/world.h"
+
+#define OMPI_SKIP_MPICXX 1  // the C++ bindings were taken out of MPI; Open MPI's headers still warn
+#include <mpi.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <numeric>
+
+#include "harness/base/check.h"
+
+// An MPI call that fails is a broken machine: say where, and end the whole job.
+#define CHECK_MPI(call)                                                      \
+  do {                                                                       \
+    const int status = (call);                                               \
+    TP_CHECK(status == MPI_SUCCESS, "MPI status " + std::to_string(status)); \
+  } while (0)
+
+namespace tp {
+
+bool World::launched() { return std::getenv("OMPI_COMM_WORLD_SIZE") || std::getenv("PMIX_RANK"); }
+
+World::World(int* argc, char*** argv) : mpi_(launched()) {
+  if (!mpi_) return;
+  int initialised = 0;
+  CHECK_MPI(MPI_Initialized(&initialised));
+  starts_and_ends_mpi_ = !initialised;
+  if (starts_and_ends_mpi_) CHECK_MPI(MPI_Init(argc, argv));
+  CHECK_MPI(MPI_Comm_size(MPI_COMM_WORLD, &processes_));
+  CHECK_MPI(MPI_Comm_rank(MPI_COMM_WORLD, &process_));
+}
+
+World::~World() {
+  if (!starts_and_ends_mpi_) return;
+  if (retired_) abort(0);  // MPI_Finalize would wait for the exchange that was given up
+  MPI_Finalize();
+}
+
+std::string World::broadcast(const std::string& text) {
+  if (!mpi_) return text;
+  std::string out = text;
+  unsigned long long size = out.size();
+  CHECK_MPI(MPI_Bcast(&size, 1, MPI_UNSIGNED_LONG_LONG, 0, MPI_COMM_WORLD));
+  out.resize(size);
+  CHECK_MPI(MPI_Bcast(out.data(), int(size), MPI_CHAR, 0, MPI_COMM_WORLD));
+  return out;
+}
+
+std::vector<std::string> World::gather(const std::string& text) {
+  if (!mpi_) return {text};
+  const int size = int(text.size());
+  std::vector<int> sizes(is_root() ? std::size_t(processes_) : 0);
+  CHECK_MPI(MPI_Gather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, 0, MPI_COMM_WORLD));
+  std::vector<int> offsets(sizes.size());
+  std::exclusive_scan(sizes.begin(), sizes.end(), offsets.begin(), 0);
+  std::string all(std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}), '\0');
+  CHECK_MPI(MPI_Gatherv(text.data(), size, MPI_CHAR, all.data(), sizes.data(), offsets.data(),
+                        MPI_CHAR, 0, MPI_COMM_WORLD));
+  std::vector<std::string> texts;
+  for (std::size_t p = 0; p < sizes.size(); ++p) {
+    texts.push_back(all.substr(std::size_t(offsets[p]), std::size_t(sizes[p])));
+  }
+  return texts;
+}
+
+int World::max(int value) {
+  if (mpi_) CHECK_MPI(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD));
+  return value;
+}
+
+void World::abort(int exit_code) {
+  std::fflush(nullptr);
+  if (mpi_) MPI_Abort(MPI_COMM_WORLD, exit_code);
+  std::_Exit(exit_code);
+}
+
+struct Channel::State {
+  int processes = 1;
+  MPI_Comm comm = MPI_COMM_NULL;  // stays null in a channel of one
+  MPI_Request request = MPI_REQUEST_NULL;
+  std::vector<int> bytes, offsets;
+};
+
+namespace {
+
+// Communicators of the first n processes, made once: every process knows the case and so asks
+// alike.
+MPI_Comm communicator(World& world, int processes) {
+  if (processes == 1) return MPI_COMM_NULL;
+  static std::map<int, MPI_Comm> made;
+  const auto [it, is_new] = made.try_emplace(processes, MPI_COMM_NULL);
+  if (is_new) {
+    const int color = world.process() < processes ? 0 : MPI_UNDEFINED;
+    CHECK_MPI(MPI_Comm_split(MPI_COMM_WORLD, color, world.process(), &it->second));
+  }
+  return it->second;
+}
+
+}  // namespace
+
+Channel::Channel(World& world, int processes) : state_(new State) {
+  TP_CHECK(processes >= 1 && processes <= world.processes(), "channel wider than the world");
+  state_->processes = processes;
+  state_->comm = communicator(world, processes);
+}
+Channel::~Channel() = default;
+
+void Channel::start(const void* mine, void* all, const std::vector<int>& bytes) {
+  State& s = *state_;
+  TP_CHECK(s.request == MPI_REQUEST_NULL && int(bytes.size()) == s.processes, "channel is busy");
+  if (s.comm == MPI_COMM_NULL) {
+    std::memcpy(all, mine, std::size_t(bytes[0]));
+    return;
+  }
+  s.bytes = bytes;
+  s.offsets.resize(bytes.size());
+  std::exclusive_scan(bytes.begin(), bytes.end(), s.offsets.begin(), 0);
+  int me = 0;
+  CHECK_MPI(MPI_Comm_rank(s.comm, &me));
+  CHECK_MPI(MPI_Iallgatherv(mine, bytes[std::size_t(me)], MPI_BYTE, all, s.bytes.data(),
+                            s.offsets.data(), MPI_BYTE, s.comm, &s.request));
+}
+
+bool Channel::test() {
+  if (state_->request == MPI_REQUEST_NULL) return true;
+  int done = 0;
+  CHECK_MPI(MPI_Test(&state_->request, &done, MPI_STATUS_IGNORE));
+  return done != 0;
+}
+
+}  // namespace tp

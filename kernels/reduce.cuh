@@ -1,0 +1,43 @@
+#pragma once
+// What the norm kernels share: how many threads take a row, and the sum of its squares.
+
+#include <cstdint>
+
+#include "harness/device/device.h"
+
+namespace tp {
+
+// Threads of the block that takes a row of `cols` elements: whole warps, about eight elements a
+// thread.
+constexpr int row_threads(std::int64_t cols) {
+  const std::int64_t warps = (cols + 255) / 256;
+  return int(warps < 1 ? 1 : warps > 8 ? 8 : warps) * 32;
+}
+
+// Longest chain of fp32 roundings of row_sum_of_squares: a thread's own fmaf steps, then the
+// block's sum.
+constexpr std::int64_t row_sum_depth(std::int64_t cols, int threads) {
+  return (cols + threads - 1) / threads + block_sum_depth(threads);
+}
+
+// Sum of squares of a row, in every thread of the block. scratch: one float a warp, in shared
+// memory.
+template <typename T>
+__device__ float row_sum_of_squares(const T* row, std::int64_t cols, float* scratch) {
+  float sum = 0.0f;
+  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
+    const float x = to_float(row[j]);
+    sum = fmaf(x, x, sum);
+  }
+  return block_sum(sum, scratch);
+}
+
+// out[j] = x[j] * inverse * weight[j], rounded once.
+template <typename T>
+__device__ void scale_row(const T* x, const T* weight, T* out, std::int64_t cols, float inverse) {
+  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
+    out[j] = from_float<T>(to_float(x[j]) * inverse * to_float(weight[j]));
+  }
+}
+
+}  // namespace tp

@@ -1,0 +1,241 @@
+// qk_norm: the full-width q/k norm over the ranks of a group. Here live the first two founding
+// bugs: vllm-project/vllm#38191 (whose rows of the weight) and sgl-project/sglang#20967 (divided by
+// what).
+
+#include "kernels/qk_norm.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "properties/run/stage.h"
+#include "reference/qk_norm.h"
+
+namespace tp {
+
+namespace {
+
+double eps_of(const Case& c, const Variation& v) {
+  return double(c.options.at("eps") == 0 ? 1e-6f : 1e-5f) * std::ldexp(1.0, 2 * v.scale_log2);
+}
+
+Mutant mutant(std::string id, std::string what, std::string upstream,
+              void (*change)(ShardingRules&)) {
+  Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
+  change(m.rules);
+  return m;
+}
+
+int replicas(const ModelShape& m, int tp_size) {
+  return partition(m, tp_size, 0).num_kv_head_replicas;
+}
+std::int64_t local_kv_heads(const ModelShape& m, int tp_size) {
+  return partition(m, tp_size, 0).kv_heads.size;
+}
+
+std::vector<Mutant> mutants() {
+  const std::string weight = "minimax-knorm-shard-by-tp:", divisor = "minimax-norm-replica-aware:";
+  const std::string vllm = "vllm-project/vllm#38191", sglang = "sgl-project/sglang#20967";
+  return {
+      mutant(weight + "cut", "k_norm weight cut by tp_size where KV heads are replicated", vllm,
+             [](ShardingRules& r) {
+               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+                 const std::int64_t size = std::int64_t{m.num_kv_heads} * m.head_dim / tp_size;
+                 return Shard{tp_rank * size, size};
+               };
+             }),
+      mutant(weight + "modulo",
+             "k_norm weight of KV head tp_rank % num_kv_heads, not tp_rank / replicas", vllm,
+             [](ShardingRules& r) {
+               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+                 const std::int64_t heads = local_kv_heads(m, tp_size);
+                 return Shard{tp_rank % (m.num_kv_heads / heads) * heads, heads}.times(m.head_dim);
+               };
+             }),
+      mutant(weight + "rank", "k_norm weight of KV head tp_rank, not tp_rank / replicas", vllm,
+             [](ShardingRules& r) {
+               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+                 const std::int64_t heads = local_kv_heads(m, tp_size);
+                 return Shard{tp_rank * heads, heads}.times(m.head_dim);
+               };
+             }),
+      mutant(weight + "clamped", "k_norm weight of KV head tp_rank, clamped to the last one", vllm,
+             [](ShardingRules& r) {
+               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+                 const std::int64_t heads = local_kv_heads(m, tp_size);
+                 return Shard{std::min(tp_rank * heads, m.num_kv_heads - heads), heads}.times(
+                     m.head_dim);
+               };
+             }),
+      mutant(divisor + "replicas",
+             "all-reduced k variance divided by the replica count, not by tp_size", sglang,
+             [](ShardingRules& r) {
+               r.k_norm_shards = [](const ModelShape& m, int tp_size) {
+                 return replicas(m, tp_size);
+               };
+             }),
+      mutant(divisor + "kv-heads",
+             "all-reduced k variance divided by num_kv_heads, forgetting the replicas", sglang,
+             [](ShardingRules& r) {
+               r.k_norm_shards = [](const ModelShape& m, int tp_size) {
+                 return std::min(m.num_kv_heads, tp_size);
+               };
+             }),
+      mutant(divisor + "one", "all-reduced k variance not divided at all", sglang,
+             [](ShardingRules& r) { r.k_norm_shards = [](const ModelShape&, int) { return 1; }; }),
+      mutant(divisor + "unique", "only one replica of each KV head summed, but divided by tp_size",
+             sglang,
+             [](ShardingRules& r) {
+               r.k_norm_counts = [](const ModelShape& m, int tp_size, int tp_rank) {
+                 return tp_rank % replicas(m, tp_size) == 0;
+               };
+             }),
+  };
+}
+
+// Whether the first token of the reference on altered inputs leaves the budget of the right one.
+bool tells_apart(DType t, const Budget& right, const Budget& altered, Shard cols) {
+  for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
+    const double y = round_to(t, altered.r[std::size_t(j)]);
+    const double r = right.r[std::size_t(j)], rho = right.rho[std::size_t(j)];
+    if (!(round_to(t, r - rho) <= y && y <= round_to(t, r + rho))) return true;
+  }
+  return false;
+}
+
+// Asks of every mutant that decides differently at this shape: would these data have shown it? The
+// mistake is put into the inputs of the rank-free reference: rows of the weight swapped, another
+// divisor, heads missing from the sum.
+// One token is enough to tell: a mistake of the weight or of the divisor is the same in all of
+// them.
+std::optional<std::string> blind_to(const Case& c, double eps, const Profile& profile,
+                                    const Matrix& all_k, const Matrix& k_weight,
+                                    const Budget& right) {
+  Matrix k(1, all_k.cols);
+  std::copy_n(all_k.row(0), k.cols, k.row(0));
+  for (const Mutant& m : mutants()) {
+    if (!m.shows(c.model, c.tp_size)) continue;
+    int counted = 0;
+    for (int r = 0; r < c.tp_size; ++r) counted += m.rules.k_norm_counts(c.model, c.tp_size, r);
+    // Every rank that counts adds its shard once; all shards are equally often among them.
+    const double divisor = double(k.cols) * m.rules.k_norm_shards(c.model, c.tp_size) / counted;
+    bool shown = false;
+    for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
+      const Shard cols = partition(c.model, c.tp_size, rank).kv_heads.times(c.model.head_dim);
+      const Shard taken = m.rules.k_norm_weight(c.model, c.tp_size, rank);
+      if (taken == cols && divisor == double(k.cols)) continue;
+      // A weight of the wrong length, or from beyond the tensor, is a finding whatever the data
+      // are.
+      shown = taken.size != cols.size || taken.end() > k_weight.cols;
+      if (shown) break;
+      Matrix weight = k_weight;
+      std::copy_n(k_weight.row(0) + taken.offset, taken.size, weight.row(0) + cols.offset);
+      shown =
+          tells_apart(c.dtype, right, reference::rms_norm(k, weight, eps, profile, divisor), cols);
+    }
+    if (!shown) return m.id;
+  }
+  return std::nullopt;
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  const ModelShape& m = c.model;
+  const std::int64_t tokens = c.num_tokens, pad = c.options.at("pad"), dim = m.head_dim,
+                     v_dim = m.value_head_dim();
+  const double eps = eps_of(c, variation);
+  const QkNormProfiles profiles = qk_norm_profiles(m, c.tp_size);
+  const auto heads = [&](std::string name, std::int64_t rows, std::int64_t count,
+                         std::int64_t width, Role role) {
+    return TensorSpec{std::move(name), c.dtype, rows, count * width, role, width};
+  };
+  return {{
+      .name = "qk_norm",
+      .inputs = {heads("q", tokens, m.num_heads, dim, Role::activation),
+                 heads("k", tokens, m.num_kv_heads, dim, Role::activation),
+                 heads("v", tokens, m.num_kv_heads, v_dim, Role::activation),
+                 heads("q_weight", 1, m.num_heads, dim, Role::weight),
+                 heads("k_weight", 1, m.num_kv_heads, dim, Role::weight)},
+      .outputs = {heads("q_norm", tokens, m.num_heads, dim, Role::activation),
+                  heads("k_norm", tokens, m.num_kv_heads, dim, Role::activation)},
+      .buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
+        const RankShape rank = partition(m, c.tp_size, tp_rank);
+        const Shard q = rank.heads.times(dim), k = rank.kv_heads.times(dim),
+                    v = rank.kv_heads.times(v_dim);
+        const Shard k_weight = rules.k_norm_weight(m, c.tp_size, tp_rank);
+        return {{"qkv",
+                 Use::input,
+                 c.dtype,
+                 tokens,
+                 q.size + k.size + v.size + pad,
+                 {{"q", q, 0}, {"k", k, q.size}, {"v", v, q.size + k.size}}},
+                {"q_weight", Use::input, c.dtype, 1, q.size, {{"q_weight", q, 0}}},
+                {"k_weight", Use::input, c.dtype, 1, k_weight.size, {{"k_weight", k_weight, 0}}},
+                {"sums", Use::workspace, DType::f32, 1, 2 * tokens},
+                {"q_norm", Use::output, c.dtype, tokens, q.size + pad, {{"q_norm", q, 0}}},
+                {"k_norm", Use::output, c.dtype, tokens, k.size + pad, {{"k_norm", k, 0}}}};
+      },
+      .run =
+          [=](RankRun& run) {
+            const RankShape rank = partition(m, c.tp_size, run.group.tp_rank());
+            dispatch(c.dtype, [&]<typename T>(T) {
+              qk_norm<T>(run.view<T>("qkv"), {run.view<T>("q_weight"), run.view<T>("k_weight")},
+                         run.view<T>("q_norm").columns(0, rank.heads.size * dim),
+                         run.view<T>("k_norm").columns(0, rank.kv_heads.size * dim),
+                         run.view<float>("sums").data, m, rules, float(eps), run.group, run.stream);
+            });
+          },
+      .reference = [=](const std::vector<Matrix>& in) -> std::vector<Budget> {
+        reference::QkNorm r =
+            reference::qk_norm(in[0], in[1], in[3], in[4], eps, profiles.q, profiles.k);
+        return {std::move(r.q), std::move(r.k)};
+      },
+      .blind_to =
+          [=](const std::vector<Matrix>& in, const std::vector<Budget>& budgets) {
+            return blind_to(c, eps, profiles.k, in[1], in[4], budgets[1]);
+          },
+  }};
+}
+
+}  // namespace
+
+Operator make_qk_norm() {
+  return make_operator({
+      .name = "qk_norm",
+      .what = "RMSNorm over all q heads and over all KV heads of a token, sharded by head",
+      .keys = {shared_key("num_heads"),
+               shared_key("num_kv_heads"),
+               shared_key("head_dim"),
+               shared_key("v_head_dim"),
+               shared_key("tp_size"),
+               shared_key("num_tokens"),
+               shared_key("dtype"),
+               shared_key("fill"),
+               shared_key("seed"),
+               {.name = "eps",
+                .help = "added to the mean square",
+                .min = 0,
+                .max = 1,
+                .words = {"1e-6", "1e-5"}},
+               {.name = "pad",
+                .help = "elements between the rows of qkv and of the outputs",
+                .min = 0,
+                .max = 64}},
+      .laws = {law_tp1(), law_scale(), law_tokens()},
+      .mutants = mutants(),
+      .refuse =
+          [](const Case& c) {
+            if (auto reason = partitionable(c.model, c.tp_size)) return reason;
+            const std::int64_t width =
+                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
+                std::max(c.model.head_dim, c.model.value_head_dim());
+            return too_large(c.num_tokens, width);
+          },
+      .regime = [](const Case& c, const Variation& v) -> DataRegime {
+        return {c.fill, c.seed, eps_of(c, {}), v.scale_log2, v.rotate_rows};
+      },
+      .stages = stages,
+  });
+}
+
+}  // namespace tp

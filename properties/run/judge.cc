@@ -1,0 +1,172 @@
+#include "properties/run/judge.h"
+
+#include <fmt/format.h>
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+
+#include "harness/base/check.h"
+#include "properties/run/pass.h"
+
+namespace tp {
+
+namespace {
+
+// A global tensor put together from the ranks' pieces, and what did not fit.
+class Assembly {
+ public:
+  explicit Assembly(const TensorSpec& tensor)
+      : tensor_(tensor),
+        width_(size_of(tensor.dtype)),
+        bytes_(std::size_t(tensor.rows * tensor.cols * width_)),
+        owner_(std::size_t(tensor.cols), -1) {}
+
+  // Rank `tp_rank` says what columns `cols` hold. The first rank that holds a column is its owner,
+  // later ones are replicas and must agree bit for bit.
+  void add(int tp_rank, Shard cols, const std::byte* piece) {
+    const std::size_t row_bytes = std::size_t(cols.size * width_);
+    for (std::int64_t i = 0; i < tensor_.rows; ++i) {
+      std::byte* row = bytes_.data() + (i * tensor_.cols + cols.offset) * width_;
+      const std::byte* from = piece + std::size_t(i) * row_bytes;
+      if (owner_[std::size_t(cols.offset)] < 0 || first_row_of_piece_) {
+        std::memcpy(row, from, row_bytes);
+        first_row_of_piece_ = true;
+      } else if (!replica_ && std::memcmp(row, from, row_bytes) != 0) {
+        note_replica(tp_rank, i, cols, row, from);
+      }
+    }
+    first_row_of_piece_ = false;
+    for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
+      if (owner_[std::size_t(j)] < 0) owner_[std::size_t(j)] = tp_rank;
+    }
+  }
+
+  const TensorSpec& tensor() const { return tensor_; }
+  std::vector<std::byte>& bytes() { return bytes_; }
+  int owner(std::int64_t col) const { return owner_[std::size_t(col)]; }
+
+  struct Replica {
+    int tp_rank;
+    std::int64_t row, col;
+    double value;
+  };
+  const std::optional<Replica>& replica() const { return replica_; }
+
+ private:
+  void note_replica(int tp_rank, std::int64_t row, Shard cols, const std::byte* mine,
+                    const std::byte* theirs) {
+    for (std::int64_t j = 0; j < cols.size; ++j) {
+      if (std::memcmp(mine + j * width_, theirs + j * width_, std::size_t(width_)) == 0) continue;
+      replica_ = Replica{tp_rank, row, cols.offset + j, load(tensor_.dtype, theirs, j)};
+      return;
+    }
+  }
+
+  const TensorSpec& tensor_;
+  std::int64_t width_;
+  std::vector<std::byte> bytes_;
+  std::vector<int> owner_;
+  bool first_row_of_piece_ = false;
+  std::optional<Replica> replica_;
+};
+
+Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) {
+  Matrix m(tensor.rows, tensor.cols);
+  for (std::size_t i = 0; i < m.values.size(); ++i)
+    m.values[i] = load(tensor.dtype, bytes.data(), std::int64_t(i));
+  return m;
+}
+
+Matrix filled(const TensorSpec& tensor, const DataRegime& regime) {
+  std::vector<std::byte> bytes(std::size_t(tensor.rows * tensor.cols * size_of(tensor.dtype)));
+  fill_block(tensor, regime, {0, tensor.rows}, {0, tensor.cols}, bytes.data(), tensor.cols);
+  return matrix_of(tensor, bytes);
+}
+
+Verdict wrong_value(int tp_rank, const TensorSpec& tensor, const Mismatch& m) {
+  Verdict v;
+  v.outcome =
+      std::isfinite(m.got) || !std::isfinite(m.lo) ? Outcome::WrongValue : Outcome::NotFinite;
+  v.detail = fmt::format(
+      "tp_rank {}, {}[{}, {}]: got {:.9g}, accepted {:.9g} .. {:.9g}; {} of {} elements are wrong",
+      tp_rank, tensor.name, m.row, m.col, m.got, m.lo, m.hi, m.count, tensor.rows * tensor.cols);
+  return v;
+}
+
+}  // namespace
+
+Judgement judge(const Case& c, const std::vector<Stage>& stages, const DataRegime& regime,
+                const std::vector<std::byte>& outputs, bool discriminate) {
+  Judgement result;
+  XXH3_state_t* hash = XXH3_createState();
+  XXH3_64bits_reset(hash);
+
+  std::map<std::string, Assembly> assemblies;
+  for (const Stage& stage : stages) {
+    for (const TensorSpec& t : stage.outputs) assemblies.emplace(t.name, t);
+  }
+  std::size_t at = 0;
+  for (int r = 0; r < c.tp_size; ++r) {
+    for (const Stage& stage : stages) {
+      for (const LocalBuffer& local : stage.buffers(r)) {
+        if (local.use != Use::output) continue;
+        for (const Piece& piece : local.pieces) {
+          TP_CHECK(at + piece_bytes(local, piece) <= outputs.size(),
+                   "gathered outputs are too short");
+          assemblies.at(piece.tensor).add(r, piece.cols, outputs.data() + at);
+          at += piece_bytes(local, piece);
+        }
+      }
+    }
+  }
+  TP_CHECK(at == outputs.size(), "gathered outputs are too long");
+
+  // Stage-local: each stage is judged with the inputs its kernels really had, and the first bad one
+  // is named.
+  for (const Stage& stage : stages) {
+    std::vector<Matrix> inputs;
+    for (const TensorSpec& t : stage.inputs) {
+      const auto produced = assemblies.find(t.name);
+      inputs.push_back(produced == assemblies.end() ? filled(t, regime)
+                                                    : matrix_of(t, produced->second.bytes()));
+    }
+    const std::vector<Budget> budgets = stage.reference(inputs);
+    for (std::size_t i = 0; i < stage.outputs.size(); ++i) {
+      Assembly& got = assemblies.at(stage.outputs[i].name);
+      const TensorSpec& t = stage.outputs[i];
+      const Comparison comparison = compare(t.dtype, got.bytes().data(), budgets[i]);
+      result.score = std::max(result.score, comparison.score);
+      if (comparison.first && !result.finding) {
+        result.finding = wrong_value(got.owner(comparison.first->col), t, *comparison.first);
+      }
+      if (const auto& replica = got.replica(); replica && !result.finding) {
+        const double owner_value =
+            load(t.dtype, got.bytes().data(), replica->row * t.cols + replica->col);
+        Verdict v;
+        v.outcome = Outcome::ReplicaMismatch;
+        v.detail =
+            fmt::format("{}[{}, {}]: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}",
+                        t.name, replica->row, replica->col, got.owner(replica->col), owner_value,
+                        replica->tp_rank, replica->value);
+        result.finding = v;
+      }
+      result.exact.push_back(std::all_of(budgets[i].rho.begin(), budgets[i].rho.end(),
+                                         [](double x) { return x == 0; }));
+      XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
+    }
+    const bool telling = regime.fill == Fill::exact || regime.fill == Fill::dense;
+    if (discriminate && telling && stage.blind_to && !result.blind_to)
+      result.blind_to = stage.blind_to(inputs, budgets);
+  }
+  for (const Stage& stage : stages) {
+    for (const TensorSpec& t : stage.outputs)
+      result.outputs.push_back({t, std::move(assemblies.at(t.name).bytes())});
+  }
+  result.digest = XXH3_64bits_digest(hash);
+  XXH3_freeState(hash);
+  return result;
+}
+
+}  // namespace tp

@@ -1,0 +1,16 @@
+#pragma once
+// Metamorphic laws: what must not change when a case is changed in a known way.
+
+#include <optional>
+#include <string>
+
+#include "properties/run/judge.h"
+#include "properties/run/stage.h"
+
+namespace tp {
+
+// How the outputs of the varied run break the law; nothing if they keep it.
+std::optional<std::string> broken_law(const LawRun& law, const Variation& variation,
+                                      const Judgement& original, const Judgement& varied);
+
+}  // namespace tp

@@ -1,0 +1,47 @@
+#pragma once
+// One pass of a case over the ranks of this process: data into device memory, every stage on every
+// rank, results out, and the memory oracles on the way.
+
+#include <chrono>
+#include <cstddef>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "harness/base/case.h"
+#include "harness/device/scheduler.h"
+#include "harness/group/world.h"
+#include "properties/run/stage.h"
+
+namespace tp {
+
+// What memory holds before anything is written: a large finite and a tiny positive number in every
+// type, so that a maximum sees one of them and a minimum the other; and NaN.
+enum class Poison : std::uint8_t { large = 0x7B, tiny = 0x01, nan = 0xFF };
+
+struct PassOptions {
+  Poison poison = Poison::large;
+  std::optional<std::chrono::steady_clock::time_point> deadline;
+  std::function<void(const std::string&)> trace;
+};
+
+struct PassResult {
+  std::optional<Fault> fault;
+  std::uint64_t threads = 0;
+  // Pieces of outputs, dense, in the order of local ranks, stages, buffers, pieces.
+  std::vector<std::byte> outputs;
+  bool broken = false;  // processes parted within an exchange: this job cannot run another case
+};
+
+// Every process of the world calls it; those without a rank of this case return at once.
+PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages,
+                    const DataRegime& regime, const PassOptions& options);
+
+// Bytes of one piece in `outputs`.
+std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);
+
+// The spec of a tensor a stage reads or writes.
+const TensorSpec& tensor_of(const Stage& stage, const std::string& name);
+
+}  // namespace tp

@@ -1,0 +1,234 @@
+// One case from line to verdict: the oracles in the order of their cost.
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <utility>
+
+#include "harness/base/check.h"
+#include "harness/base/partition_law.h"
+#include "properties/run/judge.h"
+#include "properties/run/laws.h"
+#include "properties/run/pass.h"
+#include "properties/run/stage.h"
+
+namespace tp {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// What every process tells process 0 after its passes.
+struct Share {
+  std::optional<Fault> fault;
+  std::uint64_t threads = 0;
+  std::string trace;  // lines
+  std::vector<std::byte> outputs;
+};
+
+std::string pack(const Share& share) {
+  const Fault fault = share.fault.value_or(Fault{Outcome::Pass, "", -1});
+  std::string text = fmt::format("{:d} {} {} {} {} {}\n{}{}", share.fault.has_value(),
+                                 int(fault.outcome), fault.tp_rank, share.threads,
+                                 fault.what.size(), share.trace.size(), fault.what, share.trace);
+  text.append(reinterpret_cast<const char*>(share.outputs.data()), share.outputs.size());
+  return text;
+}
+
+Share unpack(const std::string& text) {
+  Share share;
+  Fault fault;
+  int has_fault = 0, outcome = 0;
+  unsigned long long threads = 0, what_size = 0, trace_size = 0;
+  TP_CHECK(std::sscanf(text.c_str(), "%d %d %d %llu %llu %llu", &has_fault, &outcome,
+                       &fault.tp_rank, &threads, &what_size, &trace_size) == 6,
+           "a process's share is garbled");
+  std::size_t at = text.find('\n') + 1;
+  const auto take = [&](std::size_t size) {
+    return text.substr(std::exchange(at, at + size), size);
+  };
+  fault.outcome = Outcome(outcome);
+  fault.what = take(what_size);
+  share.trace = take(trace_size);
+  if (has_fault) share.fault = fault;
+  share.threads = threads;
+  share.outputs.resize(text.size() - at);
+  std::memcpy(share.outputs.data(), text.data() + at, share.outputs.size());
+  return share;
+}
+
+// Runs one case's passes and gives process 0 everybody's outputs; elsewhere `outputs` is this
+// process's.
+class CaseRun {
+ public:
+  CaseRun(World& world, const OperatorSpec& spec, const RunOptions& options)
+      : world_(world),
+        spec_(spec),
+        rules_(options.mutant ? options.mutant->rules : sharding_rules()),
+        options_(options) {
+    if (options.deadline.count() > 0) deadline_ = Clock::now() + options.deadline;
+  }
+
+  struct Gathering {
+    std::optional<Fault> fault;
+    std::vector<std::byte> outputs;
+  };
+
+  // The same data over each of the poisons: the outputs must not know the difference.
+  Gathering run(const Case& c, const Variation& variation, const std::vector<Poison>& poisons,
+                bool traced) {
+    const std::vector<Stage> stages = spec_.stages(c, rules_, variation);
+    const DataRegime regime = spec_.regime(c, variation);
+    Share mine;
+    for (std::size_t i = 0; i < poisons.size() && !mine.fault; ++i) {
+      PassOptions pass{.poison = poisons[i], .deadline = deadline_, .trace = {}};
+      if (traced && i == 0 && options_.trace)
+        pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
+      PassResult result = run_pass(world_, c, stages, regime, pass);
+      mine.threads += result.threads;
+      mine.fault = result.fault;
+      if (result.broken) world_.retire();
+      if (i == 0) {
+        mine.outputs = std::move(result.outputs);
+      } else if (!mine.fault && result.outputs != mine.outputs) {
+        mine.fault = Fault{
+            Outcome::Uninitialised,
+            fmt::format("the output depends on what memory held before: bytes {:#04x} or {:#04x}",
+                        int(poisons[0]), int(poisons[i])),
+            -1};
+      }
+      // Whether to go on is decided by all processes or by none.
+      if (world_.max(mine.fault.has_value()) != 0) break;
+    }
+    Gathering all;
+    for (const std::string& text : world_.gather(pack(mine))) {
+      const Share share = unpack(text);
+      threads_ += share.threads;
+      for (std::size_t at = 0; at < share.trace.size();) {
+        const std::size_t end = share.trace.find('\n', at);
+        options_.trace(share.trace.substr(at, end - at));
+        at = end + 1;
+      }
+      // A fault of outcome Pass only says that another process has one.
+      if (share.fault && (!all.fault || all.fault->outcome == Outcome::Pass))
+        all.fault = share.fault;
+      all.outputs.insert(all.outputs.end(), share.outputs.begin(), share.outputs.end());
+    }
+    return all;
+  }
+
+  Judgement judge_run(const Case& c, const Variation& variation, const Gathering& all,
+                      bool discriminate) {
+    return judge(c, spec_.stages(c, rules_, variation), spec_.regime(c, variation), all.outputs,
+                 discriminate);
+  }
+
+  std::uint64_t threads() const { return threads_; }
+
+ private:
+  World& world_;
+  const OperatorSpec& spec_;
+  ShardingRules rules_;
+  const RunOptions& options_;
+  std::optional<Clock::time_point> deadline_;
+  std::uint64_t threads_ = 0;
+};
+
+Verdict verdict_of(const Fault& fault) { return {.outcome = fault.outcome, .detail = fault.what}; }
+
+// The oracles, cheapest first. All processes run the passes; only process 0's verdict counts.
+Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const Case& c) {
+  if (std::any_of(spec.keys.begin(), spec.keys.end(),
+                  [](const Key& k) { return k.name == "num_heads"; })) {
+    if (auto broken = broken_partition_law(c.model, c.tp_size))
+      return {.outcome = Outcome::WrongValue, .detail = *broken};
+  }
+  std::vector<Poison> poisons = {Poison::large, Poison::tiny};
+  if (c.options.at("poison") == 1) poisons.push_back(Poison::nan);
+  const CaseRun::Gathering all = runs.run(c, {}, poisons, true);
+
+  Verdict verdict;
+  std::optional<Judgement> judgement;  // on process 0, unless the passes failed
+  if (all.fault) {
+    verdict = verdict_of(*all.fault);
+  } else if (world.is_root()) {
+    judgement = runs.judge_run(c, {}, all, c.options.at("discriminate") == 1);
+    if (judgement->finding) verdict = *judgement->finding;
+    verdict.digest = judgement->digest;
+    verdict.score = judgement->score;
+  }
+  if (const std::int64_t number = c.options.at("law"); number > 0) {
+    // Process 0 decides whether there is anything left to find, and all follow.
+    if (world.broadcast(verdict.finding() ? "stop" : "go") == "stop") return verdict;
+    const LawRun& law = spec.laws[std::size_t(number - 1)];
+    const auto [varied, variation] = law.vary(c);
+    const CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
+    if (!world.is_root()) return verdict;
+    if (other.fault) return verdict_of(*other.fault);
+    if (auto broken = broken_law(law, variation, *judgement,
+                                 runs.judge_run(varied, variation, other, false))) {
+      verdict.outcome = Outcome::LawBroken;
+      verdict.detail = *broken;
+    }
+  }
+  if (verdict.outcome == Outcome::Pass && judgement && judgement->blind_to) {
+    verdict.outcome = Outcome::Mistrusted;
+    verdict.detail = "these data could not have shown " + *judgement->blind_to;
+  }
+  return verdict;
+}
+
+}  // namespace
+
+std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols) {
+  constexpr std::int64_t kMax = std::int64_t{1} << 26;
+  if (rows <= kMax / cols) return std::nullopt;
+  return fmt::format("{} rows of {} columns are more than the {} elements a case may have", rows,
+                     cols, kMax);
+}
+
+Operator make_operator(OperatorSpec spec) {
+  Operator op{.name = spec.name,
+              .what = spec.what,
+              .keys = spec.keys,
+              .mutants = spec.mutants,
+              .refuse = spec.refuse};
+  Key law{.name = "law",
+          .help = "a metamorphic law that is checked, too",
+          .words = {"none"},
+          .weights = {70}};
+  for (const LawRun& l : spec.laws) {
+    op.laws.push_back(l.law);
+    law.words.push_back(l.law.name);
+    law.weights.push_back(30 / int(spec.laws.size()));
+  }
+  law.max = std::int64_t(law.words.size()) - 1;
+  op.keys.push_back(law);
+  op.keys.push_back(
+      {.name = "poison",
+       .help = "what memory holds before a run: two finite patterns, or NaN as a third",
+       .min = 0,
+       .max = 1,
+       .words = {"finite", "nan"},
+       .weights = {80, 20}});
+  op.keys.push_back({.name = "discriminate",
+                     .help = "1: mistrust data that could not have shown the known mistakes",
+                     .min = 0,
+                     .max = 1,
+                     .words = {"0", "1"},
+                     .weights = {80, 20}});
+  op.run = [spec = std::move(spec)](World& world, const Case& c, const RunOptions& options) {
+    const auto start = Clock::now();
+    CaseRun runs(world, spec, options);
+    Verdict verdict = run_oracles(world, runs, spec, c);
+    verdict.threads = runs.threads();
+    verdict.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    return verdict_from_line(world.broadcast(to_line(verdict)));
+  };
+  return op;
+}
+
+}  // namespace tp

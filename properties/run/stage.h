@@ -1,0 +1,121 @@
+#pragma once
+// What properties/<op>.cc says of an operator: a list of named stages. A stage says which global
+// tensors it reads and writes, where the parts of them lie in a rank's buffers, what a rank runs,
+// and what the reference makes of the same inputs. Everything else (data, poison, guards,
+// gathering, judging) is common to all operators and lives beside this file.
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "harness/base/case.h"
+#include "harness/base/check.h"
+#include "harness/base/compare.h"
+#include "harness/base/fill.h"
+#include "harness/base/operator.h"
+#include "harness/base/sharding_rules.h"
+#include "harness/base/tensor.h"
+#include "harness/device/buffer.h"
+#include "harness/device/stream.h"
+#include "harness/group/tp_group.h"
+
+namespace tp {
+
+enum class Use : std::uint8_t { input, output, workspace };
+
+// Columns `cols` of every row of a global tensor, found from column `at` on in a rank's buffer.
+struct Piece {
+  std::string tensor;
+  Shard cols;
+  std::int64_t at = 0;
+};
+
+// A matrix in a rank's device memory. Columns that no piece covers are padding: poisoned, and
+// nobody's.
+struct LocalBuffer {
+  std::string name;
+  Use use = Use::input;
+  DType dtype = DType::f32;
+  std::int64_t rows = 1;
+  std::int64_t cols = 1;
+  std::vector<Piece> pieces = {};
+};
+
+// What a rank has at hand when it runs a stage.
+class RankRun {
+ public:
+  RankRun(TpGroup& group, Stream& stream,
+          const std::map<std::string, std::pair<LocalBuffer, Buffer>>& buffers)
+      : group(group), stream(stream), buffers_(buffers) {}
+
+  TpGroup& group;
+  Stream& stream;
+
+  template <typename T>
+  View<T> view(const std::string& name) const {
+    const auto& [local, buffer] = buffers_.at(name);
+    TP_CHECK(local.dtype == dtype_of<std::remove_const_t<T>>::value,
+             "view of another type: " + name);
+    return {static_cast<T*>(static_cast<void*>(buffer.data())), local.rows, local.cols, local.cols};
+  }
+
+ private:
+  const std::map<std::string, std::pair<LocalBuffer, Buffer>>& buffers_;
+};
+
+struct Stage {
+  std::string name;
+  std::vector<TensorSpec> inputs;   // global; filled from the case, or an earlier stage's outputs
+  std::vector<TensorSpec> outputs;  // global; gathered from the ranks
+  std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
+  std::function<void(RankRun&)> run;
+  // Budgets of the outputs, in their order, from the whole inputs, in theirs.
+  std::function<std::vector<Budget>(const std::vector<Matrix>& inputs)> reference;
+  // Names a mistake that this shape allows and that these data could not have shown; nothing if
+  // they could have shown all. Called for exact and dense data only.
+  std::function<std::optional<std::string>(const std::vector<Matrix>& inputs,
+                                           const std::vector<Budget>& budgets)>
+      blind_to;
+};
+
+// How a law changes the data of a case.
+struct Variation {
+  int scale_log2 = 0;   // activations times 2^k, and eps times 4^k
+  int rotate_rows = 0;  // tokens in another order
+};
+
+// A metamorphic law, as the engine runs it: another case, or other data, and what must come out.
+struct LawRun {
+  Law law;
+  std::function<std::pair<Case, Variation>(const Case&)> vary;
+  // Bit-equal outputs (rotated as the tokens were) for all data; otherwise for exact data only, and
+  // within the varied case's own budget else.
+  bool always_bitwise = true;
+};
+
+struct OperatorSpec {
+  std::string name;
+  std::string what;
+  std::vector<Key> keys;  // the keys `law`, `poison` and `discriminate` are added to them
+  std::vector<LawRun> laws;
+  std::vector<Mutant> mutants;
+  std::function<std::optional<std::string>(const Case&)> refuse;
+  std::function<DataRegime(const Case&, const Variation&)> regime;
+  std::function<std::vector<Stage>(const Case&, const ShardingRules&, const Variation&)> stages;
+};
+
+// The operator for the registry: the spec with the common machinery around it.
+Operator make_operator(OperatorSpec spec);
+
+// Laws that many operators share.
+LawRun law_tp1();     // one rank computes what tp_size ranks do
+LawRun law_scale();   // x times 2^k with eps times 4^k changes nothing
+LawRun law_tokens();  // tokens in another order are the same tokens
+
+// Why rows x cols is too large to be a case; nothing if it is not.
+std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols);
+
+}  // namespace tp

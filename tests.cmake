@@ -1,0 +1,36 @@
+# Every test of the repository. Labels say what a test needs: mpi, slow, sanitizer.
+enable_testing()
+include(GoogleTest)
+
+# tp_test(<name> <library...> SOURCES <files...>): a GoogleTest executable, one CTest entry a test.
+function(tp_test name)
+  cmake_parse_arguments(arg "" "" "SOURCES;LIBRARIES" ${ARGN})
+  add_executable(${name} ${arg_SOURCES})
+  target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} GTest::gtest_main)
+  gtest_discover_tests(${name} DISCOVERY_MODE PRE_TEST PROPERTIES TIMEOUT 300)
+endfunction()
+
+file(GLOB base_tests CONFIGURE_DEPENDS harness/base/*_test.cc)
+tp_test(base_test SOURCES ${base_tests} LIBRARIES tp_base)
+target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+
+# tp_mpi_test(<name> ...): the same executable as `mpirun -n 1|2|4`, one CTest entry each. P = 1 runs without
+# mpirun: a world of one never touches MPI.
+function(tp_mpi_test name)
+  cmake_parse_arguments(arg "" "" "SOURCES;LIBRARIES" ${ARGN})
+  add_executable(${name} ${arg_SOURCES} harness/group/mpi_testing.cc)
+  target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} GTest::gtest)
+  foreach(processes 1 2 4)
+    if(processes EQUAL 1)
+      add_test(NAME ${name}.n1 COMMAND ${name})
+    else()
+      add_test(NAME ${name}.n${processes}
+        COMMAND ${MPIEXEC_EXECUTABLE} --bind-to none ${MPIEXEC_NUMPROC_FLAG} ${processes} $<TARGET_FILE:${name}>)
+    endif()
+    set_tests_properties(${name}.n${processes} PROPERTIES TIMEOUT 300 LABELS mpi PROCESSORS 2 ENVIRONMENT
+      "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;ASAN_OPTIONS=detect_leaks=0")
+  endforeach()
+endfunction()
+
+tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
+tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc LIBRARIES tp_base)
