@@ -28,9 +28,16 @@ function(tp_mpi_test name)
         COMMAND ${MPIEXEC_EXECUTABLE} --bind-to none ${MPIEXEC_NUMPROC_FLAG} ${processes} $<TARGET_FILE:${name}>)
     endif()
     set_tests_properties(${name}.n${processes} PROPERTIES TIMEOUT 300 LABELS mpi PROCESSORS 2 ENVIRONMENT
-      "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;ASAN_OPTIONS=detect_leaks=0")
+      "OMPI_ALLOW_RUN_AS_ROOT=1;OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1;OMPI_MCA_rmaps_base_oversubscribe=1;OMPI_MCA_mpi_yield_when_idle=1;ASAN_OPTIONS=detect_leaks=0")
   endforeach()
 endfunction()
 
 tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
 tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc LIBRARIES tp_base)
+tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
+tp_mpi_test(properties_test SOURCES properties/properties_test.cc LIBRARIES tp_properties tp_fuzz)
+
+file(GLOB cli_tests CONFIGURE_DEPENDS harness/cli/*_test.cc)
+tp_test(cli_unit_test SOURCES ${cli_tests} LIBRARIES tp_cli)
+add_test(NAME cli_test COMMAND ${CMAKE_SOURCE_DIR}/harness/cli/cli_test.sh $<TARGET_FILE:tpcheck>)
+set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS mpi ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")

@@ -10,7 +10,7 @@ namespace tp {
 // Threads of the block that takes a row of `cols` elements: whole warps, about eight elements a
 // thread.
 constexpr int row_threads(std::int64_t cols) {
-  const std::int64_t warps = (cols + 255) / 256;
+  const std::int64_t warps = (cols + 511) / 512;
   return int(warps < 1 ? 1 : warps > 8 ? 8 : warps) * 32;
 }
 

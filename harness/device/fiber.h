@@ -48,6 +48,12 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   Stack stack() const { return stack_; }
+  // Fetches what a switch to it will touch.
+  void prefetch() const {
+    for (int line = 0; line < 4; ++line) {
+      __builtin_prefetch(static_cast<const std::byte*>(context_) + 64 * line);
+    }
+  }
   // Leaves `from`, which must be what runs just now, and goes on with `to`.
   static void switch_to(Fiber& from, Fiber& to, Order order);
 
@@ -60,8 +66,8 @@ class Fiber {
   Stack stack_;
   void (*entry_)(void*) = nullptr;
   void* argument_ = nullptr;
-  void* fake_stack_ = nullptr;  // ASan's
-  void* identity_ = nullptr;    // TSan's
+  [[maybe_unused]] void* fake_stack_ = nullptr;  // ASan's
+  [[maybe_unused]] void* identity_ = nullptr;    // TSan's
 };
 
 }  // namespace tp

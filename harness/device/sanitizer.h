@@ -27,6 +27,12 @@
 #endif
 #if TP_TSAN
 #include <sanitizer/tsan_interface.h>
+extern "C" {
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+}
 #endif
 
 namespace tp {
@@ -46,6 +52,26 @@ inline void acquire([[maybe_unused]] void* clock) {
   __tsan_acquire(clock);
 #endif
 }
+
+// For its lifetime TSan overlooks what the current thread of execution allocates, frees, reads and writes:
+// the emulator's own doing on behalf of kernel threads.
+class Overlooked {
+ public:
+  Overlooked() {
+#if TP_TSAN
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+#endif
+  }
+  ~Overlooked() {
+#if TP_TSAN
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+#endif
+  }
+  Overlooked(const Overlooked&) = delete;
+  Overlooked& operator=(const Overlooked&) = delete;
+};
 
 // Memory that instrumented code must not touch, and may touch again.
 inline void fence_off([[maybe_unused]] const void* begin, [[maybe_unused]] std::size_t bytes) {

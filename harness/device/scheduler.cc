@@ -186,6 +186,7 @@ void Scheduler::wait_until_empty(Stream& stream) {
   Fiber::switch_to(*rank.fiber, rank.home, Order::synchronised);
   if (cancelled_) throw Cancelled{};
   stream.device_queue().host_joins();
+  stream.device_queue().check();
 }
 
 void Scheduler::fail(Fault fault) {
@@ -215,7 +216,10 @@ bool Scheduler::streams_are_empty() {
 
 void Scheduler::ask_idle(const std::function<Idle()>& idle, bool spinning) {
   note(-1, "");
-  const Idle answer = idle ? idle() : Idle::stuck;
+  Idle answer = idle ? idle() : Idle::stuck;
+  for (const auto& stream : streams_) {
+    if (answer == Idle::stuck && !stream->queue_->finished()) answer = Idle::waiting;
+  }
   if (spinning) {
     if (spins_ >= kSpinsAwake) std::this_thread::sleep_for(std::chrono::microseconds(50));
     return;

@@ -7,7 +7,7 @@
 namespace tp {
 
 Stream::Stream(Scheduler& scheduler, int tp_rank)
-    : scheduler_(scheduler), tp_rank_(tp_rank), queue_(make_device_queue()) {}
+    : scheduler_(scheduler), tp_rank_(tp_rank), queue_(make_device_queue(tp_rank)) {}
 
 Stream::~Stream() { operations_.clear(); }
 
@@ -41,6 +41,7 @@ Progress Stream::step(Random& random) {
     progress = (*work)->step(random);
   } else {
     if (auto* call = std::get_if<Call>(&head)) {
+      queue_->check();
       queue_->host_joins();
       call->f();
     }

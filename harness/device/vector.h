@@ -2,7 +2,6 @@
 // Loads and stores of several values at once. Included by device.h.
 
 #include <cstddef>
-#include <cstring>
 
 namespace tp {
 
@@ -20,15 +19,13 @@ struct alignas(sizeof(T) * N) Vec {
 template <typename T, int N>
 __device__ inline Vec<T, N> load_vector(const T* source, Where where = Where::here()) {
   check_aligned(source, sizeof(Vec<T, N>), "load_vector", where);
-  Vec<T, N> value;
-  memcpy(&value, __builtin_assume_aligned(source, sizeof(value)), sizeof(value));
-  return value;
+  return *reinterpret_cast<const Vec<T, N>*>(source);  // an aggregate of T may alias T
 }
 template <typename T, int N>
 __device__ inline void store_vector(T* destination, const Vec<T, N>& value,
                                     Where where = Where::here()) {
   check_aligned(destination, sizeof(value), "store_vector", where);
-  memcpy(__builtin_assume_aligned(destination, sizeof(value)), &value, sizeof(value));
+  *reinterpret_cast<Vec<T, N>*>(destination) = value;
 }
 
 }  // namespace tp

@@ -1,6 +1,7 @@
 #pragma once
 // Between the scheduler and a backend: what a stream can be asked to do, and what a backend keeps for it.
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -28,13 +29,15 @@ class Work {
 class DeviceQueue {
  public:
   virtual ~DeviceQueue() = default;
-  // Whether everything that was handed to the device is complete.
-  virtual bool finished() = 0;
+  // Whether everything that was handed to the device is complete, or will never be.
+  virtual bool finished() noexcept = 0;
+  // Throws Fault if the device failed.
+  virtual void check() {}
   // Host code is about to see, or has just changed, what the stream's work sees. For race detection.
   virtual void host_joins() {}
   virtual void host_leaves() {}
 };
 
-std::unique_ptr<DeviceQueue> make_device_queue();
+std::unique_ptr<DeviceQueue> make_device_queue(int tp_rank);
 
 }  // namespace tp

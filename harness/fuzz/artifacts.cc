@@ -33,7 +33,9 @@ void write_whole(const fs::path& path, const std::string& text) {
 void make_folder(const fs::path& folder) {
   std::error_code error;
   fs::create_directories(folder, error);
-  if (error) throw BadInput(fmt::format("cannot make the artifacts folder {}: {}", folder.string(), error.message()));
+  if (error)
+    throw BadInput(
+        fmt::format("cannot make the artifacts folder {}: {}", folder.string(), error.message()));
 }
 
 }  // namespace
@@ -48,10 +50,12 @@ Artifacts::Artifacts(fs::path folder) : folder_(std::move(folder)) {
   try {
     write_whole(probe, "");
   } catch (const BadInput& e) {
-    throw BadInput(fmt::format("cannot write to the artifacts folder {}: {}", folder_.string(), e.what()));
+    throw BadInput(
+        fmt::format("cannot write to the artifacts folder {}: {}", folder_.string(), e.what()));
   }
   fs::remove(probe, ignored);
-  for (fs::path made = folder_; is_new && made != existing && !made.empty(); made = made.parent_path()) {
+  for (fs::path made = folder_; is_new && made != existing && !made.empty();
+       made = made.parent_path()) {
     fs::remove(made, ignored);
   }
 }

@@ -1,4 +1,5 @@
-// tpcheck with the canary instead of operators: what the end-to-end tests of supervisor and commands run.
+// tpcheck with the canary instead of operators: what the end-to-end tests of supervisor and
+// commands run.
 
 #include "harness/cli/cli.h"
 #include "harness/fuzz/canary_testing.h"

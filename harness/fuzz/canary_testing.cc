@@ -7,6 +7,7 @@
 #include <deque>
 #include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "harness/base/operator.h"
 #include "harness/base/philox.h"
@@ -19,10 +20,12 @@ namespace tp {
 
 namespace {
 
-const std::vector<std::string> kFaults = {"none", "wrong", "segv", "abort", "exit", "loop", "throw", "skip_collective"};
+const std::vector<std::string> kFaults = {
+    "none", "wrong", "segv", "abort", "exit", "loop", "throw", "skip_collective", "once"};
 
-
-int unique_shards(const ModelShape& model, int tp_size) { return std::min(model.num_kv_heads, tp_size); }
+int unique_shards(const ModelShape& model, int tp_size) {
+  return std::min(model.num_kv_heads, tp_size);
+}
 
 Mutant unique_shards_mutant() {
   Mutant m{.id = "0:unique_shards",
@@ -55,20 +58,26 @@ void run_rank(TpGroup& group, Stream& stream, const std::string& fault, bool her
 }
 
 // What went wrong on this process's ranks, as a line; empty if nothing did.
-std::string run_ranks(World& world, const Case& c, const RunOptions& options, const std::string& fault, int fault_rank) {
+std::string run_ranks(World& world, const Case& c, const RunOptions& options,
+                      const std::string& fault, int fault_rank) {
   std::optional<GroupSession::Clock::time_point> deadline;
   if (options.deadline.count() > 0) deadline = GroupSession::Clock::now() + options.deadline;
   GroupSession session(world, c.tp_size, deadline, options.trace);
-  Scheduler scheduler({.seed = c.seed, .deadline = deadline, .running = &ledger_page(world.process()).running});
+  Scheduler scheduler(
+      {.seed = c.seed, .deadline = deadline, .running = &ledger_page(world.process()).running});
   std::deque<TpGroup> groups;
-  for (std::int64_t rank = session.local_ranks().offset; rank < session.local_ranks().end(); ++rank) {
+  for (std::int64_t rank = session.local_ranks().offset; rank < session.local_ranks().end();
+       ++rank) {
     TpGroup& group = groups.emplace_back(session.group(int(rank)));
     scheduler.add_rank(int(rank), [&group, &fault, here = rank == fault_rank](Stream& stream) {
       run_rank(group, stream, fault, here);
     });
   }
   std::optional<Fault> wrong = scheduler.run([&] { return session.progress(); }).fault;
-  if (const auto in_group = session.finish(wrong)) wrong = in_group;
+  // A disagreement in the group comes before what it led to here; a fault of outcome Pass only says
+  // that some process has one.
+  const auto in_group = session.finish(wrong);
+  if (in_group && (!wrong || in_group->outcome != Outcome::Pass)) wrong = in_group;
   if (session.broken()) world.retire();
   return wrong ? to_line(Verdict{wrong->outcome, wrong->what, 0, 0, 0, 0}) : "";
 }
@@ -79,13 +88,15 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
   const std::string mine = run_ranks(world, c, options, fault, fault_rank);
   std::string wrong;
   for (const std::string& line : world.gather(mine)) {
-    if (wrong.empty() || wrong.starts_with("Pass")) wrong = line;
+    if (wrong.empty() || (wrong.starts_with("Pass") && !line.empty())) wrong = line;
   }
   wrong = world.broadcast(wrong);
   if (!wrong.empty()) return verdict_from_line(wrong);
 
   const int right = sharding_rules().k_norm_shards(c.model, c.tp_size);
   int shards = fault == "wrong" ? unique_shards(c.model, c.tp_size) : right;
+  static bool failed_before = false;
+  if (fault == "once" && !std::exchange(failed_before, true)) shards = 0;
   if (options.mutant) shards = options.mutant->rules.k_norm_shards(c.model, c.tp_size);
   Verdict v;
   v.digest = stream_of(fmt::format("{} {}", shards, c.seed));
@@ -99,8 +110,15 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
 }
 
 Operator make_canary(const std::string& name, std::vector<int> fault_weights) {
-  Operator op{.name = name, .what = "fails as its case line says", .keys = {}, .laws = {}, .mutants = {}, .refuse = {}, .run = run};
-  for (const char* key : {"num_heads", "num_kv_heads", "head_dim", "tp_size", "num_tokens", "dtype", "fill", "seed"}) {
+  Operator op{.name = name,
+              .what = "fails as its case line says",
+              .keys = {},
+              .laws = {},
+              .mutants = {},
+              .refuse = {},
+              .run = run};
+  for (const char* key : {"num_heads", "num_kv_heads", "head_dim", "tp_size", "num_tokens", "dtype",
+                          "fill", "seed"}) {
     op.keys.push_back(shared_key(key));
   }
   Key fault{.name = "fault", .help = "what goes wrong"};
@@ -113,7 +131,7 @@ Operator make_canary(const std::string& name, std::vector<int> fault_weights) {
   rank.draw_max = 15;
   op.keys.push_back(fault);
   op.keys.push_back(rank);
-  op.mutants.push_back(unique_shards_mutant());
+  if (name == "canary" || name == "canary_wrong") op.mutants.push_back(unique_shards_mutant());
   op.refuse = [](const Case& c) { return partitionable(c.model, c.tp_size); };
   return op;
 }

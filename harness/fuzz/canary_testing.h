@@ -2,11 +2,12 @@
 // An operator that is meant to fail: its case line says how, and on which rank. Only test binaries
 // register it, to show that every kind of failure is caught, blamed and survived.
 //
-//   v1 canary num_heads=2 num_kv_heads=1 head_dim=8 tp_size=2 num_tokens=1 dtype=bf16 seed=7 fault=segv fault_rank=1
+//   v1 canary num_heads=2 num_kv_heads=1 head_dim=8 tp_size=2 num_tokens=1 dtype=bf16 seed=7
+//   fault=segv fault_rank=1
 //
-// `canary` draws no fault. `canary_<fault>` is the same operator, and every other case that it draws has
-// that fault. The fault `wrong` is the decision of the mutant "0:unique_shards", and so shows only where
-// tp_size > num_kv_heads.
+// `canary` draws no fault. `canary_<fault>` is the same operator, and about half of the cases that
+// it draws have that fault. `wrong` is the decision of the mutant "0:unique_shards", and so shows
+// only where tp_size > num_kv_heads; `once` fails the first time only.
 
 namespace tp {
 

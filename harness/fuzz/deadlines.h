@@ -10,15 +10,20 @@ namespace tp {
 
 class Deadlines {
  public:
-  // `fixed`: seconds for every case, or 0: max(2 s, 20 times the slowest passing case of the operator).
+  // `fixed`: seconds for every case, or 0: max(2 s, 20 times the slowest passing case of the
+  // operator).
   explicit Deadlines(double fixed) : fixed_(fixed) {}
 
-  void passed(const std::string& op, double seconds) { slowest_[op] = std::max(slowest_[op], seconds); }
+  void passed(const std::string& op, double seconds) {
+    slowest_[op] = std::max(slowest_[op], seconds);
+  }
 
   std::chrono::milliseconds of(const std::string& op) const {
     const auto it = slowest_.find(op);
     // Before the first pass nothing is known: a sanitizer or a loaded machine may be slow.
-    const double seconds = fixed_ > 0 ? fixed_ : it == slowest_.end() ? 30 : std::max(2.0, 20 * it->second);
+    const double seconds = fixed_ > 0             ? fixed_
+                           : it == slowest_.end() ? 30
+                                                  : std::max(2.0, 20 * it->second);
     return std::chrono::milliseconds(std::max<std::int64_t>(1, std::int64_t(seconds * 1000)));
   }
 

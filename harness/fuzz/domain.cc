@@ -12,7 +12,8 @@ namespace tp {
 namespace {
 
 bool has_mutant(const Operator& op, const std::string& id) {
-  return std::any_of(op.mutants.begin(), op.mutants.end(), [&](const Mutant& m) { return m.id == id; });
+  return std::any_of(op.mutants.begin(), op.mutants.end(),
+                     [&](const Mutant& m) { return m.id == id; });
 }
 
 void choose_ops(Domain& domain, const std::vector<std::string>& names) {
@@ -21,13 +22,15 @@ void choose_ops(Domain& domain, const std::vector<std::string>& names) {
   }
   for (const std::string& name : names) {
     const Operator* op = &find_operator(name);
-    if (std::find(domain.ops.begin(), domain.ops.end(), op) == domain.ops.end()) domain.ops.push_back(op);
+    if (std::find(domain.ops.begin(), domain.ops.end(), op) == domain.ops.end())
+      domain.ops.push_back(op);
   }
   if (domain.mutant.empty()) return;
   find_mutant(domain.mutant);
   std::erase_if(domain.ops, [&](const Operator* op) { return !has_mutant(*op, domain.mutant); });
   if (domain.ops.empty()) {
-    throw BadInput(fmt::format("none of {} has the mutant '{}'", fmt::join(names, ", "), domain.mutant));
+    throw BadInput(
+        fmt::format("none of {} has the mutant '{}'", fmt::join(names, ", "), domain.mutant));
   }
 }
 
@@ -75,7 +78,8 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
   domain.mutant = mutant;
   choose_ops(domain, ops);
   std::sort(domain.tp_sizes.begin(), domain.tp_sizes.end());
-  domain.tp_sizes.erase(std::unique(domain.tp_sizes.begin(), domain.tp_sizes.end()), domain.tp_sizes.end());
+  domain.tp_sizes.erase(std::unique(domain.tp_sizes.begin(), domain.tp_sizes.end()),
+                        domain.tp_sizes.end());
   TP_CHECK(!domain.tp_sizes.empty(), "no tp_size to draw");
   const Key tp_key = shared_key("tp_size");
   if (domain.tp_sizes.front() < tp_key.min || domain.tp_sizes.back() > tp_key.max) {
@@ -95,7 +99,8 @@ void set_model(Case& c, const Model& model) {
   Case source;
   source.model = model.shape;
   for (const Key& key : find_operator(c.op).keys) {
-    for (const char* name : {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"}) {
+    for (const char* name :
+         {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim"}) {
       if (key.name == name && key.get_field) key.set(c, key.get(source));
     }
   }
@@ -105,8 +110,8 @@ EachPair each_pair(const Domain& domain) {
   EachPair each;
   for (const Model& model : domain.models) {
     for (const int tp : domain.tp_sizes) {
-      // A tp_size that does not divide the query heads is nobody's wish; one that does, but does not fit
-      // the KV heads, is what a user tries and must be told about.
+      // A tp_size that does not divide the query heads is nobody's wish; one that does, but does
+      // not fit the KV heads, is what a user tries and must be told about.
       if (model.shape.num_heads % tp != 0) continue;
       if (partitionable(model.shape, tp)) {
         ++each.refused;

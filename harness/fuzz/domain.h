@@ -10,7 +10,12 @@
 namespace tp {
 
 // How the KV heads meet the ranks. Most bugs of the zoo live in one of these alone.
-enum class Relation { single, below, equal, above };  // tp_size = 1; else kv_heads below/equal/above it
+enum class Relation {
+  single,
+  below,
+  equal,
+  above
+};  // tp_size = 1; else kv_heads below/equal/above it
 
 // The part of a shape that must fit together, and so is drawn and shrunk together.
 struct HeadTriple {
@@ -30,22 +35,23 @@ void set_heads(Case& c, const HeadTriple& t);
 
 struct Domain {
   std::vector<const Operator*> ops;
-  std::vector<int> tp_sizes;   // ascending
+  std::vector<int> tp_sizes;  // ascending
   std::vector<Model> models;
-  bool models_only = false;    // else half of the cases are random shapes
-  std::string mutant;          // id; empty: none
+  bool models_only = false;  // else half of the cases are random shapes
+  std::string mutant;        // id; empty: none
 };
 
-// Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, and where
-// no model fits any tp_size.
+// Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, and
+// where no model fits any tp_size.
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
                    const std::vector<std::string>& models, const std::string& mutant);
 
 // The operator's keys that a model decides, set from it; the others stay as they are.
 void set_model(Case& c, const Model& model);
 
-// One case for each operator, model and tp_size at which the heads can be cut evenly, all other keys
-// being at their defaults. `refused` counts the pairs (model, tp_size) that the KV heads do not fit.
+// One case for each operator, model and tp_size at which the heads can be cut evenly, all other
+// keys being at their defaults. `refused` counts the pairs (model, tp_size) that the KV heads do
+// not fit.
 struct EachPair {
   std::vector<Case> cases;
   int legal = 0;

@@ -18,8 +18,8 @@ constexpr int kMaxHeads = 128;
 // Of the widest tensor, unless a model is wider: keeps one unlucky draw from taking seconds.
 constexpr std::int64_t kMaxElements = 1 << 20;
 
-// How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV heads, those
-// below tp_size, are where the bugs are; a single rank has nothing to shard.
+// How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
+// heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
 constexpr double kRelationWeights[] = {12, 46, 16, 26};
 static_assert(int(Relation::below) == 1 && int(Relation::above) == 3);
 
@@ -68,7 +68,8 @@ struct Choices {
     for (const int tp : domain.tp_sizes) {
       if (tp == 1) random[int(Relation::single)].push_back(tp);
       if (tp == 1) continue;
-      for (const Relation r : {Relation::below, Relation::equal, Relation::above}) random[int(r)].push_back(tp);
+      for (const Relation r : {Relation::below, Relation::equal, Relation::above})
+        random[int(r)].push_back(tp);
     }
     for (const Model& model : domain.models) {
       std::vector<int> of[4];
@@ -90,8 +91,8 @@ Relation draw_relation(Dice& dice, const List (&possible)[4]) {
   return Relation(dice.weighted(weights));
 }
 
-// Heads are drawn as multiples of what they must be multiples of: if tp_size and num_kv_heads divide one
-// another, the larger one.
+// Heads are drawn as multiples of what they must be multiples of: if tp_size and num_kv_heads
+// divide one another, the larger one.
 HeadTriple draw_heads(Dice& dice, Relation relation, int tp) {
   int kv = tp;
   if (relation == Relation::below) {
@@ -128,7 +129,8 @@ std::int64_t draw_value(Dice& dice, const Key& key) {
 }
 
 std::int64_t widest(const Case& c) {
-  return std::max<std::int64_t>(c.model.hidden_size, std::int64_t{c.model.num_heads} * c.model.head_dim);
+  return std::max<std::int64_t>(c.model.hidden_size,
+                                std::int64_t{c.model.num_heads} * c.model.head_dim);
 }
 
 bool is_model_key(const Key& key) {
@@ -139,7 +141,8 @@ bool is_model_key(const Key& key) {
   return touched.model != none.model;
 }
 
-void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const Operator& op, Case& c) {
+void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const Operator& op,
+                Case& c) {
   const bool heads = has_heads(op);
   if (domain.models_only || dice.unit() < 0.5) {
     const Relation relation = draw_relation(dice, choices.models);
@@ -179,8 +182,8 @@ Case draw_rest(Dice& dice, Case c) {
     }
     key.set(c, draw_value(dice, limited));
   }
-  // An option that this shape does not allow (a law about heads where there is one) gives way to its
-  // default: the shape was drawn with care, and stays.
+  // An option that this shape does not allow (a law about heads where there is one) gives way to
+  // its default: the shape was drawn with care, and stays.
   for (const Key& key : op.keys) {
     if (!op.refuse(c)) break;
     if (!key.get_field) key.set(c, key.fallback);

@@ -1,6 +1,6 @@
 #pragma once
-// Drawing and shrinking by RapidCheck. This is the only file that knows it (its headers cost 12 s of
-// compiling); the loops around it are ours, because they have budgets of time and many jobs.
+// Drawing and shrinking by RapidCheck. This is the only file that knows it (its headers cost 12 s
+// of compiling); the loops around it are ours, because they have budgets of time and many jobs.
 
 #include <cstdint>
 #include <memory>
@@ -10,8 +10,8 @@
 
 namespace tp {
 
-// An endless row of legal cases, the same for the same domain and seed. Cases are built to be legal,
-// never drawn and discarded.
+// An endless row of legal cases, the same for the same domain and seed. Cases are built to be
+// legal, never drawn and discarded.
 class Draw {
  public:
   Draw(const Domain& domain, std::uint64_t seed);

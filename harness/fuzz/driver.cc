@@ -61,7 +61,8 @@ int processes_of(const World* world, const RunnerOptions& options) {
   return options.processes != 0 ? options.processes : default_processes();
 }
 
-int with_runner(World* world, const RunnerOptions& options, const std::function<int(Runner&)>& body) {
+int with_runner(World* world, const RunnerOptions& options,
+                const std::function<int(Runner&)>& body) {
   if (options.on != "emulator") {
     throw Unavailable(fmt::format("--on {}: this build has the emulator only", options.on));
   }

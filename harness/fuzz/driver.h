@@ -1,6 +1,6 @@
 #pragma once
-// What every command that runs cases has in common: it gets a runner, and its exit code is the same on
-// all processes.
+// What every command that runs cases has in common: it gets a runner, and its exit code is the same
+// on all processes.
 
 #include <functional>
 #include <string>
@@ -24,10 +24,11 @@ struct RunnerOptions {
 // How many processes one job has: of the launched world, or as the options say.
 int processes_of(const World* world, const RunnerOptions& options);
 
-// Runs `body` with a runner: in-process where the world was launched by mpirun (then on process 0, while
-// the others serve it), else with a supervisor. Returns body's code on all processes; 70 where the
-// runner gave up, 72 where Ctrl-C came. BadInput and Unavailable leave it on process 0 only; the other
-// processes return 2 and 3.
-int with_runner(World* world, const RunnerOptions& options, const std::function<int(Runner&)>& body);
+// Runs `body` with a runner: in-process where the world was launched by mpirun (then on process 0,
+// while the others serve it), else with a supervisor. Returns body's code on all processes; 70
+// where the runner gave up, 72 where Ctrl-C came. BadInput and Unavailable leave it on process 0
+// only; the other processes return 2 and 3.
+int with_runner(World* world, const RunnerOptions& options,
+                const std::function<int(Runner&)>& body);
 
 }  // namespace tp

@@ -28,7 +28,8 @@ std::string changed_keys(const Finding& f) {
   std::string text;
   for (const Key& key : find_operator(f.original.op).keys) {
     const std::int64_t was = key.get(f.original);
-    if (was != key.get(f.smallest)) text += fmt::format("{}{}={}", text.empty() ? "" : " ", key.name, key.print(was));
+    if (was != key.get(f.smallest))
+      text += fmt::format("{}{}={}", text.empty() ? "" : " ", key.name, key.print(was));
   }
   return text.empty() ? "this very case" : text;
 }
@@ -48,7 +49,8 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     if (!again.log.empty()) finding.log = again.log;
     return again.verdict;
   };
-  const bool ends_job = answer.verdict.outcome == Outcome::Crash || answer.verdict.outcome == Outcome::Hang;
+  const bool ends_job =
+      answer.verdict.outcome == Outcome::Crash || answer.verdict.outcome == Outcome::Hang;
   Runner* where = ends_job ? &runner.alone() : &runner;
   try {
     finding.reproduced = fails_on(*where, finding.original).has_value();
@@ -71,7 +73,8 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     finding.smallest = shrunk.smallest;
     finding.verdict = shrunk.verdict;
     finding.runs = shrunk.runs;
-    if (finding.mutant.empty() && !finding.interrupted) finding.looks_like = look_alikes(*where, finding, request);
+    if (finding.mutant.empty() && !finding.interrupted)
+      finding.looks_like = look_alikes(*where, finding, request);
   } catch (const Interrupted&) {
     finding.interrupted = true;
   } catch (const GaveUp& e) {
@@ -95,7 +98,8 @@ std::string replay_command(const Finding& f) {
 
 std::string finding_text(const Finding& f, int number) {
   const std::string head = f.reproduced ? fmt::format("FINDING {}", number) : "UNSTABLE";
-  std::string text = fmt::format("{}  {}  {}   {}\n", head, f.smallest.op, name_of(f.verdict.outcome), f.verdict.detail);
+  std::string text = fmt::format("{}  {}  {}   {}\n", head, f.smallest.op,
+                                 name_of(f.verdict.outcome), f.verdict.detail);
   text += fmt::format("  case        {}\n", to_line(f.smallest));
   if (f.reproduced && f.runs > 0) {
     text += fmt::format("  from        {}   ({} runs{})\n", changed_keys(f), f.runs,

@@ -1,6 +1,6 @@
 #pragma once
-// From a failing case to something a person can act on: replayed, shrunk, compared with known bugs, and
-// printed with one line to paste.
+// From a failing case to something a person can act on: replayed, shrunk, compared with known bugs,
+// and printed with one line to paste.
 
 #include <functional>
 #include <string>
@@ -14,21 +14,21 @@ namespace tp {
 struct Finding {
   Case original;
   Case smallest;
-  Verdict verdict;              // of `smallest`
-  int runs = 0;                 // spent on shrinking
-  bool reproduced = false;      // by its own replay; if not, nothing else was tried
-  bool interrupted = false;     // Ctrl-C came while it was shrunk
-  int processes = 0;            // replay needs this many; 0: any number
-  std::string mutant;           // id of the mutant that was run; empty: none
-  std::string looks_like;       // known bugs that give the same bits
-  std::string log;              // what the worker last said, if it died
+  Verdict verdict;           // of `smallest`
+  int runs = 0;              // spent on shrinking
+  bool reproduced = false;   // by its own replay; if not, nothing else was tried
+  bool interrupted = false;  // Ctrl-C came while it was shrunk
+  int processes = 0;         // replay needs this many; 0: any number
+  std::string mutant;        // id of the mutant that was run; empty: none
+  std::string looks_like;    // known bugs that give the same bits
+  std::string log;           // what the worker last said, if it died
 };
 
 using FindingReport = std::function<void(const Finding&)>;
 using MakeRequest = std::function<Request(const Case&)>;
 
-// Replays and shrinks the failing case of `answer`, and looks for the mutant that gives the same output.
-// `processes`: of the runner's jobs. Ctrl-C ends the shrinking and is noted.
+// Replays and shrinks the failing case of `answer`, and looks for the mutant that gives the same
+// output. `processes`: of the runner's jobs. Ctrl-C ends the shrinking and is noted.
 Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
                     const ShrinkLimits& limits);
 

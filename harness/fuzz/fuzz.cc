@@ -28,8 +28,8 @@ constexpr std::chrono::milliseconds kHangDeadline{5000};
 
 class Fuzzer {
  public:
-  Fuzzer(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options, std::uint64_t seed,
-         Progress& progress, const FindingReport& report)
+  Fuzzer(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
+         std::uint64_t seed, Progress& progress, const FindingReport& report)
       : runner_(runner),
         processes_(processes),
         options_(options),
@@ -39,7 +39,8 @@ class Fuzzer {
         draw_(domain, seed),
         deadlines_(options.timeout) {
     result_.summary.seed = seed;
-    seconds_ = options.for_seconds > 0 || options.cases > 0 || options.each ? options.for_seconds : kDefaultSeconds;
+    seconds_ = options.for_seconds > 0 || options.cases > 0 || options.each ? options.for_seconds
+                                                                            : kDefaultSeconds;
     if (!options.artifacts.empty()) artifacts_.emplace(options.artifacts);
     if (options.each) {
       EachPair each = each_pair(domain);
@@ -106,7 +107,8 @@ class Fuzzer {
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
     // A pair is not done until its data could be trusted.
-    if (v.outcome == Outcome::Mistrusted && options_.each && answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal)) {
+    if (v.outcome == Outcome::Mistrusted && options_.each &&
+        answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal)) {
       shapes_.push_back(c);
     }
     if (v.finding()) failures_.push_back(std::move(answer));
@@ -128,7 +130,8 @@ class Fuzzer {
     const auto request = [&](const Case& smaller) {
       Request r = request_for(smaller);
       // Every step on the way down from a hang costs its deadline.
-      if (failure.verdict.outcome == Outcome::Hang) r.deadline = std::min(r.deadline, kHangDeadline);
+      if (failure.verdict.outcome == Outcome::Hang)
+        r.deadline = std::min(r.deadline, kHangDeadline);
       return r;
     };
     const Finding finding = investigate(runner_, failure, request, processes_, {});
@@ -178,8 +181,8 @@ int FuzzResult::exit_code() const {
   return summary.ran() == 0 ? 4 : 0;
 }
 
-FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options, std::uint64_t seed,
-                Progress& progress, const FindingReport& report) {
+FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
+                std::uint64_t seed, Progress& progress, const FindingReport& report) {
   return Fuzzer(runner, processes, domain, options, seed, progress, report).run();
 }
 
@@ -195,7 +198,8 @@ int fuzz_main(World* world, const FuzzOptions& options) {
   const std::uint64_t seed = options.seed.value_or(random_seed());
   const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
   return with_runner(world, where, [&](Runner& runner) {
-    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(), seed);
+    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(),
+               seed);
     Progress progress(Progress::Show::yes);
     int number = 0;
     std::FILE* to = options.json ? stderr : stdout;
@@ -206,7 +210,8 @@ int fuzz_main(World* world, const FuzzOptions& options) {
     const FuzzResult result =
         fuzz(runner, processes_of(world, where), domain, options, seed, progress, report);
     if (result.interrupted) fmt::print(stderr, "interrupted: what there is so far\n");
-    fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary), options.json ? "\n" : "");
+    fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary),
+               options.json ? "\n" : "");
     std::fflush(stdout);
     return result.exit_code();
   });

@@ -1,8 +1,9 @@
 #pragma once
-// tpcheck fuzz: draws cases, has workers run them, and turns every failure into one line that replays.
+// tpcheck fuzz: draws cases, has workers run them, and turns every failure into one line that
+// replays.
 //
-// The loop runs in a process that cannot crash: a supervisor outside MPI that drives worker jobs, or,
-// where tpcheck itself was started by mpirun, process 0 in-process.
+// The loop runs in a process that cannot crash: a supervisor outside MPI that drives worker jobs,
+// or, where tpcheck itself was started by mpirun, process 0 in-process.
 
 #include <cstdint>
 #include <optional>
@@ -20,11 +21,12 @@ namespace tp {
 class World;
 
 struct FuzzOptions {
-  std::vector<std::string> ops;     // empty: all
-  std::vector<int> tp_sizes;        // empty: 1 .. 16, and with `each` 1 .. 64
-  std::vector<std::string> models;  // presets or paths of a config.json; {"all"}: every preset; empty: the mix
-  double for_seconds = 0;           // 0: no limit of time; 60 where there is no limit of cases either
-  std::int64_t cases = 0;           // 0: no limit
+  std::vector<std::string> ops;  // empty: all
+  std::vector<int> tp_sizes;     // empty: 1 .. 16, and with `each` 1 .. 64
+  std::vector<std::string>
+      models;  // presets or paths of a config.json; {"all"}: every preset; empty: the mix
+  double for_seconds = 0;  // 0: no limit of time; 60 where there is no limit of cases either
+  std::int64_t cases = 0;  // 0: no limit
   std::optional<std::uint64_t> seed;
   int processes = 0;   // of one worker job; 0: the cores, at most 4
   int jobs = 0;        // 0: as many as fill the cores
@@ -47,9 +49,9 @@ struct FuzzResult {
   int exit_code() const;
 };
 
-// Runs cases from `domain` until a limit of `options` is reached or something is found. `report` is told of
-// every finding as soon as it is shrunk. `processes`: of the runner's jobs. Throws GaveUp if the runner
-// does; Ctrl-C ends it with what there is.
+// Runs cases from `domain` until a limit of `options` is reached or something is found. `report` is
+// told of every finding as soon as it is shrunk. `processes`: of the runner's jobs. Throws GaveUp
+// if the runner does; Ctrl-C ends it with what there is.
 FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
                 std::uint64_t seed, Progress& progress, const FindingReport& report);
 

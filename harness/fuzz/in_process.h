@@ -1,6 +1,6 @@
 #pragma once
-// Runs cases on the processes of this very job, where tpcheck itself was started by mpirun or srun: the
-// same loop as under the supervisor, but a crash ends it all.
+// Runs cases on the processes of this very job, where tpcheck itself was started by mpirun or srun:
+// the same loop as under the supervisor, but a crash ends it all.
 
 #include <deque>
 

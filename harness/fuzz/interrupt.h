@@ -1,5 +1,6 @@
 #pragma once
-// Ctrl-C: a flag and a file descriptor to poll, so that the loop can stop its jobs and print what it has.
+// Ctrl-C: a flag and a file descriptor to poll, so that the loop can stop its jobs and print what
+// it has.
 
 namespace tp {
 

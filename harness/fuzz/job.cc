@@ -43,7 +43,8 @@ std::filesystem::path make_folder() {
     std::string path = fmt::format("{}/tpcheck-XXXXXX", base);
     if (mkdtemp(path.data())) return path;
   }
-  throw Unavailable("no folder for temporary files: neither /dev/shm nor TMPDIR nor /tmp can be written");
+  throw Unavailable(
+      "no folder for temporary files: neither /dev/shm nor TMPDIR nor /tmp can be written");
 }
 
 std::vector<std::string> job_environment(const std::filesystem::path& folder) {
@@ -81,8 +82,8 @@ std::vector<char*> pointers(std::vector<std::string>& strings) {
 // Pids of all jobs, which are waited for one by one.
 std::set<pid_t> jobs_alive;
 
-// A killed mpirun leaves its workers to us (PR_SET_CHILD_SUBREAPER): in a container nobody else may bury
-// them.
+// A killed mpirun leaves its workers to us (PR_SET_CHILD_SUBREAPER): in a container nobody else may
+// bury them.
 void reap_orphans() {
   for (;;) {
     siginfo_t info = {};
@@ -111,7 +112,8 @@ void check_launcher(int processes) {
   for (std::string folder; std::getline(path, folder, ':');) {
     if (access((folder + "/mpirun").c_str(), X_OK) == 0) return;
   }
-  throw Unavailable(fmt::format("{} processes need mpirun, and PATH has none (-n 1 does without)", processes));
+  throw Unavailable(
+      fmt::format("{} processes need mpirun, and PATH has none (-n 1 does without)", processes));
 }
 
 bool LineReader::read_into(std::vector<std::string>& lines) {
@@ -126,7 +128,8 @@ bool LineReader::read_into(std::vector<std::string>& lines) {
       return false;
     }
     std::string_view rest(buffer, std::size_t(n));
-    for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos; rest.remove_prefix(end + 1)) {
+    for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;
+         rest.remove_prefix(end + 1)) {
       lines.push_back(partial_ + std::string(rest.substr(0, end)));
       partial_.clear();
     }
@@ -147,15 +150,17 @@ Job::Job(int processes) : processes_(processes), folder_(make_folder()) {
 void Job::start() {
   std::vector<std::string> arguments = {own_executable(), "worker"};
   if (processes_ > 1) {
-    const std::vector<std::string> launcher = {"mpirun", "--bind-to", "none", "-n", std::to_string(processes_)};
+    const std::vector<std::string> launcher = {"mpirun", "--bind-to", "none", "-n",
+                                               std::to_string(processes_)};
     arguments.insert(arguments.begin(), launcher.begin(), launcher.end());
   }
   std::vector<std::string> environment = job_environment(folder_);
   const std::vector<char*> argv = pointers(arguments), envp = pointers(environment);
 
   int in[2], out_pipe[2], err[2];
-  TP_CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out_pipe, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0,
-           std::strerror(errno));
+  TP_CHECK(
+      pipe2(in, O_CLOEXEC) == 0 && pipe2(out_pipe, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0,
+      std::strerror(errno));
   prctl(PR_SET_CHILD_SUBREAPER, 1);
   const pid_t supervisor = getpid();
   pid_ = fork();

@@ -1,7 +1,7 @@
 #pragma once
-// One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then never
-// starts MPI and is up in some 10 ms. It has its own process group and its own folder for temporary
-// files and ledgers; neither outlives the Job, nor (but for the folder) the supervisor.
+// One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then
+// never starts MPI and is up in some 10 ms. It has its own process group and its own folder for
+// temporary files and ledgers; neither outlives the Job, nor (but for the folder) the supervisor.
 
 #include <sys/types.h>
 
@@ -45,10 +45,11 @@ class Job {
   int errors_fd() const { return errors_.fd(); }
   std::string last_errors() const;
 
-  // Ends the job, once it has had some time to end by itself. How it ended, in a few words: "killed by
-  // SIGSEGV", "exited with 3".
+  // Ends the job, once it has had some time to end by itself. How it ended, in a few words: "killed
+  // by SIGSEGV", "exited with 3".
   std::string end(std::chrono::milliseconds patience);
-  // After end(): what was going on, for a verdict's detail: rank, kernel and the last thing it said.
+  // After end(): what was going on, for a verdict's detail: rank, kernel and the last thing it
+  // said.
   std::string last_words() const;
 
  private:

@@ -1,5 +1,6 @@
 #pragma once
-// How far a long command is, on standard error: rewritten in place on a terminal, a line every 30 s in a log.
+// How far a long command is, on standard error: rewritten in place on a terminal, a line every 30 s
+// in a log.
 
 #include <chrono>
 #include <string>

@@ -9,8 +9,8 @@
 namespace tp {
 
 std::string to_line(const Request& r) {
-  return fmt::format("run {} {} {:d} {}", r.deadline.count(), r.mutant.empty() ? "-" : r.mutant, r.trace,
-                     r.line);
+  return fmt::format("run {} {} {:d} {}", r.deadline.count(), r.mutant.empty() ? "-" : r.mutant,
+                     r.trace, r.line);
 }
 
 Request request_from_line(std::string_view line) {

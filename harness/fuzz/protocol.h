@@ -4,8 +4,8 @@
 //   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <case line>
 //   back, at start   tpcheck-ready <where it runs>
 //   back             tpcheck-trace <text>          any number, only if asked for
-//                    tpcheck-retires                before its last verdict, if the job can run no more
-//                    tpcheck-verdict <verdict line>
+//                    tpcheck-retires                before its last verdict, if the job can run no
+//                    more tpcheck-verdict <verdict line>
 // Any other line a worker prints is not protocol: something printed by the code under test.
 
 #include <chrono>
@@ -26,7 +26,8 @@ struct Request {
   bool trace = false;
 };
 
-// One line without a newline, and back. The second throws BadInput; it does not look at the case line.
+// One line without a newline, and back. The second throws BadInput; it does not look at the case
+// line.
 std::string to_line(const Request& request);
 Request request_from_line(std::string_view line);
 

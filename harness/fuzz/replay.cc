@@ -61,7 +61,8 @@ std::vector<Case> read_cases(const std::vector<std::string>& inputs) {
 void check_mutant(const Case& c, const std::string& id) {
   if (id.empty()) return;
   const std::vector<FoundMutant> found = find_mutant(id);
-  if (std::none_of(found.begin(), found.end(), [&](const FoundMutant& f) { return f.op->name == c.op; })) {
+  if (std::none_of(found.begin(), found.end(),
+                   [&](const FoundMutant& f) { return f.op->name == c.op; })) {
     throw BadInput(fmt::format("{} has no mutant '{}'", c.op, id));
   }
 }
@@ -80,9 +81,11 @@ Verdict replay_once(Runner& runner, const Request& request, int number) {
     finding.mutant = request.mutant;
     fmt::print("{}", finding_text(finding, number));
   } else {
-    fmt::print("{}{}{}\n  case        {}\n", name_of(v.outcome), v.detail.empty() ? "" : "   ", v.detail, request.line);
+    fmt::print("{}{}{}\n  case        {}\n", name_of(v.outcome), v.detail.empty() ? "" : "   ",
+               v.detail, request.line);
   }
-  fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score, v.seconds * 1e3);
+  fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
+             v.seconds * 1e3);
   std::fflush(stdout);
   return v;
 }

@@ -9,16 +9,18 @@ namespace tp {
 class World;
 
 struct ReplayOptions {
-  std::vector<std::string> inputs;  // case lines, files of case lines ('#' starts a comment), folders of *.case
-  int processes = 0;                // of the worker job; 0: the cores, at most 4
-  int times = 1;                    // how often each case is run
-  double timeout = 0;               // of a case, in seconds; 0: 30
-  bool trace = false;               // print each stage's values and each collective of every rank
+  std::vector<std::string>
+      inputs;          // case lines, files of case lines ('#' starts a comment), folders of *.case
+  int processes = 0;   // of the worker job; 0: the cores, at most 4
+  int times = 1;       // how often each case is run
+  double timeout = 0;  // of a case, in seconds; 0: 30
+  bool trace = false;  // print each stage's values and each collective of every rank
   std::string mutant;
   std::string on = "emulator";  // where kernels run
 };
 
-// Exit code 1 if a case still fails, 0 if all pass. Throws BadInput for a line or file that cannot be meant.
+// Exit code 1 if a case still fails, 0 if all pass. Throws BadInput for a line or file that cannot
+// be meant.
 int replay_main(World* world, const ReplayOptions& options);
 
 }  // namespace tp

@@ -1,6 +1,6 @@
 #pragma once
-// Who runs cases for the fuzz loop: worker jobs under a supervisor (supervisor.h), or the processes of
-// this very job (in_process.h).
+// Who runs cases for the fuzz loop: worker jobs under a supervisor (supervisor.h), or the processes
+// of this very job (in_process.h).
 
 #include <stdexcept>
 #include <string>

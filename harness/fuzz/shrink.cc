@@ -13,11 +13,12 @@ namespace tp {
 namespace {
 
 bool fits_below(const HeadTriple& a, const HeadTriple& b) {
-  return a != b && a.num_heads <= b.num_heads && a.num_kv_heads <= b.num_kv_heads && a.tp_size <= b.tp_size;
+  return a != b && a.num_heads <= b.num_heads && a.num_kv_heads <= b.num_kv_heads &&
+         a.tp_size <= b.tp_size;
 }
 
-// The smallest legal triples below t: those of its own relation first, because most bugs need it, then by
-// tp_size. At most `limit` of them.
+// The smallest legal triples below t: those of its own relation first, because most bugs need it,
+// then by tp_size. At most `limit` of them.
 std::vector<HeadTriple> smallest_triples(const HeadTriple& t, std::size_t limit) {
   std::vector<HeadTriple> own, others;
   for (int tp = 1; tp <= t.tp_size && own.size() < limit; ++tp) {
@@ -30,11 +31,13 @@ std::vector<HeadTriple> smallest_triples(const HeadTriple& t, std::size_t limit)
     }
   }
   const auto order = [](const HeadTriple& a, const HeadTriple& b) {
-    return std::tie(a.tp_size, a.num_heads, a.num_kv_heads) < std::tie(b.tp_size, b.num_heads, b.num_kv_heads);
+    return std::tie(a.tp_size, a.num_heads, a.num_kv_heads) <
+           std::tie(b.tp_size, b.num_heads, b.num_kv_heads);
   };
   std::sort(own.begin(), own.end(), order);
   std::sort(others.begin(), others.end(), order);
-  own.insert(own.end(), others.begin(), others.begin() + std::ptrdiff_t(std::min<std::size_t>(others.size(), 6)));
+  own.insert(own.end(), others.begin(),
+             others.begin() + std::ptrdiff_t(std::min<std::size_t>(others.size(), 6)));
   if (own.size() > limit) own.resize(limit);
   return own;
 }
@@ -42,8 +45,9 @@ std::vector<HeadTriple> smallest_triples(const HeadTriple& t, std::size_t limit)
 // Halves and single steps, of one number or of several at once.
 std::vector<HeadTriple> nearby_triples(const HeadTriple& t) {
   const auto [heads, kv, tp] = t;
-  std::vector<HeadTriple> all = {{heads / 2, kv / 2, tp / 2}, {heads / 2, kv, tp / 2}, {heads, kv / 2, tp / 2},
-                                 {heads, kv, tp / 2},         {heads / 2, kv / 2, tp}, {heads / 2, kv, tp},
+  std::vector<HeadTriple> all = {{heads / 2, kv / 2, tp / 2}, {heads / 2, kv, tp / 2},
+                                 {heads, kv / 2, tp / 2},     {heads, kv, tp / 2},
+                                 {heads / 2, kv / 2, tp},     {heads / 2, kv, tp},
                                  {heads, kv / 2, tp}};
   const auto step = [&](auto change) {
     for (int by = 1; by < 16; ++by) {
@@ -65,10 +69,12 @@ std::vector<HeadTriple> nearby_triples(const HeadTriple& t) {
 // Candidates for one case, each once and only if it is legal.
 class Candidates {
  public:
-  explicit Candidates(const Case& from) : from_(from), op_(find_operator(from.op)), joint_(has_heads(op_)) {}
+  explicit Candidates(const Case& from)
+      : from_(from), op_(find_operator(from.op)), joint_(has_heads(op_)) {}
 
   bool shrinks_alone(const Key& key) const {
-    const bool in_triple = key.name == "num_heads" || key.name == "num_kv_heads" || key.name == "tp_size";
+    const bool in_triple =
+        key.name == "num_heads" || key.name == "num_kv_heads" || key.name == "tp_size";
     return key.shrink != Shrink::never && !(joint_ && in_triple);
   }
   std::int64_t target(const Key& key) const {
@@ -78,7 +84,8 @@ class Candidates {
   Case smallest(bool numbers_only) const {
     Case c = from_;
     for (const Key& key : op_.keys) {
-      if (shrinks_alone(key) && !(numbers_only && key.shrink == Shrink::to_fallback)) key.set(c, target(key));
+      if (shrinks_alone(key) && !(numbers_only && key.shrink == Shrink::to_fallback))
+        key.set(c, target(key));
     }
     return c;
   }
@@ -161,11 +168,14 @@ bool same_failure(const Verdict& a, const Verdict& b) {
 }
 
 Shrunk minimise(const Case& failing, const Verdict& verdict,
-                const std::function<std::optional<Verdict>(const Case&)>& fails, const ShrinkLimits& limits) {
+                const std::function<std::optional<Verdict>(const Case&)>& fails,
+                const ShrinkLimits& limits) {
   const auto start = std::chrono::steady_clock::now();
   Shrunk shrunk{failing, verdict, 0};
   std::set<std::string> tried = {to_line(failing)};
-  const auto in_budget = [&] { return shrunk.runs < limits.runs && seconds_since(start) < limits.seconds; };
+  const auto in_budget = [&] {
+    return shrunk.runs < limits.runs && seconds_since(start) < limits.seconds;
+  };
   const auto try_case = [&](const Case& c) {
     if (!tried.insert(to_line(c)).second) return false;
     ++shrunk.runs;

@@ -19,8 +19,8 @@ std::string counts(const Map& map, Name name) {
 
 std::string mix_text(const Summary& s) {
   return fmt::format("kv_heads below tp_size {:.0f}%, at {:.0f}%, above {:.0f}%; tp_size=1 {:.0f}%",
-                     100 * s.share(Relation::below), 100 * s.share(Relation::equal), 100 * s.share(Relation::above),
-                     100 * s.share(Relation::single));
+                     100 * s.share(Relation::below), 100 * s.share(Relation::equal),
+                     100 * s.share(Relation::above), 100 * s.share(Relation::single));
 }
 
 }  // namespace
@@ -59,21 +59,25 @@ double Summary::share(Relation relation) const {
 }
 
 std::string summary_text(const Summary& s) {
-  std::string text = fmt::format("{} cases in {:.1f} s, {:.1f} cases/s, {:.3g} emulated threads/s, seed {}\n", s.ran(),
-                                 s.seconds, s.cases_per_second(), s.seconds > 0 ? double(s.threads) / s.seconds : 0,
-                                 s.seed);
+  std::string text = fmt::format(
+      "{} cases in {:.1f} s, {:.1f} cases/s, {:.3g} emulated threads/s, seed {}\n", s.ran(),
+      s.seconds, s.cases_per_second(), s.seconds > 0 ? double(s.threads) / s.seconds : 0, s.seed);
   if (!s.relations.empty()) text += fmt::format("  mix         {}\n", mix_text(s));
   if (s.pairs_legal >= 0) {
-    text += fmt::format("  pairs       {} of model and tp_size, {} more refused: the KV heads do not fit\n",
-                        s.pairs_legal, s.pairs_refused);
+    text += fmt::format(
+        "  pairs       {} of model and tp_size, {} more refused: the KV heads do not fit\n",
+        s.pairs_legal, s.pairs_refused);
   }
-  text += fmt::format("  covered     {}\n", counts(s.ops, [](const std::string& op) { return op; }));
-  text += fmt::format("              {}; {}\n", counts(s.dtypes, [](DType t) { return name_of(t); }),
-                      counts(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; }));
+  text +=
+      fmt::format("  covered     {}\n", counts(s.ops, [](const std::string& op) { return op; }));
+  text +=
+      fmt::format("              {}; {}\n", counts(s.dtypes, [](DType t) { return name_of(t); }),
+                  counts(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; }));
   text += fmt::format("  outcomes    {}", counts(s.outcomes, [](Outcome o) { return name_of(o); }));
   if (s.count(Outcome::Mistrusted) > 0) text += " (Mistrusted: drawn again, no pass)";
-  if (s.repeated > 0) text += fmt::format("; {} findings repeat an earlier one", s.repeated);
-  if (s.unstable > 0) text += fmt::format("; {} failures not shown by their own replay", s.unstable);
+  if (s.repeated > 0) text += fmt::format("; {} like an earlier finding", s.repeated);
+  if (s.unstable > 0)
+    text += fmt::format("; {} failures not shown by their own replay", s.unstable);
   std::vector<std::string> scores;
   for (const auto& [key, score] : s.scores) {
     scores.push_back(fmt::format("{} {} {:.3f}", key.first, name_of(key.second), score));
@@ -84,9 +88,9 @@ std::string summary_text(const Summary& s) {
 
 std::string progress_text(const Summary& s) {
   const std::int64_t findings = std::int64_t(s.ran() - s.count(Outcome::Pass));
-  return fmt::format("[{:02}:{:02}] {} cases  {:.0f}/s  kv<tp {:.0f}%  kv=tp {:.0f}%  {} failed", int(s.seconds) / 60,
-                     int(s.seconds) % 60, s.ran(), s.cases_per_second(), 100 * s.share(Relation::below),
-                     100 * s.share(Relation::equal), findings);
+  return fmt::format("[{:02}:{:02}] {} cases  {:.0f}/s  kv<tp {:.0f}%  kv=tp {:.0f}%  {} failed",
+                     int(s.seconds) / 60, int(s.seconds) % 60, s.ran(), s.cases_per_second(),
+                     100 * s.share(Relation::below), 100 * s.share(Relation::equal), findings);
 }
 
 }  // namespace tp

@@ -1,5 +1,6 @@
 #pragma once
-// What a fuzz job has seen so far: counts, the mix, what was covered, how near to the budgets it came.
+// What a fuzz job has seen so far: counts, the mix, what was covered, how near to the budgets it
+// came.
 
 #include <array>
 #include <cstdint>
@@ -23,9 +24,9 @@ struct Summary {
   std::map<Fill, std::int64_t> fills;
   std::map<std::pair<std::string, DType>, double> scores;  // largest error/budget of passing cases
   std::uint64_t threads = 0;
-  int unstable = 0;       // failures their own replay did not show
-  int repeated = 0;       // findings with the signature of an earlier one
-  int pairs_legal = -1;   // with --each: pairs of model and tp_size; else -1
+  int unstable = 0;      // failures their own replay did not show
+  int repeated = 0;      // findings with the signature of an earlier one
+  int pairs_legal = -1;  // with --each: pairs of model and tp_size; else -1
   int pairs_refused = -1;
 
   void add(const Case& c, const Verdict& verdict);

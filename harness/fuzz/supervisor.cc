@@ -39,8 +39,8 @@ Supervisor::Supervisor(int jobs, int processes) : processes_(processes) {
 std::string Supervisor::where() const {
   char host[256] = "this machine";
   gethostname(host, sizeof(host) - 1);
-  return fmt::format("{} job{} of {} process{} on {}", slots_.size(), slots_.size() == 1 ? "" : "s", processes_,
-                     processes_ == 1 ? "" : "es", host);
+  return fmt::format("{} job{} of {} process{} on {}", slots_.size(), slots_.size() == 1 ? "" : "s",
+                     processes_, processes_ == 1 ? "" : "es", host);
 }
 
 bool Supervisor::has_room() const {
@@ -101,7 +101,8 @@ void Supervisor::poll_once() {
     } else if ((slot.current || !slot.ready) && Clock::now() >= slot.give_up) {
       const bool running = slot.ready;
       died(slot, Outcome::Hang,
-           running ? fmt::format("no answer within {:.1f} s", double(slot.current->request.deadline.count()) / 1e3)
+           running ? fmt::format("no answer within {:.1f} s",
+                                 double(slot.current->request.deadline.count()) / 1e3)
                    : "did not start");
     }
   }
@@ -139,8 +140,10 @@ void Supervisor::handle(Slot& slot, const std::string& line) {
 
 // The job is dead, or is to be: blames the case in flight, if there is one, and starts a new job.
 void Supervisor::died(Slot& slot, Outcome outcome, const std::string& how) {
-  // mpirun takes a moment to notice a dead rank and to end the others; what it then returns says how.
-  const std::string status = slot.job->end(outcome == Outcome::Crash ? kDyingTime : std::chrono::seconds(0));
+  // mpirun takes a moment to notice a dead rank and to end the others; what it then returns says
+  // how.
+  const std::string status =
+      slot.job->end(outcome == Outcome::Crash ? kDyingTime : std::chrono::seconds(0));
   const std::string cause = how.empty() ? status : how;
   const std::string words = slot.job->last_words();
   const std::string detail = words.empty() ? cause : fmt::format("{}; {}", cause, words);
@@ -151,8 +154,8 @@ void Supervisor::died(Slot& slot, Outcome outcome, const std::string& how) {
     slot.current.reset();
     slot.failed_starts = 0;
   } else if (++slot.failed_starts >= kStartAttempts) {
-    throw GaveUp(fmt::format("a worker job of {} process{} died {} times before it ran a case: {}", processes_,
-                             processes_ == 1 ? "" : "es", kStartAttempts, detail));
+    throw GaveUp(fmt::format("a worker job of {} process{} died {} times before it ran a case: {}",
+                             processes_, processes_ == 1 ? "" : "es", kStartAttempts, detail));
   }
   start(slot);
 }

@@ -1,6 +1,6 @@
 #pragma once
-// Runs cases in worker jobs outside of this process. A crash or a hang ends a job, not the night: the case
-// in flight gets the blame, and the job is started again.
+// Runs cases in worker jobs outside of this process. A crash or a hang ends a job, not the night:
+// the case in flight gets the blame, and the job is started again.
 
 #include <chrono>
 #include <cstdint>
@@ -49,7 +49,8 @@ class Supervisor : public Runner {
   std::unique_ptr<Supervisor> alone_;
 };
 
-// The processes of a job where none are asked for: the cores, at most 4. And the jobs that fill the cores.
+// The processes of a job where none are asked for: the cores, at most 4. And the jobs that fill the
+// cores.
 int default_processes();
 int default_jobs(int processes);
 

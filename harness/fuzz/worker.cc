@@ -41,8 +41,8 @@ void note_signal(int signal) {
   raise(signal);  // SA_RESETHAND: now it kills
 }
 
-// Leaves the signal's number in the ledger before it kills. On a stack of its own, because running off
-// the end of a fiber's stack is one of the ways to get here.
+// Leaves the signal's number in the ledger before it kills. On a stack of its own, because running
+// off the end of a fiber's stack is one of the ways to get here.
 void mark_fatal_signals(int process) {
   static char stack[64 * 1024];
   ledger = &ledger_page(process);
@@ -51,7 +51,8 @@ void mark_fatal_signals(int process) {
   struct sigaction action = {};
   action.sa_handler = note_signal;
   action.sa_flags = SA_ONSTACK | SA_RESETHAND | SA_NODEFER;
-  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) sigaction(signal, &action, nullptr);
+  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT})
+    sigaction(signal, &action, nullptr);
 }
 #else
 void mark_fatal_signals(int) {}  // the sanitizer has handlers of its own, and says more
@@ -74,8 +75,8 @@ Verdict run_case(World& world, const Request& request, const Case& c, const RunO
   } catch (const Unavailable& e) {
     return {.outcome = Outcome::Skipped, .detail = e.what()};
   } catch (const std::exception& e) {
-    // Thrown on one process it leaves the others in the middle of a collective: nothing but the end of
-    // the job is sure to reach them.
+    // Thrown on one process it leaves the others in the middle of a collective: nothing but the end
+    // of the job is sure to reach them.
     fmt::print(stderr, "an exception escaped from '{}': {}\n", request.line, e.what());
     if (world.processes() > 1) world.abort(1);
     const bool memory = dynamic_cast<const std::bad_alloc*>(&e) != nullptr;

@@ -1,7 +1,7 @@
 #pragma once
-// The processes that run cases. `tpcheck worker` is started by the supervisor, never by a person: process 0
-// reads requests (protocol.h) from standard input and answers on standard output, every process of the job
-// runs every case, and the end of standard input ends the job.
+// The processes that run cases. `tpcheck worker` is started by the supervisor, never by a person:
+// process 0 reads requests (protocol.h) from standard input and answers on standard output, every
+// process of the job runs every case, and the end of standard input ends the job.
 
 #include <functional>
 #include <string>
@@ -14,9 +14,9 @@ namespace tp {
 class World;
 using TraceLine = std::function<void(const std::string&)>;
 
-// On process 0: has all processes run the request. A case line that cannot be meant is Refused, and so is
-// an illegal case. `trace` gets the
-// operator's lines. If the world has retired afterwards, this was the last one it can run.
+// On process 0: has all processes run the request. A case line that cannot be meant is Refused, and
+// so is an illegal case. `trace` gets the operator's lines. If the world has retired afterwards,
+// this was the last one it can run.
 Verdict run_everywhere(World& world, const Request& request, const TraceLine& trace);
 
 // On process 0: ends serve() on the others.

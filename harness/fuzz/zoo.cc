@@ -39,19 +39,21 @@ std::vector<std::string> wanted(const ZooOptions& options) {
 
 std::string table_row(const Hunt& hunt, std::size_t id_width) {
   const Summary& s = hunt.result.summary;
-  return fmt::format("{:<{}}  {:<9}  {:>7}  {:>7.2f}  {:>6}  {}\n", hunt.id, id_width, hunt.found() ? "found" : "NOT FOUND",
-                     s.ran(), s.seconds, hunt.runs(), hunt.line());
+  return fmt::format("{:<{}}  {:<9}  {:>7}  {:>7.2f}  {:>6}  {}\n", hunt.id, id_width,
+                     hunt.found() ? "found" : "NOT FOUND", s.ran(), s.seconds, hunt.runs(),
+                     hunt.line());
 }
 
 std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed) {
   nlohmann::ordered_json out = {{"seed", seed}, {"mutants", nlohmann::ordered_json::array()}};
   for (const Hunt& hunt : hunts) {
-    out["mutants"].push_back({{"id", hunt.id},
-                              {"found", hunt.found()},
-                              {"cases", hunt.result.summary.ran()},
-                              {"seconds", hunt.result.summary.seconds},
-                              {"shrink_runs", hunt.runs()},
-                              {"case", hunt.found() ? nlohmann::ordered_json(hunt.line()) : nullptr}});
+    out["mutants"].push_back(
+        {{"id", hunt.id},
+         {"found", hunt.found()},
+         {"cases", hunt.result.summary.ran()},
+         {"seconds", hunt.result.summary.seconds},
+         {"shrink_runs", hunt.runs()},
+         {"case", hunt.found() ? nlohmann::ordered_json(hunt.line()) : nullptr}});
   }
   return out.dump(2);
 }
@@ -67,9 +69,11 @@ int zoo_main(World* world, const ZooOptions& options) {
   std::vector<int> tp_sizes(16);
   std::iota(tp_sizes.begin(), tp_sizes.end(), 1);
   return with_runner(world, where, [&](Runner& runner) {
-    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(), seed);
+    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(),
+               seed);
     if (!options.json) {
-      fmt::print("{:<{}}  {:<9}  {:>7}  {:>7}  {:>6}  {}\n", "mutant", id_width, "", "cases", "seconds", "shrink", "case");
+      fmt::print("{:<{}}  {:<9}  {:>7}  {:>7}  {:>6}  {}\n", "mutant", id_width, "", "cases",
+                 "seconds", "shrink", "case");
     }
     std::vector<Hunt> hunts;
     for (const std::string& id : ids) {
@@ -85,7 +89,8 @@ int zoo_main(World* world, const ZooOptions& options) {
       std::fflush(stdout);
       if (hunts.back().result.interrupted) return 72;
     }
-    const auto found = std::count_if(hunts.begin(), hunts.end(), [](const Hunt& h) { return h.found(); });
+    const auto found =
+        std::count_if(hunts.begin(), hunts.end(), [](const Hunt& h) { return h.found(); });
     if (options.json) {
       fmt::print("{}\n", to_json(hunts, seed));
     } else {

@@ -14,8 +14,8 @@ struct ZooOptions {
   std::vector<std::string> mutants;  // ids; empty: all
   double for_seconds = 30;           // for each mutant
   std::optional<std::uint64_t> seed;
-  int processes = 0;                 // of one worker job; 0: the cores, at most 4
-  int jobs = 0;                      // 0: as many as fill the cores
+  int processes = 0;  // of one worker job; 0: the cores, at most 4
+  int jobs = 0;       // 0: as many as fill the cores
   bool json = false;
   std::string on = "emulator";  // where kernels run
 };

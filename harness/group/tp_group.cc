@@ -234,7 +234,10 @@ std::optional<Fault> GroupSession::finish(const std::optional<Fault>& fault) {
     return Fault{Outcome::Hang, fmt::format("process {} waits for others in vain", process_),
                  int(local_.offset)};
   phase_ = Phase::idle;
-  return fault_ = disagreement();
+  fault_ = disagreement();
+  // That somebody has a fault is news only to those who have none.
+  if (fault && fault_ && fault_->outcome == Outcome::Pass) return std::nullopt;
+  return fault_;
 }
 
 }  // namespace tp

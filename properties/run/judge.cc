@@ -44,7 +44,7 @@ class Assembly {
   }
 
   const TensorSpec& tensor() const { return tensor_; }
-  std::vector<std::byte>& bytes() { return bytes_; }
+  const std::vector<std::byte>& bytes() const { return bytes_; }
   int owner(std::int64_t col) const { return owner_[std::size_t(col)]; }
 
   struct Replica {
@@ -79,25 +79,43 @@ Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) 
   return m;
 }
 
-Matrix filled(const TensorSpec& tensor, const DataRegime& regime) {
-  std::vector<std::byte> bytes(std::size_t(tensor.rows * tensor.cols * size_of(tensor.dtype)));
-  fill_block(tensor, regime, {0, tensor.rows}, {0, tensor.cols}, bytes.data(), tensor.cols);
-  return matrix_of(tensor, bytes);
-}
-
 Verdict wrong_value(int tp_rank, const TensorSpec& tensor, const Mismatch& m) {
   Verdict v;
   v.outcome =
       std::isfinite(m.got) || !std::isfinite(m.lo) ? Outcome::WrongValue : Outcome::NotFinite;
   v.detail = fmt::format(
-      "tp_rank {}, {}[{}, {}]: got {:.9g}, accepted {:.9g} .. {:.9g}; {} of {} elements are wrong",
-      tp_rank, tensor.name, m.row, m.col, m.got, m.lo, m.hi, m.count, tensor.rows * tensor.cols);
+      "tp_rank {}, {}[{}, {}]: got {:.9g}, accepted {:.9g} .. {:.9g} ({} of {} elements)", tp_rank,
+      tensor.name, m.row, m.col, m.got, m.lo, m.hi, m.count, tensor.rows * tensor.cols);
+  return v;
+}
+
+// A replica that differs from its owner, who is within the budget: wrong by itself, or only
+// different.
+Verdict wrong_replica(const Assembly& got, const Budget& budget) {
+  const Assembly::Replica& replica = *got.replica();
+  const TensorSpec& t = got.tensor();
+  const std::size_t at = std::size_t(replica.row * t.cols + replica.col);
+  Budget one(1, 1);
+  one.r[0] = budget.r[at];
+  one.rho[0] = budget.rho[at];
+  std::byte bytes[8];
+  store(t.dtype, bytes, 0, replica.value);
+  if (auto first = compare(t.dtype, bytes, one).first) {
+    first->row = replica.row;
+    first->col = replica.col;
+    return wrong_value(replica.tp_rank, t, *first);
+  }
+  Verdict v{.outcome = Outcome::ReplicaMismatch};
+  v.detail = fmt::format("{}[{}, {}]: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}",
+                         t.name, replica.row, replica.col, got.owner(replica.col),
+                         load(t.dtype, got.bytes().data(), std::int64_t(at)), replica.tp_rank,
+                         replica.value);
   return v;
 }
 
 }  // namespace
 
-Judgement judge(const Case& c, const std::vector<Stage>& stages, const DataRegime& regime,
+Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data,
                 const std::vector<std::byte>& outputs, bool discriminate) {
   Judgement result;
   XXH3_state_t* hash = XXH3_createState();
@@ -129,7 +147,7 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, const DataRegim
     std::vector<Matrix> inputs;
     for (const TensorSpec& t : stage.inputs) {
       const auto produced = assemblies.find(t.name);
-      inputs.push_back(produced == assemblies.end() ? filled(t, regime)
+      inputs.push_back(produced == assemblies.end() ? matrix_of(t, data.columns(t, {0, t.cols}))
                                                     : matrix_of(t, produced->second.bytes()));
     }
     const std::vector<Budget> budgets = stage.reference(inputs);
@@ -141,28 +159,19 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, const DataRegim
       if (comparison.first && !result.finding) {
         result.finding = wrong_value(got.owner(comparison.first->col), t, *comparison.first);
       }
-      if (const auto& replica = got.replica(); replica && !result.finding) {
-        const double owner_value =
-            load(t.dtype, got.bytes().data(), replica->row * t.cols + replica->col);
-        Verdict v;
-        v.outcome = Outcome::ReplicaMismatch;
-        v.detail =
-            fmt::format("{}[{}, {}]: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}",
-                        t.name, replica->row, replica->col, got.owner(replica->col), owner_value,
-                        replica->tp_rank, replica->value);
-        result.finding = v;
-      }
+      if (got.replica() && !result.finding) result.finding = wrong_replica(got, budgets[i]);
       result.exact.push_back(std::all_of(budgets[i].rho.begin(), budgets[i].rho.end(),
                                          [](double x) { return x == 0; }));
       XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
     }
-    const bool telling = regime.fill == Fill::exact || regime.fill == Fill::dense;
+    const Fill fill = data.regime().fill;
+    const bool telling = fill == Fill::exact || fill == Fill::dense;
     if (discriminate && telling && stage.blind_to && !result.blind_to)
       result.blind_to = stage.blind_to(inputs, budgets);
   }
   for (const Stage& stage : stages) {
     for (const TensorSpec& t : stage.outputs)
-      result.outputs.push_back({t, std::move(assemblies.at(t.name).bytes())});
+      result.outputs.push_back({t, assemblies.at(t.name).bytes()});
   }
   result.digest = XXH3_64bits_digest(hash);
   XXH3_freeState(hash);

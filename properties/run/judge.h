@@ -9,6 +9,7 @@
 
 #include "harness/base/case.h"
 #include "harness/base/verdict.h"
+#include "properties/run/pass.h"
 #include "properties/run/stage.h"
 
 namespace tp {
@@ -31,7 +32,7 @@ struct Judgement {
 // `outputs`: what run_pass returned on every process, one after another, so that ranks are in
 // order. `discriminate`: also ask each stage whether its data could have shown the mistakes of its
 // shape.
-Judgement judge(const Case& c, const std::vector<Stage>& stages, const DataRegime& regime,
+Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data,
                 const std::vector<std::byte>& outputs, bool discriminate);
 
 }  // namespace tp

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace tp {
@@ -30,7 +31,8 @@ LawRun law_tokens() {
   return {.law = {"tokens", "the tokens in another order give the same bits in that order"},
           .vary = [](const Case& c) {
             return std::pair{
-                c, Variation{.rotate_rows = 1 + int(c.seed % std::uint64_t(c.num_tokens))}};
+                c, Variation{.rotate_rows =
+                                 1 + int(c.seed % std::uint64_t(std::max(1, c.num_tokens - 1)))}};
           }};
 }
 

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
-#include <set>
+#include <map>
 
 #include "harness/base/check.h"
 
@@ -29,6 +29,15 @@ Image blank_image(const LocalBuffer& local, Poison poison) {
   return image;
 }
 
+// Copies a piece's rows into a buffer's image.
+void place(const std::vector<std::byte>& data, Image& image, const Piece& piece) {
+  const std::int64_t width = size_of(image.local.dtype), row_bytes = piece.cols.size * width;
+  for (std::int64_t i = 0; i < image.local.rows; ++i) {
+    std::memcpy(image.bytes.data() + (i * image.local.cols + piece.at) * width,
+                data.data() + i * row_bytes, std::size_t(row_bytes));
+  }
+}
+
 // A loader that slices beyond a tensor is a finding like any other, not a broken harness.
 void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piece, int tp_rank) {
   const TensorSpec& tensor = tensor_of(stage, piece.tensor);
@@ -41,10 +50,6 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
   TP_CHECK(tensor.rows == local.rows && tensor.dtype == local.dtype &&
                piece.at + piece.cols.size <= local.cols,
            "piece does not fit buffer " + local.name);
-}
-
-std::byte* piece_start(Image& image, const Piece& p) {
-  return image.bytes.data() + p.at * size_of(image.local.dtype);
 }
 
 // What an input must still hold, and what an output's padding must still hold.
@@ -82,61 +87,73 @@ void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, c
                             image.local.cols > 8 ? " ..." : ""));
 }
 
+// The buffers a stage starts with: new ones filled and copied to the device, those of earlier
+// stages as they were left.
+std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
+                              const PassOptions& options, InputData& data,
+                              std::map<std::string, Resident>& buffers,
+                              std::map<std::string, Image>& latest) {
+  std::vector<Image> images;
+  for (const LocalBuffer& local : stage.buffers(tp_rank)) {
+    for (const Piece& piece : local.pieces) check_piece(stage, local, piece, tp_rank);
+    if (const auto earlier = latest.find(local.name); earlier != latest.end()) {
+      images.push_back(earlier->second);
+      images.back().local.use = local.use;
+      continue;
+    }
+    Image& image = images.emplace_back(blank_image(local, options.poison));
+    if (local.use == Use::input) {
+      for (const Piece& piece : local.pieces) {
+        place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
+      }
+    }
+    Buffer buffer(local.name, image.bytes.size(), std::uint8_t(options.poison));
+    from_host_when_reached(stream, buffer.data(), image.bytes.data(), image.bytes.size());
+    buffers.emplace(local.name, Resident{local, std::move(buffer)});
+  }
+  return images;
+}
+
+// Appends the pieces of an output, dense.
+void take_pieces(const Image& image, std::vector<std::byte>& outputs) {
+  const std::int64_t width = size_of(image.local.dtype);
+  for (const Piece& piece : image.local.pieces) {
+    for (std::int64_t i = 0; i < image.local.rows; ++i) {
+      const std::byte* row = image.bytes.data() + (i * image.local.cols + piece.at) * width;
+      outputs.insert(outputs.end(), row, row + piece.cols.size * width);
+    }
+  }
+}
+
 // The life of one rank: all stages, one after another, on its own device memory.
 void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
-              const DataRegime& regime, const PassOptions& options,
-              std::vector<std::byte>& outputs) {
+              const PassOptions& options, InputData& data, std::vector<std::byte>& outputs) {
   const int tp_rank = group.tp_rank();
-  std::map<std::string, std::pair<LocalBuffer, Buffer>> buffers;
-  std::set<std::string> produced;  // tensors that an earlier stage wrote
+  std::map<std::string, Resident> buffers;
+  std::map<std::string, Image> latest;
   for (const Stage& stage : stages) {
-    std::vector<Image> images;
-    for (const LocalBuffer& local : stage.buffers(tp_rank)) {
-      Image image = blank_image(local, options.poison);
-      for (const Piece& piece : local.pieces) {
-        check_piece(stage, local, piece, tp_rank);
-        if (local.use != Use::input || produced.contains(piece.tensor)) continue;
-        const TensorSpec& tensor = tensor_of(stage, piece.tensor);
-        fill_block(tensor, regime, {0, tensor.rows}, piece.cols, piece_start(image, piece),
-                   local.cols);
-      }
-      if (!buffers.contains(local.name)) {
-        Buffer buffer(local.name, image.bytes.size(), std::uint8_t(options.poison));
-        from_host_when_reached(stream, buffer.data(), image.bytes.data(), image.bytes.size());
-        buffers.emplace(local.name, std::pair{local, std::move(buffer)});
-      }
-      images.push_back(std::move(image));
-    }
+    const std::vector<Image> before =
+        load_stage(stage, stream, tp_rank, options, data, buffers, latest);
     RankRun run(group, stream, buffers);
-    stream.synchronize();
     stage.run(run);
-
-    std::vector<Image> after = images;
+    std::vector<Image> after = before;
     for (Image& image : after) {
-      to_host(stream, image.bytes.data(), buffers.at(image.local.name).second.data(),
-              image.bytes.size());
+      const Buffer& buffer = buffers.at(image.local.name).buffer;
+      to_host(stream, image.bytes.data(), buffer.data(), image.bytes.size());
     }
     stream.synchronize();
-    for (auto& [name, entry] : buffers) {
-      if (auto damage = entry.second.check_guards()) {
+    for (auto& [name, resident] : buffers) {
+      if (auto damage = resident.buffer.check_guards()) {
         throw Fault{Outcome::OutOfBounds, fmt::format("tp_rank {}: {}", tp_rank, *damage), tp_rank};
       }
     }
-    for (std::size_t b = 0; b < images.size(); ++b) {
-      if (images[b].local.use == Use::workspace) continue;
-      check_untouched(images[b], after[b], tp_rank);
-      trace_values(options, tp_rank, stage, after[b]);
-      if (images[b].local.use != Use::output) continue;
-      const LocalBuffer& local = images[b].local;
-      for (const Piece& piece : local.pieces) {
-        produced.insert(piece.tensor);
-        const std::size_t row_bytes = std::size_t(piece.cols.size * size_of(local.dtype));
-        for (std::int64_t i = 0; i < local.rows; ++i) {
-          const std::byte* row =
-              piece_start(after[b], piece) + i * local.cols * size_of(local.dtype);
-          outputs.insert(outputs.end(), row, row + row_bytes);
-        }
+    for (std::size_t b = 0; b < before.size(); ++b) {
+      if (before[b].local.use != Use::workspace) {
+        check_untouched(before[b], after[b], tp_rank);
+        trace_values(options, tp_rank, stage, after[b]);
       }
+      if (before[b].local.use == Use::output) take_pieces(after[b], outputs);
+      latest.insert_or_assign(after[b].local.name, std::move(after[b]));
     }
   }
 }
@@ -156,8 +173,17 @@ const TensorSpec& tensor_of(const Stage& stage, const std::string& name) {
   die(__FILE__, __LINE__, "stage " + stage.name + " has no tensor " + name);
 }
 
-PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages,
-                    const DataRegime& regime, const PassOptions& options) {
+const std::vector<std::byte>& InputData::columns(const TensorSpec& tensor, Shard cols) {
+  const auto [it, is_new] = made_.try_emplace({tensor.name, cols.offset, cols.size});
+  if (is_new) {
+    it->second.resize(std::size_t(tensor.rows * cols.size * size_of(tensor.dtype)));
+    fill_block(tensor, regime_, {0, tensor.rows}, cols, it->second.data(), cols.size);
+  }
+  return it->second;
+}
+
+PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
+                    const PassOptions& options) {
   GroupSession session(world, c.tp_size, options.deadline, options.trace);
   const Shard local = session.local_ranks();
   Scheduler scheduler({.seed = c.seed,
@@ -170,7 +196,7 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
     groups.push_back(session.group(int(local.offset + i)));
   for (std::int64_t i = 0; i < local.size; ++i) {
     scheduler.add_rank(int(local.offset + i), [&, i](Stream& stream) {
-      run_rank(groups[std::size_t(i)], stream, stages, regime, options, outputs[std::size_t(i)]);
+      run_rank(groups[std::size_t(i)], stream, stages, options, data, outputs[std::size_t(i)]);
     });
   }
   const Report report = scheduler.run([&] { return session.progress(); });

@@ -5,8 +5,10 @@
 #include <chrono>
 #include <cstddef>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "harness/base/case.h"
@@ -34,9 +36,23 @@ struct PassResult {
   bool broken = false;  // processes parted within an exchange: this job cannot run another case
 };
 
+// The filled input tensors of a case. Each block of columns is made once, for all passes and all
+// ranks of this process that ask for the very same one.
+class InputData {
+ public:
+  explicit InputData(const DataRegime& regime) : regime_(regime) {}
+  // All rows of these columns, dense.
+  const std::vector<std::byte>& columns(const TensorSpec& tensor, Shard cols);
+  const DataRegime& regime() const { return regime_; }
+
+ private:
+  DataRegime regime_;
+  std::map<std::tuple<std::string, std::int64_t, std::int64_t>, std::vector<std::byte>> made_;
+};
+
 // Every process of the world calls it; those without a rank of this case return at once.
-PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages,
-                    const DataRegime& regime, const PassOptions& options);
+PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
+                    const PassOptions& options);
 
 // Bytes of one piece in `outputs`.
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);

@@ -73,21 +73,22 @@ class CaseRun {
   }
 
   struct Gathering {
-    std::optional<Fault> fault;
-    std::vector<std::byte> outputs;
+    std::vector<Stage> stages;
+    InputData data;
+    std::optional<Fault> fault = {};
+    std::vector<std::byte> outputs = {};  // of all ranks, on process 0
   };
 
   // The same data over each of the poisons: the outputs must not know the difference.
   Gathering run(const Case& c, const Variation& variation, const std::vector<Poison>& poisons,
                 bool traced) {
-    const std::vector<Stage> stages = spec_.stages(c, rules_, variation);
-    const DataRegime regime = spec_.regime(c, variation);
+    Gathering all{spec_.stages(c, rules_, variation), InputData(spec_.regime(c, variation))};
     Share mine;
     for (std::size_t i = 0; i < poisons.size() && !mine.fault; ++i) {
       PassOptions pass{.poison = poisons[i], .deadline = deadline_, .trace = {}};
       if (traced && i == 0 && options_.trace)
         pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
-      PassResult result = run_pass(world_, c, stages, regime, pass);
+      PassResult result = run_pass(world_, c, all.stages, all.data, pass);
       mine.threads += result.threads;
       mine.fault = result.fault;
       if (result.broken) world_.retire();
@@ -103,7 +104,6 @@ class CaseRun {
       // Whether to go on is decided by all processes or by none.
       if (world_.max(mine.fault.has_value()) != 0) break;
     }
-    Gathering all;
     for (const std::string& text : world_.gather(pack(mine))) {
       const Share share = unpack(text);
       threads_ += share.threads;
@@ -118,12 +118,6 @@ class CaseRun {
       all.outputs.insert(all.outputs.end(), share.outputs.begin(), share.outputs.end());
     }
     return all;
-  }
-
-  Judgement judge_run(const Case& c, const Variation& variation, const Gathering& all,
-                      bool discriminate) {
-    return judge(c, spec_.stages(c, rules_, variation), spec_.regime(c, variation), all.outputs,
-                 discriminate);
   }
 
   std::uint64_t threads() const { return threads_; }
@@ -148,14 +142,14 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
   }
   std::vector<Poison> poisons = {Poison::large, Poison::tiny};
   if (c.options.at("poison") == 1) poisons.push_back(Poison::nan);
-  const CaseRun::Gathering all = runs.run(c, {}, poisons, true);
+  CaseRun::Gathering all = runs.run(c, {}, poisons, true);
 
   Verdict verdict;
   std::optional<Judgement> judgement;  // on process 0, unless the passes failed
   if (all.fault) {
     verdict = verdict_of(*all.fault);
   } else if (world.is_root()) {
-    judgement = runs.judge_run(c, {}, all, c.options.at("discriminate") == 1);
+    judgement = judge(c, all.stages, all.data, all.outputs, c.options.at("discriminate") == 1);
     if (judgement->finding) verdict = *judgement->finding;
     verdict.digest = judgement->digest;
     verdict.score = judgement->score;
@@ -165,11 +159,11 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     if (world.broadcast(verdict.finding() ? "stop" : "go") == "stop") return verdict;
     const LawRun& law = spec.laws[std::size_t(number - 1)];
     const auto [varied, variation] = law.vary(c);
-    const CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
+    CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
     if (!world.is_root()) return verdict;
     if (other.fault) return verdict_of(*other.fault);
     if (auto broken = broken_law(law, variation, *judgement,
-                                 runs.judge_run(varied, variation, other, false))) {
+                                 judge(varied, other.stages, other.data, other.outputs, false))) {
       verdict.outcome = Outcome::LawBroken;
       verdict.detail = *broken;
     }

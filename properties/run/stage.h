@@ -44,26 +44,30 @@ struct LocalBuffer {
   std::vector<Piece> pieces = {};
 };
 
+struct Resident {
+  LocalBuffer local;
+  Buffer buffer;
+};
+
 // What a rank has at hand when it runs a stage.
 class RankRun {
  public:
-  RankRun(TpGroup& group, Stream& stream,
-          const std::map<std::string, std::pair<LocalBuffer, Buffer>>& buffers)
+  RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers)
       : group(group), stream(stream), buffers_(buffers) {}
 
   TpGroup& group;
   Stream& stream;
 
+  // The stage's buffer of this name, with its padding.
   template <typename T>
   View<T> view(const std::string& name) const {
     const auto& [local, buffer] = buffers_.at(name);
-    TP_CHECK(local.dtype == dtype_of<std::remove_const_t<T>>::value,
-             "view of another type: " + name);
-    return {static_cast<T*>(static_cast<void*>(buffer.data())), local.rows, local.cols, local.cols};
+    TP_CHECK(local.dtype == dtype_of<T>::value, "view of another type: " + name);
+    return buffer.as<T>(local.rows, local.cols);
   }
 
  private:
-  const std::map<std::string, std::pair<LocalBuffer, Buffer>>& buffers_;
+  const std::map<std::string, Resident>& buffers_;
 };
 
 struct Stage {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <utility>
 
@@ -23,15 +24,15 @@ std::string index_text(dim3 index, dim3 grid) {
 
 Thread* running = nullptr;
 
-void Block::make_threads(dim3 size) {
-  block_dim = size;
-  threads_.assign(size.count(), {});
+void Block::make_threads(const LaunchSize& size) {
+  block_dim = {size.block[0], size.block[1], size.block[2]};
+  threads_.assign(size.threads(), {});
   warps_.assign((threads_.size() + 31) / 32, {});
   yielded_.reserve(threads_.size());
   std::uint16_t index = 0;
-  for (unsigned z = 0; z < size.z; ++z) {
-    for (unsigned y = 0; y < size.y; ++y) {
-      for (unsigned x = 0; x < size.x; ++x, ++index) {
+  for (unsigned z = 0; z < block_dim.z; ++z) {
+    for (unsigned y = 0; y < block_dim.y; ++y) {
+      for (unsigned x = 0; x < block_dim.x; ++x, ++index) {
         threads_[index].block = this;
         threads_[index].thread_idx = {x, y, z};
         threads_[index].index = index;
@@ -47,12 +48,11 @@ void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory
   fibers_ = &fibers;
   random_ = Random(seed);
   shared = shared_memory;
-  grid_dim = size.grid;
-  block_idx = {unsigned(index % size.grid.x), unsigned(index / size.grid.x % size.grid.y),
-               unsigned(index / size.grid.x / size.grid.y)};
-  const bool same = block_dim.x == size.block.x && block_dim.y == size.block.y &&
-                    block_dim.z == size.block.z && !threads_.empty();
-  if (!same) make_threads(size.block);
+  grid_dim = {size.grid[0], size.grid[1], size.grid[2]};
+  block_idx = {unsigned(index % grid_dim.x), unsigned(index / grid_dim.x % grid_dim.y),
+               unsigned(index / grid_dim.x / grid_dim.y)};
+  const std::array<unsigned, 3> before = {block_dim.x, block_dim.y, block_dim.z};
+  if (threads_.empty() || before != size.block) make_threads(size);
   for (Warp& warp : warps_) warp.exited = 0;
   alive_ = threads();
   push_all();
@@ -70,9 +70,9 @@ Progress Block::run() {
   }
   Fiber::switch_to(home, next(), Order::unrelated);
   running = nullptr;
-  if (!fault_ && alive_ > 0 && yielded_.empty()) fault_ = divergence();
-  if (fault_) throw Fault{Outcome::BadLaunch, *fault_};
+  if (fault_) throw Fault{Outcome::BadLaunch, fault_()};
   if (alive_ == 0) return Progress::done;
+  if (yielded_.empty()) throw Fault{Outcome::BadLaunch, divergence()};
   return moved_ ? Progress::moved : Progress::spun;
 }
 
@@ -85,6 +85,10 @@ void Block::drop() {
 Fiber& Block::next() {
   if (ready_.empty()) return home;
   Thread& thread = threads_[ready_.pop_front()];
+  if (!ready_.empty()) {
+    const Thread& after = threads_[ready_.front()];
+    if (after.state != State::unstarted) after.fiber->fiber->prefetch();
+  }
   if (thread.state == State::unstarted) {
     thread.state = State::ready;
     thread.fiber = &fibers_->take();
@@ -177,7 +181,7 @@ void Block::barrier(Thread& thread, Where where) {
   if (at_barrier_ == 0) barrier_line_ = where.line;
   barrier_differs_ |= barrier_line_ != where.line;
   if (++at_barrier_ == threads()) {
-    if (barrier_differs_) fail(thread, divergence());
+    if (barrier_differs_) fail(thread, [this] { return divergence(); });
     at_barrier_ = 0;
     ++barriers_;
     moved_ = true;
@@ -193,9 +197,11 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
   const std::uint32_t lane = thread.index % 32u;
   Warp& warp = warps_[std::size_t(index)];
   if ((mask >> lane & 1u) == 0) {
-    fail(thread, fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
-                             "{:#010x}, which does not name it",
-                             name(), index, lane, operation.name, to_string(thread.where), mask));
+    fail(thread, [&] {
+      return fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+                         "{:#010x}, which does not name it",
+                         name(), index, lane, operation.name, to_string(thread.where), mask);
+    });
   }
   int m = 0;
   while (m < warp.open && (warp.meetings[m].mask & mask) == 0) ++m;
@@ -205,10 +211,12 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
     ++warp.open;
   } else if (meeting.mask != mask || meeting.operation != &operation ||
              meeting.where.line != thread.where.line) {
-    fail(thread, fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
-                             "{:#010x}, others wait at {} ({}) with mask {:#010x}",
-                             name(), index, lane, operation.name, to_string(thread.where), mask,
-                             meeting.operation->name, to_string(meeting.where), meeting.mask));
+    fail(thread, [&] {
+      return fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+                         "{:#010x}, others wait at {} ({}) with mask {:#010x}",
+                         name(), index, lane, operation.name, to_string(thread.where), mask,
+                         meeting.operation->name, to_string(meeting.where), meeting.mask);
+    });
   }
   const int leader = std::countr_zero(mask);
   std::uint64_t* clock = &warp.clock[warp.parity >> leader & 1u][leader];
@@ -221,9 +229,10 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
     warp.parity ^= 1u << leader;
     moved_ = true;
     if (!operation.complete(warp.value, warp.parameter, mask)) {
-      fail(thread, fmt::format("{} ({}) in {}, warp {}: a lane reads a lane that mask {:#010x} does not "
-                               "name",
-                               operation.name, to_string(thread.where), name(), index, mask));
+      fail(thread, [&] {
+        return fmt::format("{} ({}) in {}, warp {}: a lane reads a lane that mask {:#010x} does not name",
+                           operation.name, to_string(thread.where), name(), index, mask);
+      });
     }
     push_lanes(index, mask & ~(1u << lane), random_.next() & 1u);
   } else {
@@ -234,8 +243,8 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
   return warp.value[lane];
 }
 
-void Block::fail(Thread& thread, std::string what) {
-  fault_ = std::move(what);
+void Block::fail(Thread& thread, std::function<std::string()> tell) {
+  fault_ = std::move(tell);
   release(fibers_);
   Fiber::switch_to(*thread.fiber->fiber, home, Order::unrelated);
   __builtin_unreachable();
@@ -325,9 +334,11 @@ void yield(const char* what, Where where) {
 void misaligned(const void* address, std::size_t bytes, const char* what, Where where) {
   Thread& thread = *running;
   Block& block = block_of(thread);
-  block.fail(thread, fmt::format("{} ({}) in {}: the address is {} bytes past a multiple of {}", what,
-                                 to_string(where), block.name(),
-                                 reinterpret_cast<std::uintptr_t>(address) % bytes, bytes));
+  block.fail(thread, [&] {
+    return fmt::format("{} ({}) in {}: the address is {} bytes past a multiple of {}", what,
+                       to_string(where), block.name(), reinterpret_cast<std::uintptr_t>(address) % bytes,
+                       bytes);
+  });
 }
 
 std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint64_t value,

@@ -2,7 +2,7 @@
 // A block of CUDA threads while it is resident: who can run, who waits where.
 
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -15,8 +15,6 @@
 #include "harness/device/work.h"
 
 namespace tp::emulator {
-
-inline constexpr int kMaxThreads = 1024;  // of a block
 
 // Thread indices in the order they will run.
 class ReadyList {
@@ -53,12 +51,14 @@ class Block : public BlockInfo {
   void yield(Thread& thread);
   std::uint64_t meet(Thread& thread, const WarpOperation& operation, std::uint32_t mask,
                      std::uint64_t value, std::uint32_t parameter);
-  [[noreturn]] void fail(Thread& thread, std::string what);  // as BadLaunch
+  // Ends the run as BadLaunch. `tell` is asked for the sentence after the thread's stack was left for good
+  // (whose objects still exist, but will never be destroyed).
+  [[noreturn]] void fail(Thread& thread, std::function<std::string()> tell);
   // What fibers do: runs threads as long as there are any that it may run.
   static void run_threads(KernelFiber& fiber);
 
  private:
-  void make_threads(dim3 size);
+  void make_threads(const LaunchSize& size);
   Fiber& next();              // what shall run now
   void park(Thread& thread);  // runs others until it is resumed
   void exit(Thread& thread);
@@ -83,7 +83,7 @@ class Block : public BlockInfo {
   std::uint64_t barriers_ = 0;
   std::uint64_t barrier_clock_[2] = {};  // TSan; taken in turns
   std::uint64_t begin_clock_ = 0;
-  std::optional<std::string> fault_;
+  std::function<std::string()> fault_;
 };
 
 // The entry of kernel fibers, for FiberPool.

@@ -1,13 +1,10 @@
 #pragma once
 // CUDA's dim3, for the emulator.
 
-#include <cstdint>
-
 struct dim3 {
   unsigned x = 1;
   unsigned y = 1;
   unsigned z = 1;
 
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-  constexpr std::uint64_t count() const { return std::uint64_t{x} * y * z; }
 };

@@ -16,7 +16,6 @@ constexpr std::size_t kMaxResident = 64;  // blocks of one launch
 // which a process has 65530; TSan cannot tell more than about 8000 threads apart.
 constexpr std::uint64_t kMaxResidentThreads = kTsan ? 2048 : 8192;
 constexpr std::uint64_t kMaxTsanThreads = 6000;
-constexpr std::uint64_t kMaxSharedBytes = 227 * 1024;  // of a block on sm_90
 
 std::uint64_t resident_threads = 0;
 
@@ -26,35 +25,10 @@ std::vector<std::unique_ptr<Block>>& spare_blocks() {
   return blocks;
 }
 
-std::string dims(dim3 d) { return fmt::format("{} x {} x {}", d.x, d.y, d.z); }
-
-// What CUDA would refuse, in one sentence.
-void check(const Launch& launch, int tp_rank) {
-  const dim3 grid = launch.size.grid;
-  const dim3 block = launch.size.block;
-  const auto refuse = [&](const std::string& why) {
-    throw Fault{Outcome::BadLaunch, fmt::format("kernel {}: {}", launch.name, why), tp_rank};
-  };
-  if (grid.count() == 0) refuse(fmt::format("a grid of {} blocks is empty", dims(grid)));
-  if (block.count() == 0) refuse(fmt::format("a block of {} threads is empty", dims(block)));
-  if (grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535) {
-    refuse(fmt::format("a grid of {} blocks exceeds 2147483647 x 65535 x 65535", dims(grid)));
-  }
-  if (block.x > 1024 || block.y > 1024 || block.z > 64) {
-    refuse(fmt::format("a block of {} threads exceeds 1024 x 1024 x 64", dims(block)));
-  }
-  if (block.count() > kMaxThreads) {
-    refuse(fmt::format("a block of {} = {} threads exceeds {}", dims(block), block.count(), kMaxThreads));
-  }
-  if (launch.size.shared_bytes > kMaxSharedBytes) {
-    refuse(fmt::format("{} bytes of shared memory exceed {}", launch.size.shared_bytes, kMaxSharedBytes));
-  }
-}
-
 }  // namespace
 
 void enqueue_kernel(Launch launch, Stream& stream) {
-  check(launch, stream.tp_rank());
+  check_launch(launch.name, launch.size, stream.tp_rank());
   stream.enqueue(std::make_unique<Grid>(std::move(launch), stream));
 }
 
@@ -63,8 +37,8 @@ Grid::Grid(Launch launch, Stream& stream)
       stream_(stream),
       queue_(static_cast<Queue&>(stream.device_queue())),
       shared_(launch_.size.shared_bytes, stream.scheduler().options().poison),
-      blocks_(launch_.size.grid.count()),
-      threads_(launch_.size.block.count()) {
+      blocks_(launch_.size.blocks()),
+      threads_(launch_.size.threads()) {
   release(this);  // what the host did before the launch happens before the kernel
 }
 
@@ -99,6 +73,7 @@ bool Grid::has_room() const {
 }
 
 Progress Grid::step(Random& random) {
+  const Overlooked overlooked;
   if (begun_ == 0) begin_launch(random);
   const auto choices = std::uint32_t(resident_.size() + (begun_ < blocks_ && has_room()));
   const std::size_t pick = random.below(choices);

@@ -9,15 +9,10 @@
 #include <utility>
 
 #include "harness/device/emulator/dim3.h"
+#include "harness/device/launch_size.h"
 #include "harness/device/stream.h"
 
 namespace tp::emulator {
-
-struct LaunchSize {
-  dim3 grid;
-  dim3 block;
-  std::size_t shared_bytes = 0;
-};
 
 // A kernel with its arguments.
 class Kernel {
@@ -59,7 +54,7 @@ void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim
             std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
   using Call = emulator::KernelCall<Parameters...>;
   emulator::enqueue_kernel({std::string(name),
-                            {grid, block, shared_bytes},
+                            {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
                             std::make_unique<Call>(kernel, std::forward<Arguments>(arguments)...)},
                            stream);
 }

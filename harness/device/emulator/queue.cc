@@ -5,7 +5,7 @@
 
 namespace tp {
 
-std::unique_ptr<DeviceQueue> make_device_queue() { return std::make_unique<emulator::Queue>(); }
+std::unique_ptr<DeviceQueue> make_device_queue(int) { return std::make_unique<emulator::Queue>(); }
 
 namespace emulator {
 
@@ -52,11 +52,13 @@ Queue::AsStream::AsStream([[maybe_unused]] Queue& queue) {
 #if TP_TSAN
   before_ = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(queue.identity_, 1);
+  overlooked_.emplace();
 #endif
 }
 
 Queue::AsStream::~AsStream() {
 #if TP_TSAN
+  overlooked_.reset();
   __tsan_switch_to_fiber(before_, 1);
 #endif
 }

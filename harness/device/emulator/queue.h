@@ -13,25 +13,26 @@ class Queue final : public DeviceQueue {
   Queue();
   ~Queue() override;
 
-  bool finished() override { return true; }  // a kernel's last step completes it
+  bool finished() noexcept override { return true; }  // a kernel's last step completes it
   void host_joins() override;
   void host_leaves() override;
 
   FiberPool& fibers();
 
-  // For its lifetime TSan takes the running code for the stream: what it allocates, frees, acquires and
-  // releases is ordered with the stream's kernels, and not with other streams'.
+  // For its lifetime TSan takes the running code for the stream: what it acquires and releases is ordered
+  // with the stream's kernels, and not with other streams'. Its accesses are overlooked.
   class AsStream {
    public:
     explicit AsStream(Queue& queue);
     ~AsStream();
 
    private:
-    void* before_ = nullptr;
+    [[maybe_unused]] void* before_ = nullptr;
+    std::optional<Overlooked> overlooked_;
   };
 
  private:
-  void* identity_ = nullptr;
+  [[maybe_unused]] void* identity_ = nullptr;
   char clock_ = 0;
   std::optional<FiberPool> own_fibers_;
 };

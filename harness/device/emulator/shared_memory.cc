@@ -20,6 +20,7 @@ std::uint8_t fence_byte(std::uint8_t poison) { return poison ^ 0x5A; }
 }  // namespace
 
 SharedMemory::~SharedMemory() {
+  const Overlooked overlooked;
   for (void* memory : free_) std::free(static_cast<std::byte*>(memory) - kFence);
 }
 

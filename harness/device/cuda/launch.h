@@ -1,0 +1,36 @@
+#pragma once
+// launch(): queues a kernel on a rank's stream of the GPU.
+
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "harness/device/cuda/check.h"
+#include "harness/device/cuda/queue.h"
+#include "harness/device/launch_size.h"
+
+namespace tp {
+
+// Queues kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
+template <typename... Parameters, typename... Arguments>
+void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
+  check_launch(name, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+               stream.tp_rank());
+  if (shared_bytes > 48 * 1024) {  // more than that must be asked for
+    cuda::check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+                name, stream.tp_rank());
+  }
+  const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
+  const auto submit = [=](cudaStream_t to) {
+    std::apply([&](const Parameters&... p) { kernel<<<grid, block, shared_bytes, to>>>(p...); }, held);
+  };
+  stream.enqueue(std::make_unique<cuda::Submission>("kernel " + std::string(name), stream, submit));
+}
+
+}  // namespace tp

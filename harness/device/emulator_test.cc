@@ -1,0 +1,137 @@
+// What the emulator adds to CUDA: orders drawn from a seed, poison, and sentences about broken rules.
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
+
+#include "harness/device/kernels_testing.h"
+#include "harness/device/sanitizer.h"
+#include "harness/device/testing.h"
+
+namespace tp::testing {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::Each;
+using ::testing::HasSubstr;
+using ::testing::MatchesRegex;
+
+TEST(Emulator, CountsItsThreads) {
+  const Report report = run_rank([](Stream& stream) { launch_sized(stream, 5, 33, 2, 0); });
+  EXPECT_EQ(report.blocks, 5u);
+  EXPECT_EQ(report.threads, 330u);
+}
+
+std::vector<unsigned> order(std::uint64_t seed) {
+  return results<unsigned>(
+      4 * 96 + 1, [](Stream& stream, unsigned* out) { trace_order(stream, out + 1, out, 4, 96); }, seed);
+}
+
+TEST(Emulator, TheSeedDecidesTheOrder) {
+  std::set<std::vector<unsigned>> orders;
+  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+    orders.insert(order(seed));
+    EXPECT_EQ(order(seed), order(seed));
+  }
+  EXPECT_EQ(orders.size(), 10u);
+  // Whatever the order, each thread comes once.
+  std::vector<unsigned> threads(orders.begin()->begin() + 1, orders.begin()->end());
+  std::sort(threads.begin(), threads.end());
+  for (unsigned i = 0; i < threads.size(); ++i) EXPECT_EQ(threads[i], i);
+}
+
+TEST(Emulator, TheSeedDecidesTheOrderBehindABarrier) {
+  std::set<std::vector<unsigned>> orders;
+  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+    orders.insert(results<unsigned>(
+        65, [](Stream& stream, unsigned* out) { trace_barrier(stream, out + 1, out, 64); }, seed));
+  }
+  EXPECT_EQ(orders.size(), 10u);
+}
+
+TEST(Emulator, SharedMemoryIsPoisonedForEveryBlock) {
+  EXPECT_THAT(results<unsigned>(
+                  5 * 64, [](Stream& stream, unsigned* out) { read_fresh_shared(stream, out, 5, 64); }),
+              Each(0xFFFFFFFFu));
+}
+
+TEST(EmulatorFault, BarrierDivergence) {
+  for (std::uint64_t seed = 0; seed < 5; ++seed) {
+    EXPECT_THAT(fault_of(some_skip_barrier, seed),
+                MatchesRegex("BadLaunch: barrier divergence in kernel some_skip_barrier, block 0: "
+                             "7 at __syncthreads \\(kernels_testing.cu:[0-9]+\\), 121 exited, of 128"));
+  }
+}
+
+TEST(EmulatorFault, BarriersAtDifferentLines) {
+  EXPECT_THAT(fault_of(barrier_at_two_lines),
+              AllOf(HasSubstr("barrier divergence in kernel barrier_at_two_lines, block (0, "),
+                    HasSubstr("7 at __syncthreads (kernels_testing.cu:"),
+                    HasSubstr("57 at __syncthreads (kernels_testing.cu:"), HasSubstr(", of 64")));
+}
+
+TEST(EmulatorFault, WarpDivergence) {
+  EXPECT_THAT(fault_of(some_skip_warp_sum),
+              MatchesRegex("BadLaunch: warp collective divergence in kernel some_skip_warp_sum, block 0, "
+                           "warp 1: 20 of 32 lanes at warp_sum \\(kernels_testing.cu:[0-9]+\\), 12 exited"));
+}
+
+TEST(EmulatorFault, MaskMustNameItsCaller) {
+  EXPECT_THAT(fault_of(mask_without_caller),
+              AllOf(HasSubstr("BadLaunch"), HasSubstr("warp 0: lane 3 is at __syncwarp"),
+                    HasSubstr("mask 0xfffffff7, which does not name it")));
+}
+
+TEST(EmulatorFault, MasksMustNotOverlap) {
+  EXPECT_THAT(fault_of(overlapping_masks), AllOf(HasSubstr("0x0001ffff"), HasSubstr("0xffff8000"),
+                                                 HasSubstr("others wait at __syncwarp")));
+}
+
+TEST(EmulatorFault, HalfAWarpHasNoWarpSum) {
+  EXPECT_THAT(fault_of(half_warp_sum), HasSubstr("warp 1: 16 of 32 lanes at warp_sum"));
+  EXPECT_THAT(fault_of(half_warp_sum), HasSubstr("16 beyond the block's 48 threads"));
+}
+
+TEST(EmulatorFault, ShuffleReadsOnlyItsMask) {
+  EXPECT_THAT(fault_of(read_outside_mask), HasSubstr("a lane reads a lane that mask 0x0000ffff does not"));
+}
+
+TEST(EmulatorFault, MisalignedVector) {
+  EXPECT_THAT(fault_of([](Stream& stream) {
+                Buffer x("x", 64, 0);
+                misaligned_load(stream, x.as<float>(), x.as<float>() + 12);
+                stream.synchronize();
+              }),
+              MatchesRegex("BadLaunch: load_vector \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                           "misaligned_load, block 0: the address is 4 bytes past a multiple of 16"));
+}
+
+TEST(EmulatorFault, SharedMemoryOverrun) {
+  if (kAsan) GTEST_SKIP() << "ASan itself ends the process: planted_bugs shared_overrun";
+  EXPECT_EQ(fault_of([](Stream& stream) { write_shared(stream, 4, 3); }), "");
+  EXPECT_THAT(fault_of([](Stream& stream) { write_shared(stream, 4, 4); }),
+              MatchesRegex("OutOfBounds: kernel write_shared, block [012] wrote its shared memory at byte 16, "
+                           "but has 16 bytes"));
+  EXPECT_THAT(fault_of([](Stream& stream) { write_shared(stream, 4, -1); }),
+              HasSubstr("wrote its shared memory 1 bytes before its start"));
+}
+
+TEST(EmulatorFault, ImpossibleLaunches) {
+  const auto launch = [](unsigned grid, unsigned x, unsigned y, std::size_t shared) {
+    return fault_of([=](Stream& stream) { launch_sized(stream, grid, x, y, shared); });
+  };
+  EXPECT_EQ(launch(1, 1024, 1, 227 * 1024), "");
+  EXPECT_EQ(launch(0, 32, 1, 0), "BadLaunch: kernel sized: a grid of 0 x 1 x 1 blocks is empty");
+  EXPECT_EQ(launch(1, 32, 0, 0), "BadLaunch: kernel sized: a block of 32 x 0 x 1 threads is empty");
+  EXPECT_EQ(launch(1, 1025, 1, 0),
+            "BadLaunch: kernel sized: a block of 1025 x 1 x 1 threads exceeds 1024 x 1024 x 64");
+  EXPECT_EQ(launch(1, 64, 17, 0),
+            "BadLaunch: kernel sized: a block of 64 x 17 x 1 = 1088 threads exceeds 1024");
+  EXPECT_EQ(launch(1, 32, 1, 232449),
+            "BadLaunch: kernel sized: 232449 bytes of shared memory exceed 232448");
+}
+
+}  // namespace
+}  // namespace tp::testing

@@ -1,0 +1,277 @@
+#include "harness/device/kernels_testing.h"
+
+#include "harness/device/device.h"
+
+namespace tp::testing {
+namespace {
+
+constexpr unsigned kAll = 0xFFFFFFFFu;
+
+__global__ void warp_functions_kernel(std::int64_t* out) {
+  const int lane = int(threadIdx.x);
+  std::int64_t* mine = out + lane * kWarpProbes;
+  mine[0] = __shfl_sync(kAll, lane * 10, lane + 3, 8);
+  mine[1] = __shfl_xor_sync(kAll, std::int64_t(lane) << 33, 5);
+  mine[2] = __shfl_up_sync(kAll, unsigned(lane), 3, 16);
+  mine[3] = std::int64_t(__shfl_down_sync(kAll, double(lane) + 0.5, 2) * 2);
+  mine[4] = __ballot_sync(kAll, lane % 3 == 0);
+  mine[5] = __any_sync(kAll, lane == 31) * 2 + __any_sync(kAll, lane == 32);
+  mine[6] = (__all_sync(kAll, lane < 32) != 0) * 2 + (__all_sync(kAll, lane < 31) != 0);
+  mine[7] = __shfl_xor_sync(kAll, lane, 8, 8);
+}
+
+__global__ void half_masks_kernel(unsigned* out) {
+  const unsigned lane = threadIdx.x;
+  if (lane % 2 == 0) {
+    out[lane] = __ballot_sync(0x55555555u, lane >= 16);
+    out[32 + lane] = __shfl_sync(0x55555555u, lane, 0);
+  } else {
+    out[lane] = __ballot_sync(0xAAAAAAAAu, lane >= 16);
+    out[32 + lane] = __shfl_sync(0xAAAAAAAAu, lane, 1);
+  }
+}
+
+__global__ void block_sums_kernel(const float* x, float* out) {
+  out[threadIdx.x] = block_sum(x[threadIdx.x], dynamic_shared<float>());
+}
+__global__ void block_maxima_kernel(const float* x, float* out) {
+  out[threadIdx.x] = block_max(x[threadIdx.x], dynamic_shared<float>());
+}
+
+__global__ void warp_sums_kernel(const float* x, float* tree, float* butterfly) {
+  tree[threadIdx.x] = warp_sum(x[threadIdx.x]);
+  float v = x[threadIdx.x];
+  for (int distance = 16; distance >= 1; distance /= 2) v += __shfl_xor_sync(kAll, v, distance);
+  butterfly[threadIdx.x] = v;
+}
+
+__global__ void trace_order_kernel(unsigned* trace, unsigned* counter) {
+  trace[atomicAdd(counter, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
+}
+
+__global__ void trace_barrier_kernel(unsigned* trace, unsigned* counter) {
+  unsigned* shared = dynamic_shared<unsigned>();
+  if (threadIdx.x == 0) *shared = 0;
+  __syncthreads();
+  trace[atomicAdd(shared, 1u)] = threadIdx.x;
+  if (threadIdx.x == 0) *counter = 1;
+}
+
+__global__ void read_fresh_shared_kernel(unsigned* out) {
+  unsigned* shared = dynamic_shared<unsigned>();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = shared[threadIdx.x];
+  shared[threadIdx.x] = 7;
+}
+
+__global__ void indices_kernel(unsigned* out) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  out[block * blockDim.x * blockDim.y * blockDim.z + thread] += block * 1000 + thread;
+}
+
+__global__ void atomics_kernel(AtomicResults* r) {
+  const int id = int(blockIdx.x * blockDim.x + threadIdx.x);
+  atomicAdd(&r->add_int, -id);
+  atomicMax(&r->max_int, id);
+  atomicMin(&r->min_int, -id);
+  atomicAdd(&r->add_unsigned, 2u);
+  atomicAdd(&r->add_wide, 1ull << 33);
+  atomicAdd(&r->add_float, 1.0f);
+  atomicExch(&r->exchanged, 5u);
+  while (atomicCAS(&r->lock, 0, 1) != 0) {
+  }
+  __threadfence();
+  r->locked = r->locked + 1;
+  __threadfence();
+  atomicExch(&r->lock, 0);
+}
+
+__global__ void some_skip_barrier_kernel() {
+  if (threadIdx.x < 7) __syncthreads();
+}
+__global__ void barrier_at_two_lines_kernel() {
+  if (threadIdx.x < 7) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+__global__ void some_skip_warp_sum_kernel(float* out) {
+  if (threadIdx.x < 32 || threadIdx.x % 32 < 20) {
+    const float sum = warp_sum(1.0f);
+    if (out != nullptr) *out = sum;
+  }
+}
+__global__ void mask_without_caller_kernel() { __syncwarp(threadIdx.x == 3 ? ~8u : kAll); }
+__global__ void overlapping_masks_kernel() { __syncwarp(threadIdx.x < 16 ? 0x1FFFFu : 0xFFFF8000u); }
+__global__ void half_warp_sum_kernel() { warp_sum(1.0f); }
+__global__ void read_outside_mask_kernel(int* out) {
+  if (threadIdx.x < 16) {
+    const int value = __shfl_sync(0xFFFFu, 1, 20);
+    if (out != nullptr) *out = value;
+  }
+}
+__global__ void misaligned_load_kernel(const float* x, float* out) {
+  *out = load_vector<float, 4>(x + threadIdx.x)[0];
+}
+__global__ void write_shared_kernel(int index) { dynamic_shared<float>()[index] = 1.0f; }
+__global__ void nothing_kernel() {}
+
+__global__ void fill_kernel(float* out, int count, float value) {
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) out[i] = value;
+}
+__global__ void copy_kernel(const float* in, float* out, int count) {
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) out[i] = in[i];
+}
+
+__global__ void reverse_vectors_kernel(const std::uint16_t* in, std::uint16_t* out) {
+  const auto v = load_vector<std::uint16_t, 8>(in + threadIdx.x * 8);
+  Vec<std::uint16_t, 8> reversed;
+  for (int i = 0; i < 8; ++i) reversed[i] = v[7 - i];
+  store_vector(out + threadIdx.x * 8, reversed);
+}
+
+__global__ void publish_kernel(int* data, int* flag, int value) {
+  peer_store(data, value);
+  store_release(flag, 1);
+}
+__global__ void await_kernel(const int* data, const int* flag, int* out) {
+  while (load_acquire(flag) == 0) {
+  }
+  *out = peer_load(data);
+}
+__global__ void publish_fenced_kernel(int* data, int* flag, int value) {
+  *data = value;
+  __threadfence_system();
+  store_volatile(flag, 1);
+}
+__global__ void await_fenced_kernel(const int* data, const int* flag, int* out) {
+  while (load_volatile(flag) == 0) {
+  }
+  __threadfence_system();
+  *out = *data;
+}
+
+__global__ void blocks_wait_kernel(int* flag, int* out) {
+  if (blockIdx.x == 0) {
+    while (load_acquire(flag) == 0) {
+    }
+    if (threadIdx.x == 0) *out = 1;
+  } else if (blockIdx.x == gridDim.x - 1) {
+    store_release(flag, 1);
+  }
+}
+
+__global__ void rms_norm_like_kernel(const float* x, float* out, int cols) {
+  const float* row = x + std::int64_t(blockIdx.x) * cols;
+  float sum = 0.0f;
+  for (int i = int(threadIdx.x); i < cols; i += int(blockDim.x)) sum = fmaf(row[i], row[i], sum);
+  const float mean = block_sum(sum, dynamic_shared<float>()) / float(cols);
+  const float scale = 1.0f / sqrtf(mean + 1e-6f);
+  float* to = out + std::int64_t(blockIdx.x) * cols;
+  for (int i = int(threadIdx.x); i < cols; i += int(blockDim.x)) to[i] = row[i] * scale;
+}
+__global__ void elementwise_kernel(const float* x, float* out) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = x[i] * 2.0f;
+}
+
+std::size_t scratch(int threads) { return block_scratch_floats(threads) * sizeof(float); }
+
+}  // namespace
+
+void warp_functions(Stream& stream, std::int64_t* out) {
+  launch("warp_functions", warp_functions_kernel, 1, 32, 0, stream, out);
+}
+void half_masks(Stream& stream, unsigned* out) {
+  launch("half_masks", half_masks_kernel, 1, 32, 0, stream, out);
+}
+void block_sums(Stream& stream, const float* x, float* out, int threads) {
+  launch("block_sums", block_sums_kernel, 1, threads, scratch(threads), stream, x, out);
+}
+void block_maxima(Stream& stream, const float* x, float* out, int threads) {
+  launch("block_maxima", block_maxima_kernel, 1, threads, scratch(threads), stream, x, out);
+}
+void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly) {
+  launch("warp_sums", warp_sums_kernel, 1, 32, 0, stream, x, tree, butterfly);
+}
+void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads) {
+  launch("trace_order", trace_order_kernel, blocks, threads, 0, stream, trace, counter);
+}
+void trace_barrier(Stream& stream, unsigned* trace, unsigned* counter, int threads) {
+  launch("trace_barrier", trace_barrier_kernel, 1, threads, sizeof(unsigned), stream, trace, counter);
+}
+void read_fresh_shared(Stream& stream, unsigned* out, int blocks, int threads) {
+  launch("read_fresh_shared", read_fresh_shared_kernel, blocks, threads, threads * sizeof(unsigned), stream,
+         out);
+}
+void indices(Stream& stream, unsigned* out) {
+  launch("indices", indices_kernel, dim3(2, 3, 2), dim3(4, 2, 3), 0, stream, out);
+}
+void atomics(Stream& stream, AtomicResults* results, int blocks, int threads) {
+  launch("atomics", atomics_kernel, blocks, threads, 0, stream, results);
+}
+
+void some_skip_barrier(Stream& stream) {
+  launch("some_skip_barrier", some_skip_barrier_kernel, 1, 128, 0, stream);
+}
+void barrier_at_two_lines(Stream& stream) {
+  launch("barrier_at_two_lines", barrier_at_two_lines_kernel, dim3(1, 2), 64, 0, stream);
+}
+void some_skip_warp_sum(Stream& stream) {
+  launch("some_skip_warp_sum", some_skip_warp_sum_kernel, 1, 64, 0, stream, nullptr);
+}
+void mask_without_caller(Stream& stream) {
+  launch("mask_without_caller", mask_without_caller_kernel, 1, 32, 0, stream);
+}
+void overlapping_masks(Stream& stream) {
+  launch("overlapping_masks", overlapping_masks_kernel, 1, 32, 0, stream);
+}
+void half_warp_sum(Stream& stream) { launch("half_warp_sum", half_warp_sum_kernel, 1, 48, 0, stream); }
+void read_outside_mask(Stream& stream) {
+  launch("read_outside_mask", read_outside_mask_kernel, 1, 32, 0, stream, nullptr);
+}
+void misaligned_load(Stream& stream, const float* x, float* out) {
+  launch("misaligned_load", misaligned_load_kernel, 1, 2, 0, stream, x, out);
+}
+void write_shared(Stream& stream, int floats, int index) {
+  launch("write_shared", write_shared_kernel, 3, 1, floats * sizeof(float), stream, index);
+}
+void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y, std::size_t shared) {
+  launch("sized", nothing_kernel, grid_x, dim3(block_x, block_y), shared, stream);
+}
+
+void fill(Stream& stream, float* out, int count, float value) {
+  launch("fill", fill_kernel, 1, 64, 0, stream, out, count, value);
+}
+void copy(Stream& stream, const float* in, float* out, int count) {
+  launch("copy", copy_kernel, 1, 64, 0, stream, in, out, count);
+}
+void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out, int count) {
+  launch("reverse_vectors", reverse_vectors_kernel, 1, count / 8, 0, stream, in, out);
+}
+
+void publish(Stream& stream, int* data, int* flag, int value) {
+  launch("publish", publish_kernel, 1, 1, 0, stream, data, flag, value);
+}
+void await(Stream& stream, const int* data, const int* flag, int* out) {
+  launch("await", await_kernel, 1, 1, 0, stream, data, flag, out);
+}
+void publish_fenced(Stream& stream, int* data, int* flag, int value) {
+  launch("publish_fenced", publish_fenced_kernel, 1, 1, 0, stream, data, flag, value);
+}
+void await_fenced(Stream& stream, const int* data, const int* flag, int* out) {
+  launch("await_fenced", await_fenced_kernel, 1, 1, 0, stream, data, flag, out);
+}
+void blocks_wait(Stream& stream, int* flag, int* out, int blocks) {
+  launch("blocks_wait", blocks_wait_kernel, blocks, 32, 0, stream, flag, out);
+}
+
+void rms_norm_like(Stream& stream, const float* x, float* out, int rows, int cols, int threads) {
+  launch("rms_norm_like", rms_norm_like_kernel, rows, threads, scratch(threads), stream, x, out, cols);
+}
+void elementwise(Stream& stream, const float* x, float* out, int blocks, int threads) {
+  launch("elementwise", elementwise_kernel, blocks, threads, 0, stream, x, out);
+}
+
+}  // namespace tp::testing

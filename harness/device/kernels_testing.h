@@ -1,0 +1,67 @@
+#pragma once
+// Kernels for the tests of this layer, each behind the host function that launches it.
+
+#include <cstdint>
+
+#include "harness/device/stream.h"
+
+namespace tp::testing {
+
+// out[thread * 8 + i], one warp: results of the shuffles and votes, in the order of the kernel.
+inline constexpr int kWarpProbes = 8;
+void warp_functions(Stream& stream, std::int64_t* out);
+// One warp: the even lanes and the odd lanes meet under masks of their own; out[lane] is the ballot of
+// (lane >= 16), and out[32 + lane] the value of the first lane of the group.
+void half_masks(Stream& stream, unsigned* out);
+// out[thread]: block_sum (or block_max) of x.
+void block_sums(Stream& stream, const float* x, float* out, int threads);
+void block_maxima(Stream& stream, const float* x, float* out, int threads);
+void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly);
+// trace[i]: the i-th thread that took a number, over the whole grid.
+void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads);
+// trace[i]: the i-th thread of the one block to pass a barrier.
+void trace_barrier(Stream& stream, unsigned* trace, unsigned* counter, int threads);
+// out[block * threads + thread]: the thread's word of shared memory as the block found it.
+void read_fresh_shared(Stream& stream, unsigned* out, int blocks, int threads);
+void indices(Stream& stream, unsigned* out);  // 2 x 3 x 2 blocks of 4 x 2 x 3 threads
+
+struct AtomicResults {
+  int add_int, max_int, min_int;
+  unsigned add_unsigned, exchanged;
+  unsigned long long add_wide;
+  float add_float;
+  int locked;  // counted under a lock made of atomicCAS
+  int lock;
+};
+void atomics(Stream& stream, AtomicResults* results, int blocks, int threads);
+
+// Wrong on purpose.
+void some_skip_barrier(Stream& stream);
+void barrier_at_two_lines(Stream& stream);
+void some_skip_warp_sum(Stream& stream);
+void mask_without_caller(Stream& stream);
+void overlapping_masks(Stream& stream);
+void half_warp_sum(Stream& stream);  // a block of 48 threads
+void read_outside_mask(Stream& stream);
+void misaligned_load(Stream& stream, const float* x, float* out);
+void write_shared(Stream& stream, int floats, int index);
+void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y, std::size_t shared);
+
+void fill(Stream& stream, float* out, int count, float value);  // writes out[0..count)
+void copy(Stream& stream, const float* in, float* out, int count);
+// Vec copies of 8 values of 2 bytes, written back in reverse.
+void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out, int count);
+
+// Publishes data and then *flag = 1; waits for *flag and then copies the data.
+void publish(Stream& stream, int* data, int* flag, int value);
+void await(Stream& stream, const int* data, const int* flag, int* out);
+void publish_fenced(Stream& stream, int* data, int* flag, int value);
+void await_fenced(Stream& stream, const int* data, const int* flag, int* out);
+// Block 0 waits for what the last block writes.
+void blocks_wait(Stream& stream, int* flag, int* out, int blocks);
+
+// What the speed of the emulator is measured with.
+void rms_norm_like(Stream& stream, const float* x, float* out, int rows, int cols, int threads);
+void elementwise(Stream& stream, const float* x, float* out, int blocks, int threads);
+
+}  // namespace tp::testing

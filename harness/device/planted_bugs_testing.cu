@@ -1,0 +1,90 @@
+// Kernels with a mistake planted, so that it can be seen that each build finds its kind: run with
+// none, missing_barrier, shared_overrun, block_race or missing_fence. Exit code 0: nothing was found, 1:
+// something was.
+
+#include <cstdio>
+#include <string_view>
+#include <vector>
+
+#include "harness/device/device.h"
+#include "harness/device/scheduler.h"
+
+namespace tp {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocks = 4;
+
+struct Bugs {
+  bool missing_barrier;
+  bool shared_overrun;
+  bool block_race;
+  bool missing_fence;
+};
+
+// out[block * kThreads + i] = i + 1: what the thread's neighbour wrote into shared memory.
+__global__ void rotate(float* out, Bugs bugs) {
+  float* shared = dynamic_shared<float>();
+  const int i = int(threadIdx.x);
+  shared[i] = float(i);
+  if (i == 0 && bugs.shared_overrun) shared[kThreads] = 0.0f;
+  if (!bugs.missing_barrier) __syncthreads();
+  const float neighbour = shared[(i + 1) % kThreads];
+  const int block = bugs.block_race ? 0 : int(blockIdx.x);
+  out[block * kThreads + i] = neighbour;
+}
+
+// One rank's kernel hands a value to another's.
+__global__ void hand_over(int* data, int* flag, Bugs bugs) {
+  *data = 42;
+  if (!bugs.missing_fence) __threadfence_system();
+  store_volatile(flag, 1);
+}
+__global__ void take_over(const int* data, const int* flag, int* out) {
+  while (load_volatile(flag) == 0) {
+  }
+  __threadfence_system();
+  *out = *data;
+}
+
+int run(std::string_view mode) {
+  const Bugs bugs{mode == "missing_barrier", mode == "shared_overrun", mode == "block_race",
+                  mode == "missing_fence"};
+  int wrong = 0;
+  const Buffer peer("peer memory", 2 * sizeof(int), 0);
+  int* data = peer.as<int>();
+  Scheduler scheduler({.seed = 1});
+  scheduler.add_rank(0, [&](Stream& stream) {
+    const Buffer out("out", kBlocks * kThreads * sizeof(float), 0xFF);
+    launch("rotate", rotate, kBlocks, kThreads, kThreads * sizeof(float), stream, out.as<float>(), bugs);
+    std::vector<float> got(kBlocks * kThreads);
+    to_host(stream, got.data(), out.data(), out.bytes());
+    stream.synchronize();
+    const int blocks = bugs.block_race ? 1 : kBlocks;
+    for (int i = 0; i < blocks * kThreads; ++i) wrong += !(got[i] == float((i + 1) % kThreads));
+  });
+  scheduler.add_rank(1, [&](Stream& stream) {
+    launch("hand_over", hand_over, 1, 1, 0, stream, data, data + 1, bugs);
+    stream.synchronize();
+  });
+  scheduler.add_rank(2, [&](Stream& stream) {
+    const Buffer out("out", sizeof(int), 0);
+    launch("take_over", take_over, 1, 1, 0, stream, data, data + 1, out.as<int>());
+    int got = 0;
+    to_host(stream, &got, out.data(), sizeof(int));
+    stream.synchronize();
+    wrong += got != 42;
+  });
+  const Report report = scheduler.run();
+  if (report.fault) {
+    std::printf("%s: %s\n", std::string(name_of(report.fault->outcome)).c_str(), report.fault->what.c_str());
+    return 1;
+  }
+  if (wrong > 0) std::printf("WrongValue: %d values are wrong\n", wrong);
+  return wrong > 0;
+}
+
+}  // namespace
+}  // namespace tp
+
+int main(int argc, char** argv) { return argc == 2 ? tp::run(argv[1]) : 2; }

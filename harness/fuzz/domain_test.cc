@@ -1,0 +1,68 @@
+// What is legal, and which names are known.
+
+#include "harness/fuzz/domain.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "harness/base/check.h"
+#include "harness/fuzz/canary_testing.h"
+
+namespace tp {
+namespace {
+
+std::vector<int> up_to(int n) {
+  std::vector<int> sizes(static_cast<std::size_t>(n));
+  std::iota(sizes.begin(), sizes.end(), 1);
+  return sizes;
+}
+
+class DomainTest : public testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    if (operators().empty()) add_canaries();
+  }
+};
+
+TEST_F(DomainTest, RelationSaysHowKvHeadsMeetRanks) {
+  EXPECT_EQ(relation_of({8, 2, 1}), Relation::single);
+  EXPECT_EQ(relation_of({8, 2, 4}), Relation::below);
+  EXPECT_EQ(relation_of({8, 4, 4}), Relation::equal);
+  EXPECT_EQ(relation_of({8, 8, 4}), Relation::above);
+}
+
+TEST_F(DomainTest, NamesThatCannotBeMeantAreRefused) {
+  EXPECT_THROW(make_domain({"no_such_op"}, {1}, {}, ""), BadInput);
+  EXPECT_THROW(make_domain({}, {1}, {"no-such-model"}, ""), BadInput);
+  EXPECT_THROW(make_domain({}, {1}, {}, "no:mutant"), BadInput);
+  EXPECT_THROW(make_domain({}, {0, 1}, {}, ""), BadInput);
+  EXPECT_THROW(make_domain({}, {1, 5000}, {}, ""), BadInput);
+  EXPECT_NO_THROW(make_domain({"canary"}, {4, 2, 4}, {"all"}, "0:unique_shards"));
+}
+
+TEST_F(DomainTest, ModelThatFitsNoTpSizeIsRefusedWithTheNumbers) {
+  try {
+    make_domain({"canary"}, {12}, {"MiniMaxAI/MiniMax-M2.5"}, "");
+    FAIL() << "48 heads over 8 KV heads were spread over 12 ranks";
+  } catch (const BadInput& e) {
+    EXPECT_NE(std::string(e.what()).find("tp_size=12"), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("num_kv_heads=8"), std::string::npos) << e.what();
+  }
+}
+
+TEST_F(DomainTest, EachPairHasEveryLegalPairOfTheModels) {
+  const EachPair each = each_pair(make_domain({"canary"}, up_to(64), {"all"}, ""));
+  EXPECT_EQ(each.legal, 407);
+  EXPECT_EQ(each.refused, 50);
+  EXPECT_EQ(each.cases.size(), 407u);
+  int replicated = 0;
+  for (const Case& c : each.cases) {
+    EXPECT_TRUE(is_legal(heads_of(c))) << to_line(c);
+    replicated += relation_of(heads_of(c)) == Relation::below;
+  }
+  EXPECT_EQ(replicated, 144);
+}
+
+}  // namespace
+}  // namespace tp

@@ -1,0 +1,157 @@
+// The operators as they ship, on as many processes as this test was started with: process 0 draws
+// and prints, every failure comes with its case line.
+
+#include <gtest/gtest.h>
+
+#include <set>
+
+#include "harness/base/check.h"
+#include "harness/fuzz/draw.h"
+#include "harness/group/mpi_testing.h"
+#include "properties/operators.h"
+
+namespace tp {
+namespace {
+
+const bool kRegistered = (register_operators(), true);
+
+Verdict run(const std::string& line, const std::string& mutant = "") {
+  const std::string shared = test_world().broadcast(line);
+  RunOptions options{.deadline = std::chrono::seconds(60)};
+  if (!mutant.empty()) options.mutant = find_mutant(mutant).front().mutant;
+  const Case c = case_from_line(shared);
+  return find_operator(c.op).run(test_world(), c, options);
+}
+
+class EveryOperator : public testing::TestWithParam<std::string> {};
+
+TEST_P(EveryOperator, PassesWhatTheFuzzerDraws) {
+  std::vector<int> tp_sizes;
+  for (int t = 1; t <= 16; ++t) tp_sizes.push_back(t);
+  Draw draw(make_domain({GetParam()}, tp_sizes, {}, ""), 20261121);
+  int passed = 0;
+  for (int i = 0; i < 60; ++i) {
+    const std::string line = to_line(draw.next());
+    const Verdict v = run(line);
+    EXPECT_TRUE(v.outcome == Outcome::Pass || v.outcome == Outcome::Mistrusted)
+        << line << "\n  " << to_line(v);
+    EXPECT_LE(v.score, 1.0) << line;
+    passed += v.outcome == Outcome::Pass;
+  }
+  EXPECT_GE(passed, 50);
+}
+
+INSTANTIATE_TEST_SUITE_P(Operators, EveryOperator, testing::Values("rms_norm", "qk_norm"),
+                         [](const auto& info) { return info.param; });
+
+// The digest of a case line is the same with any number of processes, under every sanitizer, and on
+// a GPU.
+TEST(Digest, IsTheSameEverywhere) {
+  const std::pair<const char*, std::uint64_t> golden[] = {
+      {"v1 qk_norm num_heads=48 num_kv_heads=8 head_dim=128 tp_size=16 num_tokens=4 dtype=bf16 "
+       "fill=dense seed=7",
+       0x56f4b314b00e5f17},
+      {"v1 qk_norm num_heads=6 num_kv_heads=2 head_dim=80 tp_size=6 num_tokens=5 dtype=f16 "
+       "fill=wide seed=3 pad=9",
+       0x9bb9b67d1dfc79dc},
+      {"v1 qk_norm num_heads=12 num_kv_heads=12 head_dim=33 tp_size=4 num_tokens=3 dtype=f32 "
+       "fill=small_rows seed=1",
+       0x00fda05e2bc586a8},
+      {"v1 rms_norm hidden_size=3072 tp_size=3 num_tokens=2 dtype=bf16 fill=dense seed=5",
+       0x636e7410f4a30ba9},
+      {"v1 rms_norm hidden_size=100 tp_size=2 num_tokens=7 dtype=f32 fill=equal seed=6 pad=1",
+       0xfe464fa642bcf539},
+  };
+  for (const auto& [line, digest] : golden) {
+    const Verdict v = run(line);
+    EXPECT_EQ(v.outcome, Outcome::Pass) << to_line(v);
+    EXPECT_EQ(v.digest, digest) << std::hex << "0x" << v.digest << "\n  " << line;
+  }
+}
+
+// Each mistake at the smallest shape where it can show, and the same case without the mistake.
+struct Planted {
+  const char* id;
+  const char* shape;
+  Outcome outcome;
+};
+
+class Mutants : public testing::TestWithParam<Planted> {};
+
+TEST_P(Mutants, AreFoundWhereTheyCanShow) {
+  const auto& [id, shape, outcome] = GetParam();
+  for (const char* fill : {"exact", "dense"}) {
+    const std::string line = std::string("v1 qk_norm ") + shape +
+                             " head_dim=8 num_tokens=1 dtype=bf16 seed=3 fill=" + fill;
+    const Verdict v = run(line, id);
+    EXPECT_EQ(name_of(v.outcome), name_of(outcome))
+        << line << " with " << id << "\n  " << to_line(v);
+    EXPECT_EQ(run(line).outcome, Outcome::Pass) << line;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Zoo, Mutants,
+    testing::Values(Planted{"minimax-knorm-shard-by-tp:cut", "num_heads=2 num_kv_heads=1 tp_size=2",
+                            Outcome::BadLaunch},
+                    Planted{"minimax-knorm-shard-by-tp:modulo",
+                            "num_heads=4 num_kv_heads=2 tp_size=4", Outcome::WrongValue},
+                    Planted{"minimax-knorm-shard-by-tp:rank",
+                            "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::OutOfBounds},
+                    Planted{"minimax-knorm-shard-by-tp:clamped",
+                            "num_heads=4 num_kv_heads=2 tp_size=4", Outcome::WrongValue},
+                    Planted{"minimax-norm-replica-aware:replicas",
+                            "num_heads=2 num_kv_heads=2 tp_size=2", Outcome::WrongValue},
+                    Planted{"minimax-norm-replica-aware:kv-heads",
+                            "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue},
+                    Planted{"minimax-norm-replica-aware:one",
+                            "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue},
+                    Planted{"minimax-norm-replica-aware:unique",
+                            "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue}),
+    [](const auto& info) {
+      std::string name = info.param.id;
+      for (char& ch : name) ch = std::isalnum(std::uint8_t(ch)) ? ch : '_';
+      return name;
+    });
+
+TEST(Mutants, AreAllPlanted) { EXPECT_EQ(find_operator("qk_norm").mutants.size(), 8u); }
+
+// Discrimination is right about what it mistrusts: with heads one element wide, some seeds give
+// both heads the same weight, and there the mistake slips through; everywhere else it is found.
+TEST(Discrimination, MistrustsExactlyTheDataThatLetAMistakePass) {
+  int mistrusted = 0;
+  for (int seed = 0; seed < 1500; ++seed) {
+    const std::string line =
+        "v1 qk_norm num_heads=4 num_kv_heads=2 head_dim=1 tp_size=4 num_tokens=1 dtype=bf16 seed=" +
+        std::to_string(seed) + " discriminate=1";
+    const Verdict v = run(line);
+    const bool slipped =
+        run(line, "minimax-knorm-shard-by-tp:modulo").outcome != Outcome::WrongValue;
+    EXPECT_EQ(v.outcome == Outcome::Mistrusted, slipped) << line << "\n  " << to_line(v);
+    mistrusted += v.outcome == Outcome::Mistrusted;
+  }
+  EXPECT_GT(mistrusted, 0);
+}
+
+TEST(Refusals, NameTheNumbers) {
+  const auto refusal = [](const std::string& line) {
+    try {
+      case_from_line(line);
+    } catch (const BadInput& e) {
+      return std::string(e.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_EQ(refusal("v1 qk_norm num_heads=48 num_kv_heads=8 head_dim=128 tp_size=12 num_tokens=1 "
+                    "dtype=bf16 seed=0"),
+            "tp_size=12 is neither a divisor nor a multiple of num_kv_heads=8");
+  EXPECT_EQ(
+      refusal("v1 rms_norm hidden_size=1048576 tp_size=1024 num_tokens=1048576 dtype=f32 seed=0"),
+      "1048576 rows of 1073741824 columns are more than the 67108864 elements a case may have");
+  EXPECT_NE(refusal("v1 qk_norm num_heads=4096 num_kv_heads=4096 head_dim=65536 tp_size=1 "
+                    "num_tokens=1048576 dtype=f32 seed=0"),
+            "accepted");
+}
+
+}  // namespace
+}  // namespace tp

@@ -1,0 +1,153 @@
+// Every oracle is seen to fail, each for its own reason and with the place in its sentence.
+
+#include <gtest/gtest.h>
+
+#include "harness/group/mpi_testing.h"
+#include "properties/run/faulty_testing.h"
+#include "properties/run/stage.h"
+
+namespace tp {
+namespace {
+
+constexpr std::int64_t kRows = 3, kCols = 10, kStride = 13;
+
+struct Plan {
+  Mistake mistake = Mistake::none;
+  int bad_rank = -1;  // the rank that makes the mistake; -1: all
+  bool slice_outside = false;
+  bool launch_nothing = false;  // a grid of no blocks
+  bool skip_collective = false;
+  bool blind = false;
+};
+
+// y = x on every rank, with a budget of 1 %.
+Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4) {
+  OperatorSpec spec{
+      .name = "faulty", .what = "a copy", .laws = {law_tp1(), law_scale(), law_tokens()}};
+  for (const char* k : {"tp_size", "num_tokens", "fill", "seed"})
+    spec.keys.push_back(shared_key(k));
+  spec.refuse = [](const Case&) { return std::nullopt; };
+  spec.regime = [](const Case& c, const Variation& v) -> DataRegime {
+    return {c.fill, c.seed, 1e-6, v.scale_log2, v.rotate_rows};
+  };
+  spec.stages = [plan](const Case&, const ShardingRules&, const Variation&) -> std::vector<Stage> {
+    const TensorSpec x{"x", DType::f32, kRows, kCols, Role::activation, kCols},
+        y{"y", DType::f32, kRows, kCols};
+    Stage stage{.name = "copy", .inputs = {x}, .outputs = {y}};
+    stage.buffers = [plan](int tp_rank) -> std::vector<LocalBuffer> {
+      const bool outside = plan.slice_outside && tp_rank == plan.bad_rank;
+      return {{"x", Use::input, DType::f32, kRows, kStride, {{"x", {outside ? 1 : 0, kCols}}}},
+              {"y", Use::output, DType::f32, kRows, kStride, {{"y", {0, kCols}}}}};
+    };
+    stage.run = [plan](RankRun& run) {
+      const bool bad = plan.bad_rank < 0 || run.group.tp_rank() == plan.bad_rank;
+      View<float> x = run.view<float>("x").columns(0, kCols),
+                  y = run.view<float>("y").columns(0, kCols);
+      if (plan.launch_nothing && bad) x.rows = 0;
+      faulty_copy(x, y, bad ? plan.mistake : Mistake::none, run.stream);
+      if (!(plan.skip_collective && bad)) run.group.barrier(run.stream);
+    };
+    stage.reference = [](const std::vector<Matrix>& in) -> std::vector<Budget> {
+      Budget b(kRows, kCols);
+      b.r = in[0].values;
+      for (std::size_t i = 0; i < b.r.size(); ++i) b.rho[i] = 0.01 * std::fabs(b.r[i]);
+      return {b};
+    };
+    if (plan.blind) {
+      stage.blind_to = [](const auto&, const auto&) {
+        return std::optional<std::string>("everything");
+      };
+    }
+    return {stage};
+  };
+  const Operator op = make_operator(spec);
+  Case c = op.blank();
+  c.tp_size = tp_size;
+  c.num_tokens = int(kRows);
+  c.fill = Fill::dense;
+  c.seed = 5;
+  c.options["law"] = op.key("law")->parse(law);
+  c.options["discriminate"] = plan.blind;
+  return op.run(test_world(), c, {.deadline = std::chrono::seconds(10)});
+}
+
+void expect(const Verdict& v, Outcome outcome, const std::string& detail) {
+  EXPECT_EQ(name_of(v.outcome), name_of(outcome)) << v.detail;
+  EXPECT_NE(v.detail.find(detail), std::string::npos) << v.detail;
+}
+
+TEST(Oracles, ACorrectCopyPasses) {
+  for (const char* law : {"none", "tp1", "tokens"}) expect(run({}, law), Outcome::Pass, "");
+}
+
+TEST(Oracles, ACopyIsNoNormAndBreaksTheLawOfScale) {
+  expect(run({}, "scale"), Outcome::LawBroken, "law scale: y[0, 0]");
+}
+
+TEST(Oracles, UnwrittenOutputIsUninitialised) {
+  expect(run({Mistake::skips_last_column}), Outcome::Uninitialised,
+         "depends on what memory held before");
+}
+
+TEST(Oracles, AWrittenInputIsInputModified) {
+  expect(run({Mistake::writes_input, 2}), Outcome::InputModified, "tp_rank 2, x[0, 1]");
+}
+
+TEST(Oracles, WrittenPaddingIsOutOfBounds) {
+  expect(run({Mistake::writes_padding, 1}), Outcome::OutOfBounds, "tp_rank 1, y[0, 10]");
+}
+
+// Under AddressSanitizer the guards are fenced off and the process ends with its report instead.
+#if !defined(__SANITIZE_ADDRESS__)
+TEST(Oracles, AnOverrunGuardIsOutOfBounds) {
+  expect(run({Mistake::overruns, 3}), Outcome::OutOfBounds, "behind its 156 bytes");
+  expect(run({Mistake::underruns, 0}), Outcome::OutOfBounds, "before its 156 bytes");
+}
+#endif
+
+TEST(Oracles, NaNIsNotFinite) {
+  expect(run({Mistake::not_a_number, 0}), Outcome::NotFinite, "tp_rank 0, y[0, 0]");
+}
+
+TEST(Oracles, AValueOutsideTheBudgetIsWrongValue) {
+  expect(run({Mistake::wrong_value, 0}), Outcome::WrongValue, "tp_rank 0, y[0, 0]");
+}
+
+TEST(Oracles, ReplicasThatDifferAreAMismatchEvenWithinTheBudget) {
+  expect(run({Mistake::drifts, 2}), Outcome::ReplicaMismatch, "its replica on tp_rank 2");
+}
+
+TEST(Oracles, ADriftWithinTheBudgetBreaksTheLawOfTokens) {
+  expect(run({Mistake::drifts}), Outcome::Pass, "");
+  expect(run({Mistake::drifts}, "tokens"), Outcome::LawBroken, "law tokens: y[");
+}
+
+TEST(Oracles, ASliceBeyondATensorIsOutOfBounds) {
+  Plan plan;
+  plan.bad_rank = 1;
+  plan.slice_outside = true;
+  expect(run(plan), Outcome::OutOfBounds, "tp_rank 1 takes columns 1 .. 11 of x, which has 10");
+}
+
+TEST(Oracles, AnImpossibleLaunchIsABadLaunch) {
+  Plan plan;
+  plan.bad_rank = 2;
+  plan.launch_nothing = true;
+  expect(run(plan), Outcome::BadLaunch, "faulty_copy");
+}
+
+TEST(Oracles, ASkippedCollectiveIsAMismatch) {
+  Plan plan;
+  plan.bad_rank = 3;
+  plan.skip_collective = true;
+  expect(run(plan), Outcome::CollectiveMismatch, "tp_rank 3 at end of case");
+}
+
+TEST(Oracles, BlindDataAreMistrusted) {
+  Plan plan;
+  plan.blind = true;
+  expect(run(plan), Outcome::Mistrusted, "could not have shown everything");
+}
+
+}  // namespace
+}  // namespace tp
