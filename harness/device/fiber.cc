@@ -2,11 +2,8 @@
 
 #include <sys/mman.h>
 
-#include <boost/context/detail/fcontext.hpp>
 #include <cstdint>
 #include <new>
-
-#include "harness/device/sanitizer.h"
 
 namespace tp {
 namespace {
@@ -56,23 +53,15 @@ void StackPool::give(Stack stack) {
   free_.push_back(stack);
 }
 
-// What a jump tells the fiber it lands in.
-struct Fiber::Jump {
-  Fiber* from;
-  Fiber* to;
-};
-
-struct Entry {
-  static void run(boost::context::detail::transfer_t transfer) noexcept {
-    const Fiber::Jump jump = *static_cast<Fiber::Jump*>(transfer.data);
-    Fiber::arrive(*jump.to, *jump.from, transfer.fctx);
-    jump.to->entry_(jump.to->argument_);
-    __builtin_unreachable();
-  }
-};
+void Fiber::enter(boost::context::detail::transfer_t transfer) noexcept {
+  const Jump jump = *static_cast<Jump*>(transfer.data);
+  arrive(*jump.to, *jump.from, transfer.fctx);
+  jump.to->entry_(jump.to->argument_);
+  __builtin_unreachable();
+}
 
 Fiber::Fiber(Stack stack, void (*entry)(void*), void* argument)
-    : context_(boost::context::detail::make_fcontext(stack.bottom + stack.bytes, stack.bytes, Entry::run)),
+    : context_(boost::context::detail::make_fcontext(stack.bottom + stack.bytes, stack.bytes, enter)),
       stack_(stack),
       entry_(entry),
       argument_(argument) {
@@ -85,31 +74,6 @@ Fiber::~Fiber() {
 #if TP_TSAN
   if (entry_ != nullptr) __tsan_destroy_fiber(identity_);
 #endif
-}
-
-void Fiber::arrive([[maybe_unused]] Fiber& self, Fiber& from, void* context) {
-  from.context_ = context;
-#if TP_ASAN
-  const void* bottom = nullptr;
-  std::size_t bytes = 0;
-  __sanitizer_finish_switch_fiber(self.fake_stack_, &bottom, &bytes);
-  if (from.entry_ == nullptr) {  // the process's own stack: only ASan knows where it is
-    from.stack_ = {const_cast<std::byte*>(static_cast<const std::byte*>(bottom)), bytes};
-  }
-#endif
-}
-
-void Fiber::switch_to(Fiber& from, Fiber& to, [[maybe_unused]] Order order) {
-#if TP_ASAN
-  __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_.bottom, to.stack_.bytes);
-#endif
-#if TP_TSAN
-  if (from.identity_ == nullptr) from.identity_ = __tsan_get_current_fiber();
-  __tsan_switch_to_fiber(to.identity_, order == Order::unrelated ? 1 : 0);
-#endif
-  Jump jump{&from, &to};
-  const auto transfer = boost::context::detail::jump_fcontext(to.context_, &jump);
-  arrive(from, *static_cast<Jump*>(transfer.data)->from, transfer.fctx);
 }
 
 }  // namespace tp

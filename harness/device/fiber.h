@@ -1,9 +1,12 @@
 #pragma once
 // Stacks to switch between: Boost.Context's jumps, told to ASan and TSan by hand.
 
+#include <boost/context/detail/fcontext.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "harness/device/sanitizer.h"
 
 namespace tp {
 
@@ -48,18 +51,16 @@ class Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   Stack stack() const { return stack_; }
-  // Fetches what a switch to it will touch.
-  void prefetch() const {
-    for (int line = 0; line < 4; ++line) {
-      __builtin_prefetch(static_cast<const std::byte*>(context_) + 64 * line);
-    }
-  }
   // Leaves `from`, which must be what runs just now, and goes on with `to`.
   static void switch_to(Fiber& from, Fiber& to, Order order);
 
  private:
-  struct Jump;
-  friend struct Entry;
+  // What a jump tells the fiber it lands in.
+  struct Jump {
+    Fiber* from;
+    Fiber* to;
+  };
+  static void enter(boost::context::detail::transfer_t transfer) noexcept;
   static void arrive(Fiber& self, Fiber& from, void* context);
 
   void* context_ = nullptr;
@@ -69,5 +70,32 @@ class Fiber {
   [[maybe_unused]] void* fake_stack_ = nullptr;  // ASan's
   [[maybe_unused]] void* identity_ = nullptr;    // TSan's
 };
+
+[[gnu::always_inline]] inline void Fiber::arrive([[maybe_unused]] Fiber& self, Fiber& from, void* context) {
+  from.context_ = context;
+#if TP_ASAN
+  const void* bottom = nullptr;
+  std::size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(self.fake_stack_, &bottom, &bytes);
+  if (from.entry_ == nullptr) {  // the process's own stack: only ASan knows where it is
+    from.stack_ = {const_cast<std::byte*>(static_cast<const std::byte*>(bottom)), bytes};
+  }
+#endif
+}
+
+// Inline, and so is what calls it: the processor foresees no return on a stack that was switched to, so
+// each function on the way costs more than the switch.
+[[gnu::always_inline]] inline void Fiber::switch_to(Fiber& from, Fiber& to, [[maybe_unused]] Order order) {
+#if TP_ASAN
+  __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_.bottom, to.stack_.bytes);
+#endif
+#if TP_TSAN
+  if (from.identity_ == nullptr) from.identity_ = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(to.identity_, order == Order::unrelated ? 1 : 0);
+#endif
+  Jump jump{&from, &to};
+  const auto transfer = boost::context::detail::jump_fcontext(to.context_, &jump);
+  arrive(from, *static_cast<Jump*>(transfer.data)->from, transfer.fctx);
+}
 
 }  // namespace tp

@@ -30,7 +30,7 @@ __device__ inline float tree_sum(const float* values, int count) {
 // butterflies inside the warps, then a balanced binary tree over the warps in order, filled up with
 // zeros to a power of two. One barrier inside: `scratch` (block_scratch_floats of shared memory) is free
 // for other uses after the *next* __syncthreads.
-__device__ inline float block_sum(float value, float* scratch, Where where = Where::here()) {
+__device__ __forceinline__ float block_sum(float value, float* scratch, Where where = Where::here()) {
   const float sum = warp_sum(value, where);
   const int warps = int(blockDim.x / 32);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
@@ -42,7 +42,7 @@ __device__ inline float block_sum(float value, float* scratch, Where where = Whe
 }
 
 // The same for the maximum, in no order that matters: NaN if any value is, +0 above -0.
-__device__ inline float block_max(float value, float* scratch, Where where = Where::here()) {
+__device__ __forceinline__ float block_max(float value, float* scratch, Where where = Where::here()) {
   float result = warp_max(value, where);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = result;
   block_barrier(where);

@@ -82,13 +82,9 @@ void Block::drop() {
   }
 }
 
-Fiber& Block::next() {
+[[gnu::always_inline]] inline Fiber& Block::next() {
   if (ready_.empty()) return home;
   Thread& thread = threads_[ready_.pop_front()];
-  if (!ready_.empty()) {
-    const Thread& after = threads_[ready_.front()];
-    if (after.state != State::unstarted) after.fiber->fiber->prefetch();
-  }
   if (thread.state == State::unstarted) {
     thread.state = State::ready;
     thread.fiber = &fibers_->take();
@@ -97,7 +93,7 @@ Fiber& Block::next() {
   return *thread.fiber->fiber;
 }
 
-void Block::park(Thread& thread) {
+[[gnu::always_inline]] inline void Block::park(Thread& thread) {
   release(fibers_);  // in case it never runs again
   Fiber& self = *thread.fiber->fiber;
   Fiber& other = next();
