@@ -41,3 +41,21 @@ file(GLOB cli_tests CONFIGURE_DEPENDS harness/cli/*_test.cc)
 tp_test(cli_unit_test SOURCES ${cli_tests} LIBRARIES tp_cli)
 add_test(NAME cli_test COMMAND ${CMAKE_SOURCE_DIR}/harness/cli/cli_test.sh $<TARGET_FILE:tpcheck>)
 set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS mpi ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")
+
+# The fuzzer, on an operator that fails on purpose (canary_testing.h).
+set(fuzz harness/fuzz)
+tp_test(fuzz_test LIBRARIES tp_fuzz
+  SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
+          ${fuzz}/canary_testing.cc)
+add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
+target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
+add_test(NAME supervisor_test COMMAND supervisor_test)
+add_executable(tpcheck_canary ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc)
+target_link_libraries(tpcheck_canary PRIVATE tp_cli)
+add_executable(commands_test ${fuzz}/commands_test.cc)
+target_link_libraries(commands_test PRIVATE fmt::fmt GTest::gtest_main)
+target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:tpcheck_canary>")
+add_dependencies(commands_test tpcheck_canary)
+add_test(NAME commands_test COMMAND commands_test)
+# They watch processes, folders and deadlines: nothing may run beside them.
+set_tests_properties(supervisor_test commands_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS mpi)

@@ -2,11 +2,11 @@
 
 #include <benchmark/benchmark.h>
 
-#include <cstdint>
+#include <chrono>
 
 #include "harness/device/buffer.h"
-#include "harness/device/kernels_testing.h"
 #include "harness/device/scheduler.h"
+#include "harness/device/speed_testing.h"
 
 namespace tp {
 namespace {
@@ -21,17 +21,16 @@ void measure(benchmark::State& state, int threads, Launch launch) {
     const std::size_t bytes = std::size_t(kBlocks) * std::size_t(threads) * sizeof(float);
     const Buffer x("x", bytes, 0x01);
     const Buffer out("out", bytes, 0xFF);
+    const auto begin = std::chrono::steady_clock::now();
     for (auto _ : state) {
       launch(stream, x.as<float>(), out.as<float>());
       stream.synchronize();
     }
+    const std::chrono::duration<double, std::nano> spent = std::chrono::steady_clock::now() - begin;
+    state.counters["ns/thread"] = spent.count() / double(state.iterations() * kBlocks * threads);
   });
   const Report report = scheduler.run();
   if (report.fault) state.SkipWithError(report.fault->what.c_str());
-  using benchmark::Counter;
-  state.counters["threads/s"] = Counter(double(report.threads), Counter::kIsRate);
-  state.counters["ns/thread"] =
-      Counter(double(report.threads) * 1e-9, Counter::kIsRate | Counter::kInvert);
 }
 
 void emulator_rms_norm(benchmark::State& state) {

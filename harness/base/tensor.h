@@ -3,6 +3,7 @@
 // reference's own kind, dense and in double.
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace tp {
@@ -18,7 +19,9 @@ struct View {
   View columns(std::int64_t offset, std::int64_t count) const {
     return {data + offset, rows, count, row_stride};
   }
-  operator View<const T>() const { return {data, rows, cols, row_stride}; }
+  operator View<const T>() const requires(!std::is_const_v<T>) {
+    return {data, rows, cols, row_stride};
+  }
 };
 
 struct Matrix {

@@ -76,8 +76,9 @@ std::optional<std::string> Buffer::check_guards() const {
     }
     if (written == 0) continue;
     const std::size_t gap = after ? nearest - 1 : nearest;
-    return fmt::format("{}: {} bytes written {} its {} bytes, the nearest {} bytes {}", name_, written,
-                       after ? "behind" : "before", bytes_, gap, after ? "past the end" : "before the start");
+    return fmt::format("{}: {} bytes written {} its {} bytes, the nearest {} bytes {}", name_,
+                       written, after ? "behind" : "before", bytes_, gap,
+                       after ? "past the end" : "before the start");
   }
   return std::nullopt;
 }

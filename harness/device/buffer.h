@@ -1,5 +1,6 @@
 #pragma once
-// Device memory that knows when it was overrun: fenced by guards on both sides and filled with poison.
+// Device memory that knows when it was overrun: fenced by guards on both sides and filled with
+// poison.
 
 #include <cstddef>
 #include <cstdint>
@@ -11,8 +12,8 @@
 
 namespace tp {
 
-// The payload is 256-byte aligned, exactly `bytes` long, and every byte of it is `poison` at first. Host
-// code reaches it only through to_host and from_host. Throws std::bad_alloc.
+// The payload is 256-byte aligned, exactly `bytes` long, and every byte of it is `poison` at first.
+// Host code reaches it only through to_host and from_host. Throws std::bad_alloc.
 class Buffer {
  public:
   Buffer() = default;
@@ -35,8 +36,8 @@ class Buffer {
     return static_cast<T*>(payload_);
   }
 
-  // What was written outside the payload, in one sentence; nothing if the guards are intact. Call it when
-  // the streams that use the buffer are complete.
+  // What was written outside the payload, in one sentence; nothing if the guards are intact. Call
+  // it when the streams that use the buffer are complete.
   std::optional<std::string> check_guards() const;
 
   static constexpr std::size_t kGuard = 256;
@@ -50,8 +51,9 @@ class Buffer {
   void* payload_ = nullptr;
 };
 
-// Asynchronous copies, operations of the stream. from_host copies `source` at once, so that the caller
-// may change it; to_host writes `destination` when the stream gets there, so it must live until then.
+// Asynchronous copies, operations of the stream. from_host copies `source` at once, so that the
+// caller may change it; to_host writes `destination` when the stream gets there, so it must live
+// until then.
 void from_host(Stream& stream, void* destination, const void* source, std::size_t bytes);
 // The same, but `source` is read when the stream gets there, and must live until then.
 void from_host_when_reached(Stream& stream, void* destination, const void* source,

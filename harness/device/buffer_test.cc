@@ -40,8 +40,9 @@ TEST(Buffer, GuardsTellWhatWasWrittenBeside) {
             "out of rank 3: 4 bytes written behind its 20 bytes, the nearest 0 bytes past the end");
   EXPECT_EQ(overrun(7, 2),
             "out of rank 3: 8 bytes written behind its 20 bytes, the nearest 8 bytes past the end");
-  EXPECT_EQ(overrun(-3, 2),
-            "out of rank 3: 8 bytes written before its 20 bytes, the nearest 5 bytes before the start");
+  EXPECT_EQ(
+      overrun(-3, 2),
+      "out of rank 3: 8 bytes written before its 20 bytes, the nearest 5 bytes before the start");
 }
 
 TEST(Buffer, MayGoWhileWorkIsInFlight) {

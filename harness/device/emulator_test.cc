@@ -1,4 +1,5 @@
-// What the emulator adds to CUDA: orders drawn from a seed, poison, and sentences about broken rules.
+// What the emulator adds to CUDA: orders drawn from a seed, poison, and sentences about broken
+// rules.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -26,7 +27,8 @@ TEST(Emulator, CountsItsThreads) {
 
 std::vector<unsigned> order(std::uint64_t seed) {
   return results<unsigned>(
-      4 * 96 + 1, [](Stream& stream, unsigned* out) { trace_order(stream, out + 1, out, 4, 96); }, seed);
+      4 * 96 + 1, [](Stream& stream, unsigned* out) { trace_order(stream, out + 1, out, 4, 96); },
+      seed);
 }
 
 TEST(Emulator, TheSeedDecidesTheOrder) {
@@ -52,16 +54,18 @@ TEST(Emulator, TheSeedDecidesTheOrderBehindABarrier) {
 }
 
 TEST(Emulator, SharedMemoryIsPoisonedForEveryBlock) {
-  EXPECT_THAT(results<unsigned>(
-                  5 * 64, [](Stream& stream, unsigned* out) { read_fresh_shared(stream, out, 5, 64); }),
-              Each(0xFFFFFFFFu));
+  EXPECT_THAT(
+      results<unsigned>(
+          5 * 64, [](Stream& stream, unsigned* out) { read_fresh_shared(stream, out, 5, 64); }),
+      Each(0xFFFFFFFFu));
 }
 
 TEST(EmulatorFault, BarrierDivergence) {
   for (std::uint64_t seed = 0; seed < 5; ++seed) {
-    EXPECT_THAT(fault_of(some_skip_barrier, seed),
-                MatchesRegex("BadLaunch: barrier divergence in kernel some_skip_barrier, block 0: "
-                             "7 at __syncthreads \\(kernels_testing.cu:[0-9]+\\), 121 exited, of 128"));
+    EXPECT_THAT(
+        fault_of(some_skip_barrier, seed),
+        MatchesRegex("BadLaunch: barrier divergence in kernel some_skip_barrier, block 0: "
+                     "7 at __syncthreads \\(kernels_testing.cu:[0-9]+\\), 121 exited, of 128"));
   }
 }
 
@@ -74,8 +78,9 @@ TEST(EmulatorFault, BarriersAtDifferentLines) {
 
 TEST(EmulatorFault, WarpDivergence) {
   EXPECT_THAT(fault_of(some_skip_warp_sum),
-              MatchesRegex("BadLaunch: warp collective divergence in kernel some_skip_warp_sum, block 0, "
-                           "warp 1: 20 of 32 lanes at warp_sum \\(kernels_testing.cu:[0-9]+\\), 12 exited"));
+              MatchesRegex(
+                  "BadLaunch: warp collective divergence in kernel some_skip_warp_sum, block 0, "
+                  "warp 1: 20 of 32 lanes at warp_sum \\(kernels_testing.cu:[0-9]+\\), 12 exited"));
 }
 
 TEST(EmulatorFault, MaskMustNameItsCaller) {
@@ -95,25 +100,29 @@ TEST(EmulatorFault, HalfAWarpHasNoWarpSum) {
 }
 
 TEST(EmulatorFault, ShuffleReadsOnlyItsMask) {
-  EXPECT_THAT(fault_of(read_outside_mask), HasSubstr("a lane reads a lane that mask 0x0000ffff does not"));
+  EXPECT_THAT(fault_of(read_outside_mask),
+              HasSubstr("a lane reads a lane that mask 0x0000ffff does not"));
 }
 
 TEST(EmulatorFault, MisalignedVector) {
-  EXPECT_THAT(fault_of([](Stream& stream) {
-                Buffer x("x", 64, 0);
-                misaligned_load(stream, x.as<float>(), x.as<float>() + 12);
-                stream.synchronize();
-              }),
-              MatchesRegex("BadLaunch: load_vector \\(kernels_testing.cu:[0-9]+\\) in kernel "
-                           "misaligned_load, block 0: the address is 4 bytes past a multiple of 16"));
+  EXPECT_THAT(
+      fault_of([](Stream& stream) {
+        Buffer x("x", 64, 0);
+        misaligned_load(stream, x.as<float>(), x.as<float>() + 12);
+        stream.synchronize();
+      }),
+      MatchesRegex("BadLaunch: load_vector \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                   "misaligned_load, block 0: the address is 4 bytes past a multiple of 16"));
 }
 
 TEST(EmulatorFault, SharedMemoryOverrun) {
   if (kAsan) GTEST_SKIP() << "ASan itself ends the process: planted_bugs shared_overrun";
   EXPECT_EQ(fault_of([](Stream& stream) { write_shared(stream, 4, 3); }), "");
-  EXPECT_THAT(fault_of([](Stream& stream) { write_shared(stream, 4, 4); }),
-              MatchesRegex("OutOfBounds: kernel write_shared, block [012] wrote its shared memory at byte 16, "
-                           "but has 16 bytes"));
+  EXPECT_THAT(
+      fault_of([](Stream& stream) { write_shared(stream, 4, 4); }),
+      MatchesRegex(
+          "OutOfBounds: kernel write_shared, block [012] wrote its shared memory at byte 16, "
+          "but has 16 bytes"));
   EXPECT_THAT(fault_of([](Stream& stream) { write_shared(stream, 4, -1); }),
               HasSubstr("wrote its shared memory 1 bytes before its start"));
 }

@@ -10,7 +10,8 @@ namespace {
 
 constexpr std::size_t kPage = 4096;
 constexpr std::size_t kStacksPerSlab = 32;
-// Tops at equal alignment fall into the same few sets of the L1 cache; these are spread over a page.
+// Tops at equal alignment fall into the same few sets of the L1 cache; these are spread over a
+// page.
 constexpr std::size_t kStagger = 3 * 64;
 constexpr std::size_t kStaggers = 16;
 
@@ -61,7 +62,8 @@ void Fiber::enter(boost::context::detail::transfer_t transfer) noexcept {
 }
 
 Fiber::Fiber(Stack stack, void (*entry)(void*), void* argument)
-    : context_(boost::context::detail::make_fcontext(stack.bottom + stack.bytes, stack.bytes, enter)),
+    : context_(
+          boost::context::detail::make_fcontext(stack.bottom + stack.bytes, stack.bytes, enter)),
       stack_(stack),
       entry_(entry),
       argument_(argument) {

@@ -36,8 +36,8 @@ class StackPool {
   std::size_t made_ = 0;
 };
 
-// Whether what one thread of execution did before a switch happens before what the other does after it.
-// Only TSan can see the difference.
+// Whether what one thread of execution did before a switch happens before what the other does after
+// it. Only TSan can see the difference.
 enum class Order : bool { synchronised, unrelated };
 
 class Fiber {
@@ -71,7 +71,8 @@ class Fiber {
   [[maybe_unused]] void* identity_ = nullptr;    // TSan's
 };
 
-[[gnu::always_inline]] inline void Fiber::arrive([[maybe_unused]] Fiber& self, Fiber& from, void* context) {
+[[gnu::always_inline]] inline void Fiber::arrive([[maybe_unused]] Fiber& self, Fiber& from,
+                                                 void* context) {
   from.context_ = context;
 #if TP_ASAN
   const void* bottom = nullptr;
@@ -83,9 +84,10 @@ class Fiber {
 #endif
 }
 
-// Inline, and so is what calls it: the processor foresees no return on a stack that was switched to, so
-// each function on the way costs more than the switch.
-[[gnu::always_inline]] inline void Fiber::switch_to(Fiber& from, Fiber& to, [[maybe_unused]] Order order) {
+// Inline, and so is what calls it: the processor foresees no return on a stack that was switched
+// to, so each function on the way costs more than the switch.
+[[gnu::always_inline]] inline void Fiber::switch_to(Fiber& from, Fiber& to,
+                                                    [[maybe_unused]] Order order) {
 #if TP_ASAN
   __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_.bottom, to.stack_.bytes);
 #endif

@@ -1,5 +1,5 @@
-// CUDA's rules as kernels see them, on whichever backend this build has. The kernels' results are known, bit
-// by bit.
+// CUDA's rules as kernels see them, on whichever backend this build has. The kernels' results are
+// known, bit by bit.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -43,7 +43,8 @@ TEST(Kernels, WarpFunctionsAreCudas) {
       EXPECT_EQ(mine[4], 0x49249249);
       EXPECT_EQ(mine[5], 2);
       EXPECT_EQ(mine[6], 2);
-      EXPECT_EQ(mine[7], lane / 8 % 2 == 1 ? lane - 8 : lane) << "only earlier segments can be read";
+      EXPECT_EQ(mine[7], lane / 8 % 2 == 1 ? lane - 8 : lane)
+          << "only earlier segments can be read";
     }
   }
 }
@@ -126,7 +127,8 @@ TEST(Kernels, AtomicsAddUp) {
   constexpr int n = kBlocks * kThreads;
   for (std::uint64_t seed = 0; seed < 3; ++seed) {
     const AtomicResults r = results<AtomicResults>(
-        1, [](Stream& stream, AtomicResults* out) { atomics(stream, out, kBlocks, kThreads); }, seed)[0];
+        1, [](Stream& stream, AtomicResults* out) { atomics(stream, out, kBlocks, kThreads); },
+        seed)[0];
     EXPECT_EQ(r.add_int, -n * (n - 1) / 2);
     EXPECT_EQ(r.max_int, n - 1);
     EXPECT_EQ(r.min_int, 1 - n);
@@ -141,9 +143,10 @@ TEST(Kernels, AtomicsAddUp) {
 
 TEST(Kernels, ABlockMayWaitForAnother) {
   for (std::uint64_t seed = 0; seed < 10; ++seed) {
-    EXPECT_EQ(results<int>(
-                  2, [](Stream& stream, int* out) { blocks_wait(stream, out, out + 1, 6); }, seed)[1],
-              1);
+    EXPECT_EQ(
+        results<int>(
+            2, [](Stream& stream, int* out) { blocks_wait(stream, out, out + 1, 6); }, seed)[1],
+        1);
   }
 }
 

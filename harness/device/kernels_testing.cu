@@ -1,6 +1,5 @@
-#include "harness/device/kernels_testing.h"
-
 #include "harness/device/device.h"
+#include "harness/device/kernels_testing.h"
 
 namespace tp::testing {
 namespace {
@@ -103,7 +102,9 @@ __global__ void some_skip_warp_sum_kernel(float* out) {
   }
 }
 __global__ void mask_without_caller_kernel() { __syncwarp(threadIdx.x == 3 ? ~8u : kAll); }
-__global__ void overlapping_masks_kernel() { __syncwarp(threadIdx.x < 16 ? 0x1FFFFu : 0xFFFF8000u); }
+__global__ void overlapping_masks_kernel() {
+  __syncwarp(threadIdx.x < 16 ? 0x1FFFFu : 0xFFFF8000u);
+}
 __global__ void half_warp_sum_kernel() { warp_sum(1.0f); }
 __global__ void read_outside_mask_kernel(int* out) {
   if (threadIdx.x < 16) {
@@ -162,20 +163,6 @@ __global__ void blocks_wait_kernel(int* flag, int* out) {
   }
 }
 
-__global__ void rms_norm_like_kernel(const float* x, float* out, int cols) {
-  const float* row = x + std::int64_t(blockIdx.x) * cols;
-  float sum = 0.0f;
-  for (int i = int(threadIdx.x); i < cols; i += int(blockDim.x)) sum = fmaf(row[i], row[i], sum);
-  const float mean = block_sum(sum, dynamic_shared<float>()) / float(cols);
-  const float scale = 1.0f / sqrtf(mean + 1e-6f);
-  float* to = out + std::int64_t(blockIdx.x) * cols;
-  for (int i = int(threadIdx.x); i < cols; i += int(blockDim.x)) to[i] = row[i] * scale;
-}
-__global__ void elementwise_kernel(const float* x, float* out) {
-  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
-  out[i] = x[i] * 2.0f;
-}
-
 std::size_t scratch(int threads) { return block_scratch_floats(threads) * sizeof(float); }
 
 }  // namespace
@@ -199,11 +186,12 @@ void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks,
   launch("trace_order", trace_order_kernel, blocks, threads, 0, stream, trace, counter);
 }
 void trace_barrier(Stream& stream, unsigned* trace, unsigned* counter, int threads) {
-  launch("trace_barrier", trace_barrier_kernel, 1, threads, sizeof(unsigned), stream, trace, counter);
+  launch("trace_barrier", trace_barrier_kernel, 1, threads, sizeof(unsigned), stream, trace,
+         counter);
 }
 void read_fresh_shared(Stream& stream, unsigned* out, int blocks, int threads) {
-  launch("read_fresh_shared", read_fresh_shared_kernel, blocks, threads, threads * sizeof(unsigned), stream,
-         out);
+  launch("read_fresh_shared", read_fresh_shared_kernel, blocks, threads, threads * sizeof(unsigned),
+         stream, out);
 }
 void indices(Stream& stream, unsigned* out) {
   launch("indices", indices_kernel, dim3(2, 3, 2), dim3(4, 2, 3), 0, stream, out);
@@ -227,7 +215,9 @@ void mask_without_caller(Stream& stream) {
 void overlapping_masks(Stream& stream) {
   launch("overlapping_masks", overlapping_masks_kernel, 1, 32, 0, stream);
 }
-void half_warp_sum(Stream& stream) { launch("half_warp_sum", half_warp_sum_kernel, 1, 48, 0, stream); }
+void half_warp_sum(Stream& stream) {
+  launch("half_warp_sum", half_warp_sum_kernel, 1, 48, 0, stream);
+}
 void read_outside_mask(Stream& stream) {
   launch("read_outside_mask", read_outside_mask_kernel, 1, 32, 0, stream, nullptr);
 }
@@ -237,7 +227,8 @@ void misaligned_load(Stream& stream, const float* x, float* out) {
 void write_shared(Stream& stream, int floats, int index) {
   launch("write_shared", write_shared_kernel, 3, 1, floats * sizeof(float), stream, index);
 }
-void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y, std::size_t shared) {
+void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y,
+                  std::size_t shared) {
   launch("sized", nothing_kernel, grid_x, dim3(block_x, block_y), shared, stream);
 }
 
@@ -265,13 +256,6 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out) {
 }
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks) {
   launch("blocks_wait", blocks_wait_kernel, blocks, 32, 0, stream, flag, out);
-}
-
-void rms_norm_like(Stream& stream, const float* x, float* out, int rows, int cols, int threads) {
-  launch("rms_norm_like", rms_norm_like_kernel, rows, threads, scratch(threads), stream, x, out, cols);
-}
-void elementwise(Stream& stream, const float* x, float* out, int blocks, int threads) {
-  launch("elementwise", elementwise_kernel, blocks, threads, 0, stream, x, out);
 }
 
 }  // namespace tp::testing

@@ -10,8 +10,8 @@ namespace tp::testing {
 // out[thread * 8 + i], one warp: results of the shuffles and votes, in the order of the kernel.
 inline constexpr int kWarpProbes = 8;
 void warp_functions(Stream& stream, std::int64_t* out);
-// One warp: the even lanes and the odd lanes meet under masks of their own; out[lane] is the ballot of
-// (lane >= 16), and out[32 + lane] the value of the first lane of the group.
+// One warp: the even lanes and the odd lanes meet under masks of their own; out[lane] is the ballot
+// of (lane >= 16), and out[32 + lane] the value of the first lane of the group.
 void half_masks(Stream& stream, unsigned* out);
 // out[thread]: block_sum (or block_max) of x.
 void block_sums(Stream& stream, const float* x, float* out, int threads);
@@ -45,7 +45,8 @@ void half_warp_sum(Stream& stream);  // a block of 48 threads
 void read_outside_mask(Stream& stream);
 void misaligned_load(Stream& stream, const float* x, float* out);
 void write_shared(Stream& stream, int floats, int index);
-void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y, std::size_t shared);
+void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y,
+                  std::size_t shared);
 
 void fill(Stream& stream, float* out, int count, float value);  // writes out[0..count)
 void copy(Stream& stream, const float* in, float* out, int count);
@@ -59,9 +60,5 @@ void publish_fenced(Stream& stream, int* data, int* flag, int value);
 void await_fenced(Stream& stream, const int* data, const int* flag, int* out);
 // Block 0 waits for what the last block writes.
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks);
-
-// What the speed of the emulator is measured with.
-void rms_norm_like(Stream& stream, const float* x, float* out, int rows, int cols, int threads);
-void elementwise(Stream& stream, const float* x, float* out, int blocks, int threads);
 
 }  // namespace tp::testing

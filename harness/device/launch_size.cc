@@ -21,7 +21,8 @@ void check_launch(std::string_view kernel, const LaunchSize& size, int tp_rank) 
     refuse(fmt::format("a block of {} threads exceeds 1024 x 1024 x 64", dims(block)));
   }
   if (size.threads() > kMaxThreads) {
-    refuse(fmt::format("a block of {} = {} threads exceeds {}", dims(block), size.threads(), kMaxThreads));
+    refuse(fmt::format("a block of {} = {} threads exceeds {}", dims(block), size.threads(),
+                       kMaxThreads));
   }
   if (shared_bytes > kMaxSharedBytes) {
     refuse(fmt::format("{} bytes of shared memory exceed {}", shared_bytes, kMaxSharedBytes));

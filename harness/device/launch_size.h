@@ -9,7 +9,7 @@
 
 namespace tp {
 
-inline constexpr int kMaxThreads = 1024;                  // of a block
+inline constexpr int kMaxThreads = 1024;                    // of a block
 inline constexpr std::size_t kMaxSharedBytes = 227 * 1024;  // of a block on sm_90
 
 struct LaunchSize {

@@ -1,6 +1,6 @@
 // Kernels with a mistake planted, so that it can be seen that each build finds its kind: run with
-// none, missing_barrier, shared_overrun, block_race or missing_fence. Exit code 0: nothing was found, 1:
-// something was.
+// none, missing_barrier, shared_overrun, block_race, missing_fence or buffer_overrun. Exit code 0:
+// nothing was found, 1: something was.
 
 #include <cstdio>
 #include <string_view>
@@ -20,6 +20,7 @@ struct Bugs {
   bool shared_overrun;
   bool block_race;
   bool missing_fence;
+  bool buffer_overrun;
 };
 
 // out[block * kThreads + i] = i + 1: what the thread's neighbour wrote into shared memory.
@@ -32,6 +33,7 @@ __global__ void rotate(float* out, Bugs bugs) {
   const float neighbour = shared[(i + 1) % kThreads];
   const int block = bugs.block_race ? 0 : int(blockIdx.x);
   out[block * kThreads + i] = neighbour;
+  if (bugs.buffer_overrun && block + 1 == kBlocks && i == 0) out[kBlocks * kThreads] = 0.0f;
 }
 
 // One rank's kernel hands a value to another's.
@@ -49,17 +51,19 @@ __global__ void take_over(const int* data, const int* flag, int* out) {
 
 int run(std::string_view mode) {
   const Bugs bugs{mode == "missing_barrier", mode == "shared_overrun", mode == "block_race",
-                  mode == "missing_fence"};
+                  mode == "missing_fence", mode == "buffer_overrun"};
   int wrong = 0;
   const Buffer peer("peer memory", 2 * sizeof(int), 0);
   int* data = peer.as<int>();
   Scheduler scheduler({.seed = 1});
   scheduler.add_rank(0, [&](Stream& stream) {
     const Buffer out("out", kBlocks * kThreads * sizeof(float), 0xFF);
-    launch("rotate", rotate, kBlocks, kThreads, kThreads * sizeof(float), stream, out.as<float>(), bugs);
+    launch("rotate", rotate, kBlocks, kThreads, kThreads * sizeof(float), stream, out.as<float>(),
+           bugs);
     std::vector<float> got(kBlocks * kThreads);
     to_host(stream, got.data(), out.data(), out.bytes());
     stream.synchronize();
+    if (const auto overrun = out.check_guards()) throw Fault{Outcome::OutOfBounds, *overrun};
     const int blocks = bugs.block_race ? 1 : kBlocks;
     for (int i = 0; i < blocks * kThreads; ++i) wrong += !(got[i] == float((i + 1) % kThreads));
   });
@@ -77,7 +81,8 @@ int run(std::string_view mode) {
   });
   const Report report = scheduler.run();
   if (report.fault) {
-    std::printf("%s: %s\n", std::string(name_of(report.fault->outcome)).c_str(), report.fault->what.c_str());
+    std::printf("%s: %s\n", std::string(name_of(report.fault->outcome)).c_str(),
+                report.fault->what.c_str());
     return 1;
   }
   if (wrong > 0) std::printf("WrongValue: %d values are wrong\n", wrong);

@@ -11,7 +11,9 @@ constexpr int ceil_log2(int n) { return n <= 1 ? 0 : 1 + ceil_log2((n + 1) / 2);
 
 // fp32 roundings on the longest path through warp_sum, and through block_sum of `threads` threads.
 constexpr int kWarpSumDepth = 5;
-constexpr int block_sum_depth(int threads) { return kWarpSumDepth + ceil_log2((threads + 31) / 32); }
+constexpr int block_sum_depth(int threads) {
+  return kWarpSumDepth + ceil_log2((threads + 31) / 32);
+}
 // Floats of shared memory that block_sum and block_max of `threads` threads need as scratch.
 constexpr int block_scratch_floats(int threads) { return (threads + 31) / 32; }
 
@@ -28,9 +30,10 @@ __device__ inline float tree_sum(const float* values, int count) {
 
 // The sum of all threads' values, given to every thread. blockDim must be (32 k, 1, 1). Order: xor
 // butterflies inside the warps, then a balanced binary tree over the warps in order, filled up with
-// zeros to a power of two. One barrier inside: `scratch` (block_scratch_floats of shared memory) is free
-// for other uses after the *next* __syncthreads.
-__device__ __forceinline__ float block_sum(float value, float* scratch, Where where = Where::here()) {
+// zeros to a power of two. One barrier inside: `scratch` (block_scratch_floats of shared memory) is
+// free for other uses after the *next* __syncthreads.
+__device__ __forceinline__ float block_sum(float value, float* scratch,
+                                           Where where = Where::here()) {
   const float sum = warp_sum(value, where);
   const int warps = int(blockDim.x / 32);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
@@ -42,7 +45,8 @@ __device__ __forceinline__ float block_sum(float value, float* scratch, Where wh
 }
 
 // The same for the maximum, in no order that matters: NaN if any value is, +0 above -0.
-__device__ __forceinline__ float block_max(float value, float* scratch, Where where = Where::here()) {
+__device__ __forceinline__ float block_max(float value, float* scratch,
+                                           Where where = Where::here()) {
   float result = warp_max(value, where);
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = result;
   block_barrier(where);

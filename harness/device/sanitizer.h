@@ -1,6 +1,7 @@
 #pragma once
-// Which sanitizer this build has. TP_TSAN also holds in the files that are themselves compiled without
-// it (see CMakeLists.txt): they tell TSan by hand what a fiber is and what happens before what.
+// Which sanitizer this build has. TP_TSAN also holds in the files that are themselves compiled
+// without it (see CMakeLists.txt): they tell TSan by hand what a fiber is and what happens before
+// what.
 
 #include <cstddef>
 
@@ -40,8 +41,8 @@ namespace tp {
 inline constexpr bool kAsan = TP_ASAN;
 inline constexpr bool kTsan = TP_TSAN;
 
-// What the current thread of execution did before release(clock) happens before whatever another one
-// does after acquire(clock).
+// What the current thread of execution did before release(clock) happens before whatever another
+// one does after acquire(clock).
 inline void release([[maybe_unused]] void* clock) {
 #if TP_TSAN
   __tsan_release(clock);
@@ -53,8 +54,8 @@ inline void acquire([[maybe_unused]] void* clock) {
 #endif
 }
 
-// For its lifetime TSan overlooks what the current thread of execution allocates, frees, reads and writes:
-// the emulator's own doing on behalf of kernel threads.
+// For its lifetime TSan overlooks what the current thread of execution allocates, frees, reads and
+// writes: the emulator's own doing on behalf of kernel threads.
 class Overlooked {
  public:
   Overlooked() {

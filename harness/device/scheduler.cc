@@ -17,8 +17,9 @@ namespace tp {
 namespace {
 
 constexpr std::size_t kRankStack = (kAsan || kTsan ? 1024 : 256) * 1024;
-constexpr std::uint64_t kStepsPerClock = 16;   // steps between two looks at the clock
-constexpr std::uint64_t kSpinsPerIdle = 256;   // steps of mere spinning between two questions to idle()
+constexpr std::uint64_t kStepsPerClock = 16;  // steps between two looks at the clock
+constexpr std::uint64_t kSpinsPerIdle =
+    256;  // steps of mere spinning between two questions to idle()
 constexpr std::uint64_t kSpinsAwake = 100'000;  // then spinning leaves the core to others
 constexpr int kPollsAwake = 64;
 
@@ -128,7 +129,8 @@ void Scheduler::step_stream(Stream& stream) {
     if (fault.tp_rank < 0) fault.tp_rank = stream.tp_rank();
     fail(std::move(fault));
   } catch (const std::bad_alloc&) {
-    fail({Outcome::OutOfMemory, "out of memory in " + std::string(stream.running()), stream.tp_rank()});
+    fail({Outcome::OutOfMemory, "out of memory in " + std::string(stream.running()),
+          stream.tp_rank()});
   }
   spins_ = progress == Progress::spun ? spins_ + 1 : 0;
 }
@@ -250,7 +252,8 @@ void Scheduler::hang(const std::string& why) {
     if (stream->empty()) continue;
     if (waiting == 0) first = stream->tp_rank();
     if (++waiting <= kNamed) {
-      what += fmt::format("{} rank {} {}", waiting == 1 ? ":" : ";", stream->tp_rank(), stream->describe());
+      what += fmt::format("{} rank {} {}", waiting == 1 ? ":" : ";", stream->tp_rank(),
+                          stream->describe());
     }
   }
   if (waiting > kNamed) what += fmt::format("; and {} more", waiting - kNamed);

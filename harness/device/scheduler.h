@@ -1,6 +1,7 @@
 #pragma once
-// Runs the ranks of one process: their host code as fibers, their streams, and the kernels in them, one
-// thing at a time on one OS thread, in an order drawn from a seed. The same seed is the same order.
+// Runs the ranks of one process: their host code as fibers, their streams, and the kernels in them,
+// one thing at a time on one OS thread, in an order drawn from a seed. The same seed is the same
+// order.
 
 #include <chrono>
 #include <cstdint>
@@ -45,17 +46,18 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  // Adds a rank: `body` is its host code and gets the rank's stream, which is also returned. Host code
-  // runs on a fiber's stack of 256 KiB: it must not call MPI; Stream::call can.
+  // Adds a rank: `body` is its host code and gets the rank's stream, which is also returned. Host
+  // code runs on a fiber's stack of 256 KiB: it must not call MPI; Stream::call can.
   Stream& add_rank(int tp_rank, std::function<void(Stream&)> body);
   // One more stream of a rank, also while running.
   Stream& add_stream(int tp_rank);
 
-  // Runs until every body has returned and every stream is complete, or until a fault. Whatever `body`
-  // throws becomes a fault: a Fault as it is, std::bad_alloc as OutOfMemory, any other exception as
-  // BadLaunch. On a fault queued work is dropped and every other rank that has begun is unwound, so that
-  // its destructors run. `idle` is asked when nothing local can run, and now and then while kernels only
-  // spin; without it, that is stuck. Stuck and a passed deadline are a Hang that names who waits for what.
+  // Runs until every body has returned and every stream is complete, or until a fault. Whatever
+  // `body` throws becomes a fault: a Fault as it is, std::bad_alloc as OutOfMemory, any other
+  // exception as BadLaunch. On a fault queued work is dropped and every other rank that has begun
+  // is unwound, so that its destructors run. `idle` is asked when nothing local can run, and now
+  // and then while kernels only spin; without it, that is stuck. Stuck and a passed deadline are a
+  // Hang that names who waits for what.
   Report run(std::function<Idle()> idle = {});
 
   // Ends the run with this fault (the first one counts). From `idle`, a call, or host code.
@@ -67,7 +69,9 @@ class Scheduler {
 
   // For Buffer: whether no stream has work, and memory to release once that is so.
   bool streams_are_empty();
-  void release_later(std::function<void()> release) { released_later_.push_back(std::move(release)); }
+  void release_later(std::function<void()> release) {
+    released_later_.push_back(std::move(release));
+  }
 
   // For Stream and the backends.
   void wait_until_empty(Stream& stream);

@@ -166,6 +166,26 @@ TEST(Scheduler, KernelsOfTwoRanksSignalThroughPeerMemory) {
   }
 }
 
+TEST(Scheduler, HoldsManyBlocksOfManyRanks) {
+  constexpr int kRanks = 8;
+  constexpr int kBlocks = 6;
+  constexpr int kThreads = 1024;
+  Scheduler scheduler({.seed = 3});
+  for (int rank = 0; rank < kRanks; ++rank) {
+    scheduler.add_rank(rank, [](Stream& stream) {
+      const Buffer counter = upload(stream, std::vector<unsigned>(1));
+      const Buffer trace("trace", kBlocks * kThreads * sizeof(unsigned), 0);
+      trace_order(stream, trace.as<unsigned>(), counter.as<unsigned>(), kBlocks, kThreads);
+      std::vector<unsigned> order = download<unsigned>(stream, trace);
+      std::sort(order.begin(), order.end());
+      for (unsigned i = 0; i < order.size(); ++i) EXPECT_EQ(order[i], i);
+    });
+  }
+  const Report report = scheduler.run();
+  EXPECT_FALSE(report.fault) << report.fault->what;
+  EXPECT_EQ(report.threads, std::uint64_t{kRanks} * kBlocks * kThreads);
+}
+
 TEST(Scheduler, ASignalThatNeverComesIsAHang) {
   const auto begin = std::chrono::steady_clock::now();
   RunningNow running;
@@ -210,9 +230,10 @@ TEST(Scheduler, RanksThatNothingWillWakeAreAHang) {
   ASSERT_TRUE(report.fault);
   EXPECT_EQ(report.fault->outcome, Outcome::Hang);
   EXPECT_EQ(report.fault->tp_rank, 5);
-  EXPECT_EQ(report.fault->what,
-            "nothing will ever go on: rank 5 waits for all_reduce 2; rank 6 waits for all_reduce 2; "
-            "rank 7 waits for all_reduce 2; rank 8 waits for all_reduce 2; and 1 more");
+  EXPECT_EQ(
+      report.fault->what,
+      "nothing will ever go on: rank 5 waits for all_reduce 2; rank 6 waits for all_reduce 2; "
+      "rank 7 waits for all_reduce 2; rank 8 waits for all_reduce 2; and 1 more");
 }
 
 TEST(Scheduler, WaitingForOthersEndsAtTheDeadline) {
@@ -265,9 +286,14 @@ TEST(Scheduler, AFaultOfOneRankUnwindsTheOthers) {
 }
 
 TEST(Scheduler, SortsWhatHostCodeThrows) {
-  EXPECT_EQ(fault_of([](Stream&) { throw std::bad_alloc(); }), "OutOfMemory: out of memory in host code");
-  EXPECT_EQ(fault_of([](Stream&) { throw Fault{Outcome::OutOfBounds, "a slice", 3}; }), "OutOfBounds: a slice");
-  EXPECT_EQ(fault_of([](Stream&) { throw 1; }), "BadLaunch: host code threw something that is no std::exception");
+  EXPECT_EQ(fault_of([](Stream&) { throw std::bad_alloc(); }),
+            "OutOfMemory: out of memory in host code");
+  EXPECT_EQ(fault_of([](Stream&) {
+              throw Fault{Outcome::OutOfBounds, "a slice", 3};
+            }),
+            "OutOfBounds: a slice");
+  EXPECT_EQ(fault_of([](Stream&) { throw 1; }),
+            "BadLaunch: host code threw something that is no std::exception");
   EXPECT_EQ(fault_of([](Stream& stream) {
               stream.call([] { throw Fault{Outcome::CollectiveMismatch, "in a call"}; });
             }),

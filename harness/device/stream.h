@@ -1,7 +1,7 @@
 #pragma once
-// An in-order queue of work of one rank, as CUDA has it: everything is asynchronous. A kernel, copy or
-// call that was queued has NOT happened until the stream ran it; operations of one stream run in order,
-// those of different streams in an order drawn from the scheduler's seed.
+// An in-order queue of work of one rank, as CUDA has it: everything is asynchronous. A kernel, copy
+// or call that was queued has NOT happened until the stream ran it; operations of one stream run in
+// order, those of different streams in an order drawn from the scheduler's seed.
 
 #include <deque>
 #include <functional>
@@ -44,8 +44,9 @@ class Stream {
   void wait(Gate& gate);
   void record(const Event& event);
   void wait(const Event& event);
-  // From the rank's own host code: returns when everything queued so far is complete. Other ranks and
-  // streams run meanwhile.
+  // From the rank's own host code: returns when everything queued so far is complete. Other ranks
+  // and streams run meanwhile. Where an exception is being thrown (in a destructor) it returns at
+  // once.
   void synchronize();
 
   // For launch() and copies: queues work of the backend.

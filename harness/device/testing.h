@@ -22,7 +22,8 @@ inline Report run_rank(std::function<void(Stream&)> body, std::uint64_t seed = 1
 // What `body` made the run end with, or an empty sentence.
 inline std::string fault_of(std::function<void(Stream&)> body, std::uint64_t seed = 1) {
   const Report report = run_rank(std::move(body), seed);
-  return report.fault ? std::string(name_of(report.fault->outcome)) + ": " + report.fault->what : "";
+  return report.fault ? std::string(name_of(report.fault->outcome)) + ": " + report.fault->what
+                      : "";
 }
 
 template <typename T>
@@ -41,7 +42,8 @@ std::vector<T> download(Stream& stream, const Buffer& buffer) {
 
 // What `kernel` left in device memory of `count` values of T, zero at first.
 template <typename T>
-std::vector<T> results(std::size_t count, std::function<void(Stream&, T*)> kernel, std::uint64_t seed = 1) {
+std::vector<T> results(std::size_t count, std::function<void(Stream&, T*)> kernel,
+                       std::uint64_t seed = 1) {
   std::vector<T> out;
   const Report report = run_rank(
       [&](Stream& stream) {

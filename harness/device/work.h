@@ -1,5 +1,6 @@
 #pragma once
-// Between the scheduler and a backend: what a stream can be asked to do, and what a backend keeps for it.
+// Between the scheduler and a backend: what a stream can be asked to do, and what a backend keeps
+// for it.
 
 #include <cstdint>
 #include <memory>
@@ -33,7 +34,8 @@ class DeviceQueue {
   virtual bool finished() noexcept = 0;
   // Throws Fault if the device failed.
   virtual void check() {}
-  // Host code is about to see, or has just changed, what the stream's work sees. For race detection.
+  // Host code is about to see, or has just changed, what the stream's work sees. For race
+  // detection.
   virtual void host_joins() {}
   virtual void host_leaves() {}
 };

@@ -74,10 +74,7 @@ std::string run_ranks(World& world, const Case& c, const RunOptions& options,
     });
   }
   std::optional<Fault> wrong = scheduler.run([&] { return session.progress(); }).fault;
-  // A disagreement in the group comes before what it led to here; a fault of outcome Pass only says
-  // that some process has one.
-  const auto in_group = session.finish(wrong);
-  if (in_group && (!wrong || in_group->outcome != Outcome::Pass)) wrong = in_group;
+  if (const auto in_group = session.finish(wrong)) wrong = in_group;
   if (session.broken()) world.retire();
   return wrong ? to_line(Verdict{wrong->outcome, wrong->what, 0, 0, 0, 0}) : "";
 }

@@ -217,6 +217,14 @@ std::set<int> canaries() {
   return found;
 }
 
+std::set<fs::path> job_folders() {
+  std::set<fs::path> folders;
+  for (const auto& entry : fs::directory_iterator("/dev/shm")) {
+    if (mentions(entry.path().filename(), "tpcheck-")) folders.insert(entry.path());
+  }
+  return folders;
+}
+
 // Starts a long fuzz in its own process group, sends it a signal and returns its exit status.
 int interrupt_fuzz(const std::string& arguments, int signal, std::chrono::milliseconds after) {
   const pid_t pid = fork();
@@ -236,6 +244,7 @@ int interrupt_fuzz(const std::string& arguments, int signal, std::chrono::millis
 
 TEST_F(CommandsTest, CtrlCIsSeventyTwoAndLeavesNothingBehind) {
   const std::set<int> before = canaries();
+  const std::set<fs::path> folders = job_folders();
   const std::string fuzz =
       fmt::format("fuzz --ops canary --for 60s -n 2 --artifacts {}/f", folder_.string());
   const int status = interrupt_fuzz(fuzz, SIGINT, std::chrono::milliseconds(1500));
@@ -249,10 +258,12 @@ TEST_F(CommandsTest, CtrlCIsSeventyTwoAndLeavesNothingBehind) {
   EXPECT_EQ(WEXITSTATUS(in_hang), 72);
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   EXPECT_EQ(canaries(), before);
+  EXPECT_EQ(job_folders(), folders);
 }
 
 TEST_F(CommandsTest, AKilledSupervisorTakesItsWorkersAlong) {
   const std::set<int> before = canaries();
+  const std::set<fs::path> folders = job_folders();
   const std::string hanging =
       fmt::format("fuzz --ops canary_loop --for 60s -n 2 --artifacts {}/f", folder_.string());
   const int status = interrupt_fuzz(hanging, SIGKILL, std::chrono::milliseconds(1500));
@@ -260,6 +271,10 @@ TEST_F(CommandsTest, AKilledSupervisorTakesItsWorkersAlong) {
   for (int i = 0; i < 50 && canaries() != before; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(100));
   EXPECT_EQ(canaries(), before);
+  // Its folder is what a killed supervisor cannot take along.
+  for (const fs::path& folder : job_folders()) {
+    if (!folders.contains(folder)) fs::remove_all(folder);
+  }
 }
 
 }  // namespace

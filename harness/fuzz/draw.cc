@@ -15,8 +15,9 @@ namespace tp {
 namespace {
 
 constexpr int kMaxHeads = 128;
-// Of the widest tensor, unless a model is wider: keeps one unlucky draw from taking seconds.
-constexpr std::int64_t kMaxElements = 1 << 20;
+// Of the widest tensor on all ranks together; tokens give way. A night of many small cases finds
+// more than one of few large ones, and 8192 columns of 32 tokens are within.
+constexpr std::int64_t kMaxElements = 1 << 18;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -128,9 +129,11 @@ std::int64_t draw_value(Dice& dice, const Key& key) {
   return dice.log_uniform(key.min, max);
 }
 
-std::int64_t widest(const Case& c) {
-  return std::max<std::int64_t>(c.model.hidden_size,
-                                std::int64_t{c.model.num_heads} * c.model.head_dim);
+// Elements of one token's widest row on all ranks: cut by head, or held whole by each of them.
+std::int64_t elements_of_token(const Operator& op, const Case& c) {
+  const std::int64_t heads = std::int64_t{c.model.num_heads} * c.model.head_dim;
+  if (has_heads(op)) return std::max<std::int64_t>(c.model.hidden_size, heads);
+  return std::max<std::int64_t>(c.model.hidden_size, 1) * c.tp_size;
 }
 
 bool is_model_key(const Key& key) {
@@ -178,7 +181,8 @@ Case draw_rest(Dice& dice, Case c) {
     if (is_model_key(key) || key.name == "tp_size") continue;
     Key limited = key;
     if (key.name == "num_tokens") {
-      limited.draw_max = std::clamp<std::int64_t>(kMaxElements / widest(c), 1, key.draw_max);
+      limited.draw_max =
+          std::clamp<std::int64_t>(kMaxElements / elements_of_token(op, c), 1, key.draw_max);
     }
     key.set(c, draw_value(dice, limited));
   }

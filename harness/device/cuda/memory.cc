@@ -35,15 +35,25 @@ void read(void* destination, const void* source, std::size_t bytes) {
 
 void from_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
   const auto* first = static_cast<const std::byte*>(source);
-  const auto submit = [destination, copy = std::vector<std::byte>(first, first + bytes)](cudaStream_t to) {
+  const auto submit = [destination,
+                       copy = std::vector<std::byte>(first, first + bytes)](cudaStream_t to) {
     // From pageable memory CUDA has taken the data when this returns.
     cudaMemcpyAsync(destination, copy.data(), copy.size(), cudaMemcpyHostToDevice, to);
   };
   stream.enqueue(std::make_unique<cuda::Submission>("from_host", stream, submit));
 }
 
+void from_host_when_reached(Stream& stream, void* destination, const void* source,
+                            std::size_t bytes) {
+  const auto submit = [=](cudaStream_t to) {
+    cudaMemcpyAsync(destination, source, bytes, cudaMemcpyHostToDevice, to);
+  };
+  stream.enqueue(std::make_unique<cuda::Submission>("from_host", stream, submit));
+}
+
 void to_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
-  // A copy to pageable memory would block all ranks until the stream got there; a call waits by asking.
+  // A copy to pageable memory would block all ranks until the stream got there; a call waits by
+  // asking.
   stream.call([=] { device_memory::read(destination, source, bytes); });
 }
 

@@ -13,7 +13,8 @@ std::unique_ptr<DeviceQueue> make_device_queue(int tp_rank) {
 namespace cuda {
 
 Queue::Queue(int tp_rank) : tp_rank_(tp_rank) {
-  cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate", tp_rank);
+  cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate",
+              tp_rank);
 }
 
 Queue::~Queue() { cudaStreamDestroy(stream_); }

@@ -1,5 +1,6 @@
 #pragma once
-// A rank's stream on the GPU. Never waited for but by asking again: another rank may have to act first.
+// A rank's stream on the GPU. Never waited for but by asking again: another rank may have to act
+// first.
 
 #include <cuda_runtime_api.h>
 

@@ -1,7 +1,8 @@
 #pragma once
-// CUDA's atomics, fences and the named accesses to memory that others use at the same time. Each is a
-// point where the thread yields, so that spinning on such memory makes progress; each is a true atomic,
-// so that TSan takes it for one. The order they give is CUDA's: none, but for acquire, release, fences.
+// CUDA's atomics, fences and the named accesses to memory that others use at the same time. Each is
+// a point where the thread yields, so that spinning on such memory makes progress; each is a true
+// atomic, so that TSan takes it for one. The order they give is CUDA's: none, but for acquire,
+// release, fences.
 
 #include <cstdint>
 #include <type_traits>
@@ -36,7 +37,8 @@ T update(T* address, F change, const char* what, Where where) {
   T old;
   __atomic_load(address, &old, __ATOMIC_RELAXED);
   T fresh = change(old);
-  while (!__atomic_compare_exchange(address, &old, &fresh, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange(address, &old, &fresh, false, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED)) {
     fresh = change(old);
   }
   after_load(address);
@@ -45,9 +47,10 @@ T update(T* address, F change, const char* what, Where where) {
 
 }  // namespace tp::emulator
 
-#define TP_ATOMIC(NAME, TYPE, EXPRESSION)                                                           \
-  inline TYPE NAME(TYPE* address, TYPE value, tp::Where where = tp::Where::here()) {                \
-    return tp::emulator::update(address, [&](TYPE old) -> TYPE { return EXPRESSION; }, #NAME, where); \
+#define TP_ATOMIC(NAME, TYPE, EXPRESSION)                                            \
+  inline TYPE NAME(TYPE* address, TYPE value, tp::Where where = tp::Where::here()) { \
+    return tp::emulator::update(                                                     \
+        address, [&](TYPE old) -> TYPE { return EXPRESSION; }, #NAME, where);        \
   }
 // The types are those CUDA has.
 TP_ATOMIC(atomicAdd, int, int(unsigned(old) + unsigned(value)))
@@ -66,11 +69,11 @@ TP_ATOMIC(atomicExch, unsigned long long, (void(old), value))
 TP_ATOMIC(atomicExch, float, (void(old), value))
 #undef TP_ATOMIC
 
-#define TP_ATOMIC_CAS(TYPE)                                                                   \
-  inline TYPE atomicCAS(TYPE* address, TYPE expected, TYPE value,                             \
-                        tp::Where where = tp::Where::here()) {                                \
-    const auto change = [&](TYPE old) { return old == expected ? value : old; };              \
-    return tp::emulator::update(address, change, "atomicCAS", where);                         \
+#define TP_ATOMIC_CAS(TYPE)                                                      \
+  inline TYPE atomicCAS(TYPE* address, TYPE expected, TYPE value,                \
+                        tp::Where where = tp::Where::here()) {                   \
+    const auto change = [&](TYPE old) { return old == expected ? value : old; }; \
+    return tp::emulator::update(address, change, "atomicCAS", where);            \
   }
 TP_ATOMIC_CAS(int)
 TP_ATOMIC_CAS(unsigned)
@@ -103,7 +106,8 @@ void store_release(T* address, std::type_identity_t<T> value, Where where = Wher
   emulator::store(address, value, __ATOMIC_RELEASE, "store_release", where);
 }
 
-// Data (of any type) in another rank's memory. Ordinary accesses: a flag must say when they are allowed.
+// Data (of any type) in another rank's memory. Ordinary accesses: a flag must say when they are
+// allowed.
 template <typename T>
 T peer_load(const T* address, Where where = Where::here()) {
   emulator::yield("peer_load", where);

@@ -15,11 +15,6 @@ namespace {
 // Where kernel threads come from and go back to: the process's own stack.
 Fiber home;
 
-std::string index_text(dim3 index, dim3 grid) {
-  if (grid.y == 1 && grid.z == 1) return std::to_string(index.x);
-  return fmt::format("({}, {}, {})", index.x, index.y, index.z);
-}
-
 }  // namespace
 
 Thread* running = nullptr;
@@ -120,7 +115,8 @@ void Block::run_threads(KernelFiber& fiber) {
       acquire(&block.begin_clock_);
       block.launch_->kernel->run_thread();
       block.exit(*fiber.thread);
-      // A thread that nobody has begun needs no stack of its own: it can have this one, without a switch.
+      // A thread that nobody has begun needs no stack of its own: it can have this one, without a
+      // switch.
       if (kTsan || block.ready_.empty()) break;
       Thread& after = block.threads_[block.ready_.front()];
       if (after.state != State::unstarted) break;
@@ -194,9 +190,10 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
   Warp& warp = warps_[std::size_t(index)];
   if ((mask >> lane & 1u) == 0) {
     fail(thread, [&] {
-      return fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
-                         "{:#010x}, which does not name it",
-                         name(), index, lane, operation.name, to_string(thread.where), mask);
+      return fmt::format(
+          "warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+          "{:#010x}, which does not name it",
+          name(), index, lane, operation.name, to_string(thread.where), mask);
     });
   }
   int m = 0;
@@ -208,10 +205,11 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
   } else if (meeting.mask != mask || meeting.operation != &operation ||
              meeting.where.line != thread.where.line) {
     fail(thread, [&] {
-      return fmt::format("warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
-                         "{:#010x}, others wait at {} ({}) with mask {:#010x}",
-                         name(), index, lane, operation.name, to_string(thread.where), mask,
-                         meeting.operation->name, to_string(meeting.where), meeting.mask);
+      return fmt::format(
+          "warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
+          "{:#010x}, others wait at {} ({}) with mask {:#010x}",
+          name(), index, lane, operation.name, to_string(thread.where), mask,
+          meeting.operation->name, to_string(meeting.where), meeting.mask);
     });
   }
   const int leader = std::countr_zero(mask);
@@ -226,8 +224,9 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
     moved_ = true;
     if (!operation.complete(warp.value, warp.parameter, mask)) {
       fail(thread, [&] {
-        return fmt::format("{} ({}) in {}, warp {}: a lane reads a lane that mask {:#010x} does not name",
-                           operation.name, to_string(thread.where), name(), index, mask);
+        return fmt::format(
+            "{} ({}) in {}, warp {}: a lane reads a lane that mask {:#010x} does not name",
+            operation.name, to_string(thread.where), name(), index, mask);
       });
     }
     push_lanes(index, mask & ~(1u << lane), random_.next() & 1u);
@@ -244,67 +243,6 @@ void Block::fail(Thread& thread, std::function<std::string()> tell) {
   release(fibers_);
   Fiber::switch_to(*thread.fiber->fiber, home, Order::unrelated);
   __builtin_unreachable();
-}
-
-std::string Block::name() const {
-  return fmt::format("kernel {}, block {}", launch_->name, index_text(block_idx, grid_dim));
-}
-
-std::string Block::census(int first, int last) const {
-  std::vector<std::pair<std::string, int>> groups;
-  const auto add = [&](std::string what) {
-    const auto same = [&](const auto& group) { return group.first == what; };
-    const auto found = std::find_if(groups.begin(), groups.end(), same);
-    found == groups.end() ? void(groups.emplace_back(std::move(what), 1)) : void(++found->second);
-  };
-  for (int i = first; i < last; ++i) {
-    const Thread& thread = threads_[i];
-    if (thread.state != State::unstarted) {
-      add(fmt::format("at {} ({})", thread.what, to_string(thread.where)));
-    }
-  }
-  for (int i = first; i < last; ++i) {
-    if (threads_[i].state != State::unstarted) continue;
-    add(warps_[std::size_t(i / 32)].exited >> i % 32 & 1u ? "exited" : "not begun");
-  }
-  std::string text;
-  for (const auto& [what, count] : groups) {
-    text += fmt::format("{}{} {}", text.empty() ? "" : ", ", count, what);
-  }
-  return text;
-}
-
-std::string Block::describe() const {
-  return fmt::format("{}: {}, of {}", name(), census(0, threads()), threads());
-}
-
-// Why nothing can go on. A warp's meeting is named first: the barrier waits for its lanes.
-std::string Block::divergence() const {
-  for (int w = 0; w < int(warps_.size()); ++w) {
-    const Warp& warp = warps_[std::size_t(w)];
-    if (warp.open == 0) continue;
-    const Meeting& meeting = warp.meetings[0];
-    const int lanes = std::popcount(meeting.mask);
-    const int absent = std::popcount(meeting.mask & ~lanes_of(w));
-    std::string text = fmt::format("warp collective divergence in {}, warp {}: {} of {} lanes at {} ({})",
-                                   name(), w, std::popcount(meeting.arrived), lanes,
-                                   meeting.operation->name, to_string(meeting.where));
-    const int exited = std::popcount(meeting.mask & warp.exited);
-    if (exited > 0) text += fmt::format(", {} exited", exited);
-    if (absent > 0) text += fmt::format(", {} beyond the block's {} threads", absent, threads());
-    const int elsewhere = lanes - std::popcount(meeting.arrived) - exited - absent;
-    if (elsewhere > 0) {
-      text += fmt::format(", {} elsewhere; the warp's threads: {}", elsewhere,
-                          census(w * 32, std::min(threads(), w * 32 + 32)));
-    }
-    return text;
-  }
-  return "barrier divergence in " + describe();
-}
-
-std::string to_string(Where where) {
-  const std::string_view file = where.file;
-  return fmt::format("{}:{}", file.substr(file.find_last_of('/') + 1), where.line);
 }
 
 namespace {
@@ -332,8 +270,8 @@ void misaligned(const void* address, std::size_t bytes, const char* what, Where 
   Block& block = block_of(thread);
   block.fail(thread, [&] {
     return fmt::format("{} ({}) in {}: the address is {} bytes past a multiple of {}", what,
-                       to_string(where), block.name(), reinterpret_cast<std::uintptr_t>(address) % bytes,
-                       bytes);
+                       to_string(where), block.name(),
+                       reinterpret_cast<std::uintptr_t>(address) % bytes, bytes);
   });
 }
 

@@ -6,11 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "harness/device/fault.h"
 #include "harness/device/emulator/fiber_pool.h"
 #include "harness/device/emulator/launch.h"
 #include "harness/device/emulator/thread.h"
 #include "harness/device/emulator/warp.h"
+#include "harness/device/fault.h"
 #include "harness/device/random.h"
 #include "harness/device/work.h"
 
@@ -51,8 +51,8 @@ class Block : public BlockInfo {
   void yield(Thread& thread);
   std::uint64_t meet(Thread& thread, const WarpOperation& operation, std::uint32_t mask,
                      std::uint64_t value, std::uint32_t parameter);
-  // Ends the run as BadLaunch. `tell` is asked for the sentence after the thread's stack was left for good
-  // (whose objects still exist, but will never be destroyed).
+  // Ends the run as BadLaunch. `tell` is asked for the sentence after the thread's stack was left
+  // for good (whose objects still exist, but will never be destroyed).
   [[noreturn]] void fail(Thread& thread, std::function<std::string()> tell);
   // What fibers do: runs threads as long as there are any that it may run.
   static void run_threads(KernelFiber& fiber);
@@ -62,7 +62,7 @@ class Block : public BlockInfo {
   Fiber& next();              // what shall run now
   void park(Thread& thread);  // runs others until it is resumed
   void exit(Thread& thread);
-  void push_all();            // to the ready list, in a drawn order
+  void push_all();  // to the ready list, in a drawn order
   void push_lanes(int warp, std::uint32_t lanes, bool front);
   std::uint32_t lanes_of(int warp) const;
   std::string divergence() const;
@@ -77,7 +77,7 @@ class Block : public BlockInfo {
   std::vector<Warp> warps_;
   int alive_ = 0;
   int at_barrier_ = 0;
-  int barrier_line_ = 0;  // of the first thread at it
+  int barrier_line_ = 0;          // of the first thread at it
   bool barrier_differs_ = false;  // threads wait at different lines
   bool moved_ = false;            // something but yields has happened
   std::uint64_t barriers_ = 0;

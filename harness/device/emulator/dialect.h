@@ -1,5 +1,6 @@
 #pragma once
-// CUDA's words for kernels that run in the emulator. Only .cu files see this header (through device.h).
+// CUDA's words for kernels that run in the emulator. Only .cu files see this header (through
+// device.h).
 
 #include <cmath>
 #include <cstdint>
@@ -24,7 +25,9 @@
 
 inline constexpr int warpSize = 32;
 
-inline void __syncthreads(tp::Where where = tp::Where::here()) { tp::emulator::block_barrier(where); }
+inline void __syncthreads(tp::Where where = tp::Where::here()) {
+  tp::emulator::block_barrier(where);
+}
 inline void __nanosleep(unsigned, tp::Where where = tp::Where::here()) {
   tp::emulator::yield("__nanosleep", where);
 }

@@ -1,5 +1,5 @@
-// What fences mean to TSan, which does not know them: a __threadfence makes the thread's later atomic and
-// volatile stores releases, and its earlier loads acquires.
+// What fences mean to TSan, which does not know them: a __threadfence makes the thread's later
+// atomic and volatile stores releases, and its earlier loads acquires.
 
 #include "harness/device/emulator/thread.h"
 #include "harness/device/sanitizer.h"

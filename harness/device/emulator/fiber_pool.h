@@ -19,9 +19,10 @@ struct KernelFiber {
   Thread* thread = nullptr;  // what it runs, or shall run when it is switched to
 };
 
-// Under TSan every thread is somebody of its own, so a fiber runs one thread only, and its stack is not
-// used again before the launch is over: TSan would mix up the two threads' locals. So each stream has a
-// pool then; otherwise all share one, whose fibers stay suspended, ready to go on with another thread.
+// Under TSan every thread is somebody of its own, so a fiber runs one thread only, and its stack is
+// not used again before the launch is over: TSan would mix up the two threads' locals. So each
+// stream has a pool then; otherwise all share one, whose fibers stay suspended, ready to go on with
+// another thread.
 class FiberPool {
  public:
   // `run` is what a fiber does; it must not return.

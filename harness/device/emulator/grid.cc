@@ -12,12 +12,19 @@ namespace tp::emulator {
 namespace {
 
 constexpr std::size_t kMaxResident = 64;  // blocks of one launch
-// Threads of all resident blocks. Every launch may have one block beyond it. Stacks are mappings, of
-// which a process has 65530; TSan cannot tell more than about 8000 threads apart.
+// Threads of all resident blocks; every launch may have one block beyond it. Stacks are mappings,
+// of which a process has 65530.
 constexpr std::uint64_t kMaxResidentThreads = kTsan ? 2048 : 8192;
+// TSan cannot tell more than about 8000 threads apart, those of ended blocks included.
 constexpr std::uint64_t kMaxTsanThreads = 6000;
 
 std::uint64_t resident_threads = 0;
+
+// Launches that exist, for TSan.
+std::vector<Grid*>& grids() {
+  static auto& all = *new std::vector<Grid*>;
+  return all;
+}
 
 // Blocks whose threads have all exited, for the next launch: their lists need not be made again.
 std::vector<std::unique_ptr<Block>>& spare_blocks() {
@@ -39,10 +46,12 @@ Grid::Grid(Launch launch, Stream& stream)
       shared_(launch_.size.shared_bytes, stream.scheduler().options().poison),
       blocks_(launch_.size.blocks()),
       threads_(launch_.size.threads()) {
+  if (kTsan) grids().push_back(this);
   release(this);  // what the host did before the launch happens before the kernel
 }
 
 Grid::~Grid() {
+  std::erase(grids(), this);
   Queue::AsStream as_stream(queue_);
   acquire(&queue_.fibers());  // the kernel happens before what follows in the stream
   for (auto& block : resident_) {
@@ -51,7 +60,7 @@ Grid::~Grid() {
     shared_.give(shared);
     resident_threads -= threads_;
   }
-  queue_.fibers().recycle();
+  if (begun_ > 0) queue_.fibers().recycle();
   resident_.clear();
   ended_.clear();
   launch_.kernel.reset();
@@ -67,15 +76,26 @@ void Grid::begin_launch(Random& random) {
 }
 
 bool Grid::has_room() const {
-  if (resident_.empty()) return true;
   if (kTsan && FiberPool::alive() + threads_ > kMaxTsanThreads) return false;
+  if (resident_.empty()) return true;
   return resident_.size() < kMaxResident && resident_threads + threads_ <= kMaxResidentThreads;
+}
+
+void Grid::forget_ended_blocks() {
+  if (begun_ == 0 || !resident_.empty()) return;  // the fibers are the stream's head's
+  Queue::AsStream as_stream(queue_);
+  acquire(&queue_.fibers());
+  queue_.fibers().recycle();
 }
 
 Progress Grid::step(Random& random) {
   const Overlooked overlooked;
   if (begun_ == 0) begin_launch(random);
   const auto choices = std::uint32_t(resident_.size() + (begun_ < blocks_ && has_room()));
+  if (choices == 0) {  // too many threads to tell apart: TSan forgets who wrote what
+    for (Grid* grid : grids()) grid->forget_ended_blocks();
+    return Progress::spun;
+  }
   const std::size_t pick = random.below(choices);
   if (pick == resident_.size()) begin_block(random);
   const Progress progress = resident_[pick]->run();
@@ -86,11 +106,7 @@ Progress Grid::step(Random& random) {
 
 void Grid::begin_block(Random& random) {
   Queue::AsStream as_stream(queue_);
-  if (kTsan && resident_.empty() && FiberPool::alive() + threads_ > kMaxTsanThreads) {
-    // Too many to tell apart: TSan forgets who wrote what in the blocks so far.
-    acquire(&queue_.fibers());
-    queue_.fibers().recycle();
-  }
+  void* shared = shared_.take();
   auto& spare = spare_blocks();
   if (kTsan || spare.empty()) {
     resident_.push_back(std::make_unique<Block>());
@@ -98,9 +114,9 @@ void Grid::begin_block(Random& random) {
     resident_.push_back(std::move(spare.back()));
     spare.pop_back();
   }
-  const std::uint64_t index = (begun_++ * stride_ + offset_) % blocks_;
-  resident_.back()->begin(launch_, index, shared_.take(), queue_.fibers(), random.next());
   resident_threads += threads_;
+  const std::uint64_t index = (begun_++ * stride_ + offset_) % blocks_;
+  resident_.back()->begin(launch_, index, shared, queue_.fibers(), random.next());
   stream_.scheduler().count(1, threads_);
 }
 

@@ -1,6 +1,6 @@
 #pragma once
-// A launch as a stream runs it: blocks begin in a drawn order, up to a number of them are resident at
-// once, and each step runs one of them until its threads wait or yield.
+// A launch as a stream runs it: blocks begin in a drawn order, up to a number of them are resident
+// at once, and each step runs one of them until its threads wait or yield.
 
 #include <cstdint>
 #include <memory>
@@ -26,6 +26,7 @@ class Grid final : public Work {
 
  private:
   bool has_room() const;
+  void forget_ended_blocks();
   void begin_block(Random& random);
   void end_block(std::size_t resident);
   void begin_launch(Random& random);

@@ -19,8 +19,8 @@ class Queue final : public DeviceQueue {
 
   FiberPool& fibers();
 
-  // For its lifetime TSan takes the running code for the stream: what it acquires and releases is ordered
-  // with the stream's kernels, and not with other streams'. Its accesses are overlooked.
+  // For its lifetime TSan takes the running code for the stream: what it acquires and releases is
+  // ordered with the stream's kernels, and not with other streams'. Its accesses are overlooked.
   class AsStream {
    public:
     explicit AsStream(Queue& queue);

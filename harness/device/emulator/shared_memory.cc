@@ -11,8 +11,9 @@
 namespace tp::emulator {
 namespace {
 
-// TSan: no memory is used by two blocks, so that nothing about the first is forgotten before the launch
-// is over. ASan fences what malloc returned, so there the memory is malloc's, and not used twice.
+// TSan: no memory is used by two blocks, so that nothing about the first is forgotten before the
+// launch is over. ASan fences what malloc returned, so there the memory is malloc's, and not used
+// twice.
 constexpr std::size_t kFence = kAsan ? 0 : 128;
 
 std::uint8_t fence_byte(std::uint8_t poison) { return poison ^ 0x5A; }
@@ -51,7 +52,8 @@ std::optional<std::string> SharedMemory::check(const void* memory) const {
   const auto* payload = static_cast<const std::uint8_t*>(memory);
   for (std::size_t i = 0; i < kFence; ++i) {
     if (payload[bytes_ + i] != fence_byte(poison_)) {
-      return fmt::format("wrote its shared memory at byte {}, but has {} bytes", bytes_ + i, bytes_);
+      return fmt::format("wrote its shared memory at byte {}, but has {} bytes", bytes_ + i,
+                         bytes_);
     }
   }
   for (std::size_t i = 1; i <= kFence; ++i) {

@@ -19,7 +19,8 @@ class SharedMemory {
 
   void* take();
   void give(void* memory);
-  // What was written beside `memory`, in one sentence. ASan builds have no fences: ASan itself speaks.
+  // What was written beside `memory`, in one sentence. ASan builds have no fences: ASan itself
+  // speaks.
   std::optional<std::string> check(const void* memory) const;
 
  private:

@@ -1,6 +1,6 @@
 #pragma once
-// What a CUDA thread of the emulator knows of itself, and what it can ask of its block. Kernel files see
-// this through dialect.h.
+// What a CUDA thread of the emulator knows of itself, and what it can ask of its block. Kernel
+// files see this through dialect.h.
 
 #include <cstddef>
 #include <cstdint>
@@ -34,9 +34,9 @@ struct alignas(64) Thread {
   dim3 thread_idx;
   std::uint16_t index = 0;  // in its block
   State state = State::unstarted;
-  bool fenced = false;            // it has passed a __threadfence: fences.cc
-  const void* loaded = nullptr;   // where its last atomic or volatile load was
-  const char* what = nullptr;  // where it waits or yielded last
+  bool fenced = false;           // it has passed a __threadfence: fences.cc
+  const void* loaded = nullptr;  // where its last atomic or volatile load was
+  const char* what = nullptr;    // where it waits or yielded last
   Where where;
 };
 
@@ -55,8 +55,8 @@ void yield(const char* what, Where where);
 struct WarpOperation {
   const char* name;
   bool orders_memory;  // only __syncwarp does in CUDA: a shuffle or a vote is no fence
-  // value[lane]: what each lane of `mask` brought, replaced by what it gets. False: a lane asked for
-  // a value of a lane that is not in the mask.
+  // value[lane]: what each lane of `mask` brought, replaced by what it gets. False: a lane asked
+  // for a value of a lane that is not in the mask.
   bool (*complete)(std::uint64_t* value, const std::uint32_t* parameter, std::uint32_t mask);
 };
 

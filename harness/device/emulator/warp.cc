@@ -9,8 +9,8 @@ namespace {
 
 float as_float(std::uint64_t bits) { return std::bit_cast<float>(std::uint32_t(bits)); }
 
-// Folds 32 values as xor butterflies with distances 16, 8, 4, 2, 1 do: since f(a, b) = f(b, a), all lanes
-// get the bits of this one tree.
+// Folds 32 values as xor butterflies with distances 16, 8, 4, 2, 1 do: since f(a, b) = f(b, a), all
+// lanes get the bits of this one tree.
 template <typename F>
 void fold(std::uint64_t* value, F f) {
   float v[32];

@@ -23,7 +23,7 @@ struct Warp {
   Meeting meetings[kMeetings];
   int open = 0;  // meetings that wait
   std::uint32_t exited = 0;
-  std::uint32_t parity = 0;        // TSan: of the meetings that were led by a lane
+  std::uint32_t parity = 0;  // TSan: of the meetings that were led by a lane
   std::uint64_t clock[2][32] = {};
 };
 

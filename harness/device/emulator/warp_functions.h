@@ -29,7 +29,8 @@ inline std::uint32_t lane() { return running->index % 32u; }
 
 // `source` is a lane of this lane's segment of `width` lanes, or outside it: then the own value.
 template <typename T>
-T shuffle(const WarpOperation& operation, unsigned mask, T value, int source, bool inside, Where where) {
+T shuffle(const WarpOperation& operation, unsigned mask, T value, int source, bool inside,
+          Where where) {
   const std::uint32_t from = inside ? std::uint32_t(source) : lane();
   return from_bits<T>(meet(operation, mask, to_bits(value), from, where));
 }
@@ -38,12 +39,14 @@ inline int segment(int width) { return int(lane()) & ~(width - 1); }
 }  // namespace tp::emulator
 
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int source, int width = 32, tp::Where where = tp::Where::here()) {
+T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+              tp::Where where = tp::Where::here()) {
   using namespace tp::emulator;
   return shuffle(kShuffle, mask, value, segment(width) + (source & (width - 1)), true, where);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32, tp::Where where = tp::Where::here()) {
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32,
+                  tp::Where where = tp::Where::here()) {
   using namespace tp::emulator;
   // Lanes of earlier segments can be read, later ones cannot: CUDA's own rule.
   const int source = int(lane()) ^ bits;
