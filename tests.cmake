@@ -14,6 +14,39 @@ file(GLOB base_tests CONFIGURE_DEPENDS harness/base/*_test.cc)
 tp_test(base_test SOURCES ${base_tests} LIBRARIES tp_base)
 target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
 
+file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
+if(TP_BACKEND STREQUAL cuda)
+  # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
+  set(device_tests harness/device/kernels_test.cc)
+endif()
+tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
+
+# Mistakes planted into kernels, and what each build must say of them.
+if(TP_BACKEND STREQUAL emulator)
+  add_executable(planted_bugs harness/device/planted_bugs_testing.cu)
+  target_link_libraries(planted_bugs PRIVATE tp_device)
+  set(expect_none "")  # empty: exit code 0
+  set(expect_missing_barrier WrongValue)
+  set(expect_shared_overrun OutOfBounds)
+  set(expect_buffer_overrun OutOfBounds)
+  set(expect_block_race "")
+  set(expect_missing_fence "")
+  if(TP_SANITIZE STREQUAL thread)
+    foreach(mode missing_barrier block_race missing_fence)
+      set(expect_${mode} "data race")
+    endforeach()
+  elseif(TP_SANITIZE STREQUAL address)
+    set(expect_shared_overrun heap-buffer-overflow)
+    set(expect_buffer_overrun use-after-poison)
+  endif()
+  foreach(mode none missing_barrier shared_overrun buffer_overrun block_race missing_fence)
+    add_test(NAME planted_bugs.${mode} COMMAND planted_bugs ${mode})
+    if(expect_${mode})
+      set_tests_properties(planted_bugs.${mode} PROPERTIES PASS_REGULAR_EXPRESSION ${expect_${mode}})
+    endif()
+  endforeach()
+endif()
+
 # tp_mpi_test(<name> ...): the same executable as `mpirun -n 1|2|4`, one CTest entry each. P = 1 runs without
 # mpirun: a world of one never touches MPI.
 function(tp_mpi_test name)

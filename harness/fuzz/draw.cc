@@ -17,7 +17,7 @@ namespace {
 constexpr int kMaxHeads = 128;
 // Of the widest tensor on all ranks together; tokens give way. A night of many small cases finds
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
-constexpr std::int64_t kMaxElements = 1 << 18;
+constexpr std::int64_t kMaxElements = 1 << 19;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.

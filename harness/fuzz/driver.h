@@ -12,8 +12,7 @@ namespace tp {
 
 class World;
 
-// As CMakeLists.txt has it.
-inline constexpr std::string_view kTpcheckVersion = "0.1.0";
+inline constexpr std::string_view kTpcheckVersion = TP_VERSION;  // CMake's
 
 struct RunnerOptions {
   int processes = 0;  // of one worker job; 0: the cores, at most 4
