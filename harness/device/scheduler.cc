@@ -91,9 +91,17 @@ Report Scheduler::run(std::function<Idle()> idle) {
       for (const auto& rank : ranks_) complete = complete && rank->finished;
       if (complete) break;
       if (!step()) {
-        ask_idle(idle, false);
-      } else if (spins_ > 0 && spins_ % kSpinsPerIdle == 0) {
-        ask_idle(idle, true);
+        // Work that a GPU completes in this very moment makes something runnable again: only when
+        // all of it is complete and still nothing can run, this process has nothing of its own to
+        // do.
+        if (device_is_busy()) {
+          poll();
+        } else if (!step()) {
+          ask_idle(idle, false);
+        }
+      } else {
+        polls_ = 0;
+        if (spins_ > 0 && spins_ % kSpinsPerIdle == 0) ask_idle(idle, true);
       }
       if (steps % kStepsPerClock == 0 && past_deadline()) hang("the deadline has passed");
     }
@@ -216,12 +224,16 @@ bool Scheduler::streams_are_empty() {
   return true;
 }
 
+bool Scheduler::device_is_busy() {
+  for (const auto& stream : streams_) {
+    if (!stream->queue_->finished()) return true;
+  }
+  return false;
+}
+
 void Scheduler::ask_idle(const std::function<Idle()>& idle, bool spinning) {
   note(-1, "");
-  Idle answer = idle ? idle() : Idle::stuck;
-  for (const auto& stream : streams_) {
-    if (answer == Idle::stuck && !stream->queue_->finished()) answer = Idle::waiting;
-  }
+  const Idle answer = idle ? idle() : Idle::stuck;
   if (spinning) {
     if (spins_ >= kSpinsAwake) std::this_thread::sleep_for(std::chrono::microseconds(50));
     return;
@@ -230,7 +242,13 @@ void Scheduler::ask_idle(const std::function<Idle()>& idle, bool spinning) {
     polls_ = 0;
   } else if (answer == Idle::stuck) {
     hang("nothing will ever go on");
-  } else if (past_deadline()) {
+  } else {
+    poll();
+  }
+}
+
+void Scheduler::poll() {
+  if (past_deadline()) {
     hang("the deadline has passed");
   } else if (++polls_ < kPollsAwake) {
     std::this_thread::yield();

@@ -87,6 +87,8 @@ class Scheduler {
   void rank_main(Rank& rank);
   void step_stream(Stream& stream);
   void ask_idle(const std::function<Idle()>& idle, bool spinning);
+  bool device_is_busy();
+  void poll();  // waits a little, the longer the more often it was called in a row
   bool past_deadline() const;
   void hang(const std::string& why);
   void unwind();
@@ -100,7 +102,7 @@ class Scheduler {
   Rank* current_rank_ = nullptr;  // whose host code runs just now
   bool cancelled_ = false;
   std::uint64_t spins_ = 0;  // steps since anything moved
-  int polls_ = 0;            // times in a row that idle() said waiting
+  int polls_ = 0;            // times in a row that there was nothing to do but to wait
   Report report_;
 };
 

@@ -44,7 +44,7 @@ std::vector<HeadTriple> smallest_triples(const HeadTriple& t, std::size_t limit)
 
 // Halves and single steps, of one number or of several at once.
 std::vector<HeadTriple> nearby_triples(const HeadTriple& t) {
-  const auto [heads, kv, tp] = t;
+  const int heads = t.num_heads, kv = t.num_kv_heads, tp = t.tp_size;
   std::vector<HeadTriple> all = {{heads / 2, kv / 2, tp / 2}, {heads / 2, kv, tp / 2},
                                  {heads, kv / 2, tp / 2},     {heads, kv, tp / 2},
                                  {heads / 2, kv / 2, tp},     {heads / 2, kv, tp},
