@@ -91,4 +91,6 @@ target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:t
 add_dependencies(commands_test tpcheck_canary)
 add_test(NAME commands_test COMMAND commands_test)
 # They watch processes, folders and deadlines: nothing may run beside them.
-set_tests_properties(supervisor_test commands_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS mpi)
+set_tests_properties(supervisor_test commands_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS mpi ENVIRONMENT
+  # A crash on purpose shall be a crash under the sanitizers, too.
+  "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")

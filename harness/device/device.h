@@ -16,7 +16,7 @@
 #include "harness/device/stream.h"
 
 // The only choice of backend that a kernel meets, and it does not see it.
-#ifdef TP_CUDA
+#ifdef __CUDACC__
 #include "harness/device/cuda/dialect.h"
 #else
 #include "harness/device/emulator/dialect.h"

@@ -111,7 +111,7 @@ void Channel::start(const void* mine, void* all, const std::vector<int>& bytes) 
   State& s = *state_;
   TP_CHECK(s.request == MPI_REQUEST_NULL && int(bytes.size()) == s.processes, "channel is busy");
   if (s.comm == MPI_COMM_NULL) {
-    std::memcpy(all, mine, std::size_t(bytes[0]));
+    if (bytes[0] > 0) std::memcpy(all, mine, std::size_t(bytes[0]));
     return;
   }
   s.bytes = bytes;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
 #include <utility>
 
 #include "harness/base/check.h"
@@ -55,8 +54,8 @@ Share unpack(const std::string& text) {
   share.trace = take(trace_size);
   if (has_fault) share.fault = fault;
   share.threads = threads;
-  share.outputs.resize(text.size() - at);
-  std::memcpy(share.outputs.data(), text.data() + at, share.outputs.size());
+  const auto* bytes = reinterpret_cast<const std::byte*>(text.data());
+  share.outputs.assign(bytes + at, bytes + text.size());
   return share;
 }
 
