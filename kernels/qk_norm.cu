@@ -81,9 +81,13 @@ QkNormProfiles qk_norm_profiles(const ModelShape& model, int tp_size) {
   const std::int64_t q_cols = rank.heads.size * model.head_dim,
                      k_cols = rank.kv_heads.size * model.head_dim;
   const int threads = row_threads(q_cols);
-  return {
-      .q = {.depth = row_sum_depth(q_cols, threads), .all_reduce_terms = tp_size, .rsqrt_ulps = 1},
-      .k = {.depth = row_sum_depth(k_cols, threads), .all_reduce_terms = tp_size, .rsqrt_ulps = 1}};
+  const auto profile = [&](std::int64_t cols) {
+    return Profile{.depth = row_sum_depth(cols, threads),
+                   .all_reduce_terms = tp_size,
+                   .terms = cols * tp_size,
+                   .rsqrt_ulps = 1};
+  };
+  return {profile(q_cols), profile(k_cols)};
 }
 
 template void qk_norm(View<const float>, const QkNormWeights<float>&, View<float>, View<float>,

@@ -32,7 +32,10 @@ void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps, Str
 }
 
 Profile rms_norm_profile(std::int64_t cols) {
-  return {.depth = row_sum_depth(cols, row_threads(cols)), .all_reduce_terms = 1, .rsqrt_ulps = 1};
+  return {.depth = row_sum_depth(cols, row_threads(cols)),
+          .all_reduce_terms = 1,
+          .terms = cols,
+          .rsqrt_ulps = 1};
 }
 
 template void rms_norm(View<const float>, View<const float>, View<float>, float, Stream&);

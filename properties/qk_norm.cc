@@ -7,18 +7,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 
+#include "properties/norm.h"
 #include "properties/run/stage.h"
 #include "reference/qk_norm.h"
 
 namespace tp {
 
 namespace {
-
-double eps_of(const Case& c, const Variation& v) {
-  return double(c.options.at("eps") == 0 ? 1e-6f : 1e-5f) * std::ldexp(1.0, 2 * v.scale_log2);
-}
 
 Mutant mutant(std::string id, std::string what, std::string upstream,
               void (*change)(ShardingRules&)) {
@@ -34,10 +30,10 @@ std::int64_t local_kv_heads(const ModelShape& m, int tp_size) {
   return partition(m, tp_size, 0).kv_heads.size;
 }
 
-std::vector<Mutant> mutants() {
+const std::vector<Mutant>& mutants() {
   const std::string weight = "minimax-knorm-shard-by-tp:", divisor = "minimax-norm-replica-aware:";
   const std::string vllm = "vllm-project/vllm#38191", sglang = "sgl-project/sglang#20967";
-  return {
+  static const std::vector<Mutant> all = {
       mutant(weight + "cut", "k_norm weight cut by tp_size where KV heads are replicated", vllm,
              [](ShardingRules& r) {
                r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
@@ -92,6 +88,7 @@ std::vector<Mutant> mutants() {
                };
              }),
   };
+  return all;
 }
 
 // Whether the first token of the reference on altered inputs leaves the budget of the right one.
@@ -143,7 +140,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   const ModelShape& m = c.model;
   const std::int64_t tokens = c.num_tokens, pad = c.options.at("pad"), dim = m.head_dim,
                      v_dim = m.value_head_dim();
-  const double eps = eps_of(c, variation);
+  const double eps = norm::eps_of(c, variation);
   const QkNormProfiles profiles = qk_norm_profiles(m, c.tp_size);
   const auto heads = [&](std::string name, std::int64_t rows, std::int64_t count,
                          std::int64_t width, Role role) {
@@ -185,14 +182,14 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                          run.view<float>("sums").data, m, rules, float(eps), run.group, run.stream);
             });
           },
-      .reference = [=](const std::vector<Matrix>& in) -> std::vector<Budget> {
-        reference::QkNorm r =
-            reference::qk_norm(in[0], in[1], in[3], in[4], eps, profiles.q, profiles.k);
+      .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
+        reference::QkNorm r = reference::qk_norm(in["q"], in["k"], in["q_weight"], in["k_weight"],
+                                                 eps, profiles.q, profiles.k);
         return {std::move(r.q), std::move(r.k)};
       },
       .blind_to =
-          [=](const std::vector<Matrix>& in, const std::vector<Budget>& budgets) {
-            return blind_to(c, eps, profiles.k, in[1], in[4], budgets[1]);
+          [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
+            return blind_to(c, eps, profiles.k, in["k"], in["k_weight"], budgets[1]);
           },
   }};
 }
@@ -203,24 +200,10 @@ Operator make_qk_norm() {
   return make_operator({
       .name = "qk_norm",
       .what = "RMSNorm over all q heads and over all KV heads of a token, sharded by head",
-      .keys = {shared_key("num_heads"),
-               shared_key("num_kv_heads"),
-               shared_key("head_dim"),
-               shared_key("v_head_dim"),
-               shared_key("tp_size"),
-               shared_key("num_tokens"),
-               shared_key("dtype"),
-               shared_key("fill"),
-               shared_key("seed"),
-               {.name = "eps",
-                .help = "added to the mean square",
-                .min = 0,
-                .max = 1,
-                .words = {"1e-6", "1e-5"}},
-               {.name = "pad",
-                .help = "elements between the rows of qkv and of the outputs",
-                .min = 0,
-                .max = 64}},
+      .keys = {shared_key("num_heads"), shared_key("num_kv_heads"), shared_key("head_dim"),
+               shared_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
+               shared_key("dtype"), shared_key("fill"), shared_key("seed"), norm::eps_key(),
+               norm::pad_key("qkv and of the outputs")},
       .laws = {law_tp1(), law_scale(), law_tokens()},
       .mutants = mutants(),
       .refuse =
@@ -231,9 +214,7 @@ Operator make_qk_norm() {
                 std::max(c.model.head_dim, c.model.value_head_dim());
             return too_large(c.num_tokens, width);
           },
-      .regime = [](const Case& c, const Variation& v) -> DataRegime {
-        return {c.fill, c.seed, eps_of(c, {}), v.scale_log2, v.rotate_rows};
-      },
+      .regime = norm::regime,
       .stages = stages,
   });
 }

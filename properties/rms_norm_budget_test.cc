@@ -167,6 +167,7 @@ double rejected_percent(Bug bug, Fill fill, DType t, int cases, double* largest_
     const Matrix w = filled({"w", t, 1, s.cols(), Role::weight, s.head_dim}, g);
     const Profile profile{.depth = s.head_dim / lanes_of(seed) + lanes_of(seed),
                           .all_reduce_terms = s.tp_size,
+                          .terms = s.tp_size * s.head_dim,
                           .rsqrt_ulps = 1};
     const Budget budget = reference::rms_norm(x, w, eps, profile, s.cols());
     const Comparison c = compare(t, twin(s, t, x, w, eps, bug, seed).data(), budget);

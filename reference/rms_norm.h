@@ -38,8 +38,8 @@ inline Budget rms_norm(const Matrix& x, const Matrix& weight, double eps, const 
     // any order, their mean is a power of four again, and eps vanishes against it. Then
     // 1/sqrt(mean) is a power of two and the kernel makes no error at all before its last rounding.
     const std::optional<int> k = log4_of(mean);
-    const bool exact =
-        same_square && log4_of(row[0] * row[0]) && x.cols <= (1 << 24) && k && eps < mean * u;
+    const bool exact = same_square && log4_of(row[0] * row[0]) && profile.terms <= (1 << 24) && k &&
+                       eps < mean * u;
     if (exact) {
       for (std::int64_t j = 0; j < x.cols; ++j) {
         const double r = std::ldexp(row[j], -*k) * weight.values[std::size_t(j)];
@@ -61,7 +61,9 @@ inline Budget rms_norm(const Matrix& x, const Matrix& weight, double eps, const 
       const double w = weight.values[std::size_t(j)];
       const double r = row[j] * inverse * w;
       out.r[std::size_t(i * x.cols + j)] = r;
-      out.rho[std::size_t(i * x.cols + j)] = std::fabs(r) * rel + 0x1p-149 * (1 + std::fabs(w));
+      // The last term is what underflow can take; nothing underflows where x is zero.
+      out.rho[std::size_t(i * x.cols + j)] =
+          row[j] == 0 ? 0 : std::fabs(r) * rel + 0x1p-149 * (1 + std::fabs(w));
     }
   }
   return out;

@@ -9,6 +9,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/operator.h"
+#include "harness/base/text.h"
 
 namespace tp {
 
@@ -28,14 +29,7 @@ std::vector<std::string_view> words_of(std::string_view line) {
   return words;
 }
 
-// A piece of the user's text that is safe to print: short, and without control characters.
-std::string quoted(std::string_view text) {
-  std::string s(text.substr(0, 60));
-  for (char& c : s) {
-    if (std::uint8_t(c) < 0x20 || std::uint8_t(c) > 0x7E) c = '?';
-  }
-  return "'" + s + (text.size() > 60 ? "...'" : "'");
-}
+std::string quoted(std::string_view text) { return "'" + printable(text) + "'"; }
 
 template <auto Field>
 Key model_key(std::string name, std::string help, std::int64_t min, std::int64_t max,

@@ -25,7 +25,7 @@ Comparison compare(DType t, const void* y, const Budget& budget) {
     } else {
       TP_CHECK(rho >= 0 && std::isfinite(rho), "the reference gave no budget");
       // Rounding is monotonic, so a value of t within rho of r needs no rounding of the ends.
-      accepted = error <= rho;
+      accepted = error <= rho && (rho > 0 || r != 0 || std::signbit(got) == std::signbit(r));
       if (!accepted) {
         lo = round_to(t, r - rho);
         hi = round_to(t, r + rho);

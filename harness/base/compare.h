@@ -19,6 +19,7 @@ namespace tp {
 struct Profile {
   std::int64_t depth = 0;    // longest chain of fp32 roundings a product passes on one rank
   int all_reduce_terms = 1;  // summands of the fp32 all-reduce: adds terms - 1 to the chain
+  std::int64_t terms = 0;    // squares (or products) summed over all ranks, replicas counted
   double rsqrt_ulps = 2;     // error of 1/sqrt in fp32, one ulp being at most 2^-23 relative
 };
 

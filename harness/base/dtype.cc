@@ -17,14 +17,15 @@ double round_to(DType t, double x) {
   if (!std::isfinite(x)) return x;
   const Format f = format_of(t);
   const double magnitude = std::fabs(x);
+  const double infinity = std::copysign(std::numeric_limits<double>::infinity(), x);
+  const double limit = t == DType::f16 ? 0x1p16 : 0x1p128;  // 2^(emax + 1)
+  if (magnitude >= limit) return infinity;
   // Adding and taking away 1.5 * 2^52 units rounds to the nearest unit, ties to even (Dekker).
   const double unit =
       std::bit_cast<double>(std::uint64_t(exponent_in(f, magnitude) - f.p + 1 + 1023) << 52);
   const double anchor = 0x1.8p52 * unit;
   const double rounded = (magnitude + anchor) - anchor;
-  const double max =
-      std::bit_cast<double>(std::uint64_t(f.emax + 1023) << 52) * (2.0 - std::ldexp(1.0, 1 - f.p));
-  return std::copysign(rounded > max ? std::numeric_limits<double>::infinity() : rounded, x);
+  return rounded >= limit ? infinity : std::copysign(rounded, x);
 }
 
 double half_ulp(DType t, double x) {

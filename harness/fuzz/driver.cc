@@ -29,6 +29,7 @@ int code_of(const std::function<int()>& body) {
 
 int in_process(World& world, const std::function<int(Runner&)>& body) {
   catch_interrupts();  // on all processes: process 0 still has a summary to print
+  name_crashes();
   if (!world.is_root()) {
     serve(world);
     return std::stoi(world.broadcast(""));

@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <csignal>
-#include <cstring>
+#include <utility>
 
 #include "harness/base/check.h"
+#include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/interrupt.h"
 #include "harness/fuzz/worker.h"
 #include "harness/group/world.h"
@@ -15,18 +17,21 @@ namespace tp {
 
 namespace {
 
-char in_flight[2048];
+// What the worker code gets beyond a case's deadline to report what hangs in the emulator itself.
+constexpr std::chrono::seconds kGrace{2};
 
 // A case that does not come back, and nobody outside to notice: say which, and let mpirun end the
 // rest.
 void too_late(int) {
-  for (const char* text : {"Hang: ", static_cast<const char*>(in_flight), "\n"}) {
-    [[maybe_unused]] const auto written = write(STDOUT_FILENO, text, std::strlen(text));
-  }
+  say_in_flight("Hang");
   _exit(1);
 }
 
+void crashed(int) { say_in_flight("Crash"); }
+
 }  // namespace
+
+void name_crashes() { on_fatal_signal(crashed); }
 
 InProcess::InProcess(World& world) : world_(world) {
   catch_interrupts();
@@ -48,11 +53,8 @@ Answer InProcess::wait() {
   Answer answer;
   answer.request = std::move(waiting_.front());
   waiting_.pop_front();
-  answer.request.line.copy(in_flight, sizeof(in_flight) - 1);
-  in_flight[std::min(answer.request.line.size(), sizeof(in_flight) - 1)] = 0;
-  const auto seconds = answer.request.deadline.count() / 1000;
-  if (seconds > 0)
-    alarm(unsigned(seconds + 2));  // the worker code itself reports what hangs in the emulator
+  const auto limit = answer.request.deadline + kGrace;
+  alarm(unsigned(std::chrono::ceil<std::chrono::seconds>(limit).count()));
   answer.verdict = run_everywhere(world_, answer.request,
                                   [&](const std::string& line) { answer.trace.push_back(line); });
   alarm(0);

@@ -10,6 +10,9 @@ namespace tp {
 
 class World;
 
+// On every process: from now on one that dies of a signal prints the case it was running.
+void name_crashes();
+
 // On process 0. The others are in serve() (worker.h) meanwhile.
 class InProcess : public Runner {
  public:

@@ -4,10 +4,11 @@
 
 namespace tp {
 
-// Thrown where work stops because of Ctrl-C or SIGTERM. Exit code 72.
+// Thrown where work stops because of Ctrl-C, SIGTERM or SIGHUP. Exit code 72.
 struct Interrupted {};
 
-// From now on SIGINT and SIGTERM are noted instead of ending the process, and SIGPIPE is ignored.
+// From now on SIGINT, SIGTERM and SIGHUP are noted instead of ending the process, and SIGPIPE is
+// ignored. A SIGHUP that nohup has us ignore stays ignored.
 void catch_interrupts();
 
 // A file descriptor that is readable once a signal has come; -1 before catch_interrupts().

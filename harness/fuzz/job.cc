@@ -15,8 +15,10 @@
 #include <set>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "harness/base/check.h"
+#include "harness/fuzz/runner.h"
 #include "harness/group/ledger.h"
 
 extern char** environ;
@@ -28,6 +30,10 @@ namespace {
 constexpr auto kFarewell = std::chrono::milliseconds(500);
 constexpr std::size_t kKeptLines = 200;
 constexpr std::size_t kKeptLineLength = 400;
+// Longer ones are cut into several: none that is meant for us is.
+constexpr std::size_t kMaxLine = 1 << 20;
+// What a pipe holds when its writers are gone, in reads.
+constexpr int kLastReads = 16;
 
 // This very binary, even if it was built anew since it started.
 std::string own_executable() {
@@ -36,10 +42,11 @@ std::string own_executable() {
   return !error && std::filesystem::exists(path) ? path : fmt::format("/proc/{}/exe", getpid());
 }
 
-// In memory if possible: the ledgers are written at every switch between ranks.
+// In memory if possible: the ledgers are written at every switch between ranks. TPCHECK_TMPDIR is
+// for whoever wants to know where.
 std::filesystem::path make_folder() {
-  const char* tmp = std::getenv("TMPDIR");
-  for (const char* base : {"/dev/shm", tmp ? tmp : "/tmp"}) {
+  const char *tmp = std::getenv("TMPDIR"), *wanted = std::getenv("TPCHECK_TMPDIR");
+  for (const char* base : {wanted ? wanted : "/dev/shm", tmp ? tmp : "/tmp"}) {
     std::string path = fmt::format("{}/tpcheck-XXXXXX", base);
     if (mkdtemp(path.data())) return path;
   }
@@ -51,7 +58,8 @@ std::vector<std::string> job_environment(const std::filesystem::path& folder) {
   const std::vector<std::string> own = {
       "OMPI_ALLOW_RUN_AS_ROOT=1",
       "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
-      "OMPI_MCA_rmaps_base_oversubscribe=1",
+      "OMPI_MCA_rmaps_base_oversubscribe=1",  // Open MPI 4, then 5
+      "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe",
       // An idle process of a job waits in a collective: let the busy ones have the core.
       "OMPI_MCA_mpi_yield_when_idle=1",
       // Containers often forbid the ptrace that Open MPI's single-copy messages need.
@@ -117,24 +125,23 @@ void check_launcher(int processes) {
 }
 
 bool LineReader::read_into(std::vector<std::string>& lines) {
-  char buffer[4096];
-  for (;;) {
-    const ssize_t n = read(fd_, buffer, sizeof(buffer));
-    if (n < 0 && errno == EINTR) continue;
-    if (n < 0) return errno == EAGAIN;
-    if (n == 0) {
-      if (!partial_.empty()) lines.push_back(std::move(partial_));
-      partial_.clear();
-      return false;
-    }
-    std::string_view rest(buffer, std::size_t(n));
-    for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;
-         rest.remove_prefix(end + 1)) {
-      lines.push_back(partial_ + std::string(rest.substr(0, end)));
-      partial_.clear();
-    }
-    partial_ += rest;
+  const auto end_line = [&] { lines.push_back(std::exchange(partial_, {})); };
+  char buffer[1 << 16];
+  const ssize_t n = read(fd_, buffer, sizeof(buffer));
+  if (n < 0) return errno == EAGAIN || errno == EINTR;
+  if (n == 0) {
+    if (!partial_.empty()) end_line();
+    return false;
   }
+  std::string_view rest(buffer, std::size_t(n));
+  for (std::size_t end; (end = rest.find('\n')) != std::string_view::npos;
+       rest.remove_prefix(end + 1)) {
+    partial_ += rest.substr(0, end);
+    end_line();
+  }
+  partial_ += rest;
+  if (partial_.size() > kMaxLine) end_line();
+  return true;
 }
 
 Job::Job(int processes) : processes_(processes), folder_(make_folder()) {
@@ -157,14 +164,18 @@ void Job::start() {
   std::vector<std::string> environment = job_environment(folder_);
   const std::vector<char*> argv = pointers(arguments), envp = pointers(environment);
 
-  int in[2], out_pipe[2], err[2];
-  TP_CHECK(
-      pipe2(in, O_CLOEXEC) == 0 && pipe2(out_pipe, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0,
-      std::strerror(errno));
+  int in[2] = {-1, -1}, out_pipe[2] = {-1, -1}, err[2] = {-1, -1};
   prctl(PR_SET_CHILD_SUBREAPER, 1);
   const pid_t supervisor = getpid();
-  pid_ = fork();
-  TP_CHECK(pid_ >= 0, std::strerror(errno));
+  if (pipe2(in, O_CLOEXEC) == 0 && pipe2(out_pipe, O_CLOEXEC) == 0 && pipe2(err, O_CLOEXEC) == 0)
+    pid_ = fork();
+  if (pid_ < 0) {
+    const std::string why = std::strerror(errno);
+    for (const int* ends : {in, out_pipe, err}) {
+      for (const int fd : {ends[0], ends[1]}) close(fd);
+    }
+    throw GaveUp(fmt::format("a worker job cannot be started: {}", why));
+  }
   if (pid_ == 0) {
     setpgid(0, 0);
     prctl(PR_SET_PDEATHSIG, SIGKILL);
@@ -206,7 +217,7 @@ void Job::send(const std::string& line) {
 
 void Job::read_errors() {
   std::vector<std::string> lines;
-  errors_.read_into(lines);
+  errors_open_ = errors_.read_into(lines);
   for (std::string& line : lines) {
     kept_.push_back(line.substr(0, kKeptLineLength));
     if (kept_.size() > kKeptLines) kept_.pop_front();
@@ -230,7 +241,7 @@ std::string Job::end(std::chrono::milliseconds patience) {
   jobs_alive.erase(pid_);
   pid_ = -1;
   reap_orphans();
-  read_errors();
+  for (int i = 0; i < kLastReads && errors_open_; ++i) read_errors();
   return describe_status(status);
 }
 

@@ -1,7 +1,8 @@
 #pragma once
 // One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then
 // never starts MPI and is up in some 10 ms. It has its own process group and its own folder for
-// temporary files and ledgers; neither outlives the Job, nor (but for the folder) the supervisor.
+// temporary files and ledgers. Both go with the Job; a supervisor that is killed takes the processes
+// along, but leaves the folder.
 
 #include <sys/types.h>
 
@@ -21,7 +22,8 @@ class LineReader {
  public:
   explicit LineReader(int fd = -1) : fd_(fd) {}
   int fd() const { return fd_; }
-  // Appends what can be read without waiting. Returns false at the end of the pipe.
+  // Appends what one read() gets without waiting: whoever writes without end must not keep us here.
+  // Returns false at the end of the pipe.
   bool read_into(std::vector<std::string>& lines);
 
  private:
@@ -31,6 +33,7 @@ class LineReader {
 
 class Job {
  public:
+  // Throws GaveUp where the machine has no room for one more process.
   explicit Job(int processes);
   ~Job();  // lets an idle job end, kills a busy one
   Job(const Job&) = delete;
@@ -42,7 +45,7 @@ class Job {
   LineReader out;
   // Reads standard error; the last lines of it are kept.
   void read_errors();
-  int errors_fd() const { return errors_.fd(); }
+  int errors_fd() const { return errors_open_ ? errors_.fd() : -1; }  // -1: nothing more to come
   std::string last_errors() const;
 
   // Ends the job, once it has had some time to end by itself. How it ended, in a few words: "killed
@@ -60,6 +63,7 @@ class Job {
   pid_t pid_ = -1;
   int in_ = -1;
   LineReader errors_;
+  bool errors_open_ = true;
   std::deque<std::string> kept_;
 };
 

@@ -3,10 +3,11 @@
 //
 //   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <case line>
 //   back, at start   tpcheck-ready <where it runs>
-//   back             tpcheck-trace <text>          any number, only if asked for
-//                    tpcheck-retires                before its last verdict, if the job can run no
-//                    more tpcheck-verdict <verdict line>
-// Any other line a worker prints is not protocol: something printed by the code under test.
+//   back             tpcheck-trace <text>             (any number, only if asked for)
+//   back             tpcheck-retires                  (the next verdict is this job's last)
+//   back             tpcheck-verdict <verdict line>
+//
+// What the code under test prints goes to standard error; any other line is no protocol.
 
 #include <chrono>
 #include <string>

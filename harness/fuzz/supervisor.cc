@@ -66,8 +66,7 @@ void Supervisor::submit(Request request) {
 
 void Supervisor::send(Slot& slot) {
   const Request& request = slot.current->request;
-  const bool limited = request.deadline.count() > 0;
-  slot.give_up = limited ? Clock::now() + request.deadline + kGrace : Clock::time_point::max();
+  slot.give_up = Clock::now() + request.deadline + kGrace;
   slot.job->send(to_line(request));
 }
 
@@ -96,9 +95,8 @@ void Supervisor::poll_once() {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     if (fds[2 + 2 * i].revents) slot.job->read_errors();
-    if (fds[1 + 2 * i].revents) {
-      read(slot);
-    } else if ((slot.current || !slot.ready) && Clock::now() >= slot.give_up) {
+    if (fds[1 + 2 * i].revents) read(slot);
+    if ((slot.current || !slot.ready) && Clock::now() >= slot.give_up) {
       const bool running = slot.ready;
       died(slot, Outcome::Hang,
            running ? fmt::format("no answer within {:.1f} s",
@@ -129,7 +127,13 @@ void Supervisor::handle(Slot& slot, const std::string& line) {
   } else if (line == kRetires) {
     slot.retires = true;
   } else if (line.starts_with(kVerdict) && slot.current && slot.ready) {
-    slot.current->verdict = verdict_from_line(rest(kVerdict));
+    try {
+      slot.current->verdict = verdict_from_line(rest(kVerdict));
+    } catch (const BadInput& e) {
+      // Whoever overwrote that has overwritten more.
+      slot.current->verdict = {.outcome = Outcome::Crash, .detail = e.what()};
+      slot.retires = true;
+    }
     answers_.push_back(std::move(*slot.current));
     slot.current.reset();
     slot.failed_starts = 0;

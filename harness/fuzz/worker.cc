@@ -1,5 +1,6 @@
 #include "harness/fuzz/worker.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/prctl.h>
 #include <unistd.h>
@@ -13,18 +14,10 @@
 
 #include "harness/base/check.h"
 #include "harness/base/operator.h"
+#include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/protocol.h"
 #include "harness/group/ledger.h"
 #include "harness/group/world.h"
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
-#define TP_SANITIZED 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-#define TP_SANITIZED 1
-#endif
 
 namespace tp {
 
@@ -33,30 +26,27 @@ namespace {
 // What process 0 broadcasts when there is nothing more to run.
 constexpr std::string_view kNoMore = "no more requests";
 
-#if !defined(TP_SANITIZED)
 LedgerPage* ledger = nullptr;
 
-void note_signal(int signal) {
-  ledger->running.signal = signal;
-  raise(signal);  // SA_RESETHAND: now it kills
+// Leaves the signal's number in the ledger before it kills.
+void note_signal(int signal) { ledger->running.signal = signal; }
+
+// Standard output is the supervisor's alone. What the code under test prints there, without a
+// newline perhaps, must not run into a verdict: it goes to standard error, on every process.
+// Returns the descriptor for what we have to say ourselves.
+int take_standard_output() {
+  const int fd = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
+  TP_CHECK(fd >= 0 && dup2(STDERR_FILENO, STDOUT_FILENO) >= 0, "no standard output");
+  return fd;
 }
 
-// Leaves the signal's number in the ledger before it kills. On a stack of its own, because running
-// off the end of a fiber's stack is one of the ways to get here.
-void mark_fatal_signals(int process) {
-  static char stack[64 * 1024];
-  ledger = &ledger_page(process);
-  const stack_t alternative = {.ss_sp = stack, .ss_flags = 0, .ss_size = sizeof(stack)};
-  sigaltstack(&alternative, nullptr);
-  struct sigaction action = {};
-  action.sa_handler = note_signal;
-  action.sa_flags = SA_ONSTACK | SA_RESETHAND | SA_NODEFER;
-  for (const int signal : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT})
-    sigaction(signal, &action, nullptr);
+void write_line(int fd, const std::string& line) {
+  for (std::size_t at = 0; at < line.size();) {
+    const ssize_t n = write(fd, line.data() + at, line.size() - at);
+    if (n < 0 && errno != EINTR) return;  // the supervisor is gone, and so will we be
+    if (n > 0) at += std::size_t(n);
+  }
 }
-#else
-void mark_fatal_signals(int) {}  // the sanitizer has handlers of its own, and says more
-#endif
 
 const Mutant* mutant_of(const Operator& op, const std::string& id) {
   if (id.empty()) return nullptr;
@@ -98,6 +88,7 @@ Verdict run_request(World& world, const std::string& text, const TraceLine& trac
   } catch (const BadInput& e) {
     return {.outcome = Outcome::Refused, .detail = e.what()};
   }
+  set_in_flight(request->line);
   options.deadline = request->deadline;
   if (request->trace) {
     options.trace = [&](const std::string& lines) {
@@ -130,15 +121,15 @@ void serve(World& world) {
 
 int worker_main(World& world) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // a worker stuck in a loop never sees the end of its input
-  mark_fatal_signals(world.process());
+  ledger = &ledger_page(world.process());
+  on_fatal_signal(note_signal);
+  const int answers = take_standard_output();
   if (!world.is_root()) {
     serve(world);
     return 0;
   }
-  const auto say = [](std::string_view kind, const std::string& text) {
-    const std::string line = fmt::format("{}{}\n", kind, text);
-    std::fwrite(line.data(), 1, line.size(), stdout);
-    std::fflush(stdout);
+  const auto say = [&](std::string_view kind, const std::string& text) {
+    write_line(answers, fmt::format("{}{}\n", kind, text));
   };
   say(kReady, fmt::format("{} processes", world.processes()));
   for (std::string line; std::getline(std::cin, line);) {

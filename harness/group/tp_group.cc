@@ -4,12 +4,13 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cmath>
+#include <climits>
 #include <cstring>
 #include <string_view>
 
 #include "harness/base/check.h"
 #include "harness/device/buffer.h"
+#include "harness/device/larger.h"
 
 namespace tp {
 
@@ -22,10 +23,7 @@ template <typename T>
 void fold(Collective what, T* acc, const T* x, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) {
     const float a = to_float(acc[i]), b = to_float(x[i]);
-    // A maximum must not lose a NaN, as fmaxf would.
-    acc[i] = from_float<T>(what == Collective::all_reduce_sum ? a + b
-                           : (a > b || std::isnan(a))         ? a
-                                                              : b);
+    acc[i] = from_float<T>(what == Collective::all_reduce_sum ? a + b : larger(a, b));
   }
 }
 
@@ -58,7 +56,7 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   if (bytes > 0) to_host(stream, e.in.data(), in, bytes);
   stream.call([&s, &e, rank = tp_rank_] {
     s.ledger_.enter(rank, e.header);
-    s.arrived_[std::size_t(rank - s.local_.offset)].push_back(&e);
+    s.ranks_[std::size_t(rank - s.local_.offset)].entered.emplace(e.header.sequence, &e);
   });
   stream.wait(e.gate);
   if (bytes > 0) from_host_when_reached(stream, out, e.out.data(), e.out.size());
@@ -87,22 +85,32 @@ GroupSession::GroupSession(World& world, int tp_size, std::optional<Clock::time_
       deadline_(deadline),
       trace_(std::move(trace)),
       ledger_(ledger_page(world.process())),
-      arrived_(std::size_t(local_.size)),
-      messages_(std::size_t(processes_)) {
+      ranks_(std::size_t(local_.size)) {
   ledger_.begin_case(int(local_.offset), int(local_.size));
+}
+
+void GroupSession::end_rank(int tp_rank, Stream& stream) {
+  stream.call([this, tp_rank] { ranks_[std::size_t(tp_rank - local_.offset)].ended = true; });
+}
+
+// The entry of this rank into the collective that is next, if it is there.
+GroupSession::Entry* GroupSession::at(const LocalRank& rank) const {
+  const auto next = rank.entered.find(completed_ + 1);
+  return next == rank.entered.end() ? nullptr : next->second;
+}
+
+bool GroupSession::only_waits() const {
+  return std::all_of(ranks_.begin(), ranks_.end(),
+                     [this](const LocalRank& rank) { return at(rank) || rank.ended; });
 }
 
 // What the local ranks agree on, or the first one that does not.
 GroupSession::Message GroupSession::local_message() const {
   Message m;
-  bool any = false;
-  for (std::size_t r = 0; r < arrived_.size(); ++r) {
-    // A rank without an entry has ended its case: this is only called when nothing else can run.
-    const std::int64_t last = ledger_.ranks[r].entered;
-    const CollectiveHeader h =
-        arrived_[r].empty() ? make_header(last + 1, kEnd, 0, "") : arrived_[r].front()->header;
-    if (!any) m.header = h;
-    any = true;
+  for (std::size_t r = 0; r < ranks_.size(); ++r) {
+    const Entry* entry = at(ranks_[r]);
+    const CollectiveHeader h = entry ? entry->header : make_header(completed_ + 1, kEnd, 0, "");
+    if (r == 0) m.header = h;
     if (h != m.header && m.bad_rank < 0) {
       m.bad_rank = int(local_.offset) + int(r);
       m.bad_header = h;
@@ -112,77 +120,86 @@ GroupSession::Message GroupSession::local_message() const {
 }
 
 void GroupSession::start_headers(const Message& mine) {
-  mine_ = mine;
-  channel_.start(&mine_, messages_.data(),
+  const auto* bytes = reinterpret_cast<const std::byte*>(&mine);
+  channel_.start({bytes, bytes + sizeof(Message)},
                  std::vector<int>(std::size_t(processes_), int(sizeof(Message))));
   phase_ = Phase::headers;
 }
 
 // Ranks that do not agree, as a fault; the same text on every process.
 std::optional<Fault> GroupSession::disagreement() const {
+  std::vector<Message> messages(static_cast<std::size_t>(processes_));
+  std::memcpy(messages.data(), channel_.received().data(), channel_.received().size());
   const auto first_rank = [&](std::size_t p) {
     return int(ranks_of_process(tp_size_, processes_, int(p)).offset);
   };
-  for (std::size_t p = 0; p < messages_.size(); ++p) {
-    if (messages_[p].fault)
-      return Fault{Outcome::Pass, fmt::format("process {} reports a fault", p), first_rank(p)};
+  for (std::size_t p = 0; p < messages.size(); ++p) {
+    // Only that there is one: its own process says which.
+    if (messages[p].fault)
+      return Fault{Outcome::Pass, fmt::format("process {} reports a fault", p), -1};
   }
-  const auto mismatch = [&](int a, const CollectiveHeader& ha, int b, const CollectiveHeader& hb) {
+  const auto mismatch = [](int a, const CollectiveHeader& ha, int b, const CollectiveHeader& hb) {
     return Fault{
         Outcome::CollectiveMismatch,
-        fmt::format("tp_rank {} is at {}, tp_rank {} at {}", a, describe(ha), b, describe(hb)), b};
+        fmt::format("tp_rank {} is at {}, tp_rank {} at {}", a, describe(ha), b, describe(hb)), -1};
   };
-  for (std::size_t p = 0; p < messages_.size(); ++p) {
-    const Message& m = messages_[p];
+  for (std::size_t p = 0; p < messages.size(); ++p) {
+    const Message& m = messages[p];
+    if (m.header != messages[0].header) {
+      return mismatch(0, messages[0].header, first_rank(p), m.header);
+    }
     if (m.bad_rank >= 0) return mismatch(first_rank(p), m.header, m.bad_rank, m.bad_header);
-    if (m.header != messages_[0].header)
-      return mismatch(0, messages_[0].header, first_rank(p), m.header);
   }
   return std::nullopt;
 }
 
 void GroupSession::start_payload() {
-  sent_.clear();
+  std::vector<std::byte> mine;
   std::vector<int> bytes;
-  const std::size_t each = arrived_[0].front()->in.size();
-  for (const auto& rank : arrived_)
-    sent_.insert(sent_.end(), rank.front()->in.begin(), rank.front()->in.end());
-  for (int p = 0; p < processes_; ++p) {
-    bytes.push_back(int(std::int64_t(each) * ranks_of_process(tp_size_, processes_, p).size));
+  const std::size_t each = at(ranks_[0])->in.size();
+  for (const LocalRank& rank : ranks_) {
+    mine.insert(mine.end(), at(rank)->in.begin(), at(rank)->in.end());
   }
-  received_.resize(each * std::size_t(tp_size_));
-  channel_.start(sent_.data(), received_.data(), bytes);
+  for (int p = 0; p < processes_; ++p) {
+    const std::size_t size = each * std::size_t(ranks_of_process(tp_size_, processes_, p).size);
+    TP_CHECK(size <= std::size_t(INT_MAX), "a collective of more than 2 GiB");
+    bytes.push_back(int(size));
+  }
+  channel_.start(std::move(mine), std::move(bytes));
   phase_ = Phase::payload;
 }
 
 // All contributions are here, in tp_rank order: computes the result once and opens the ranks'
 // gates.
 void GroupSession::complete() {
-  const Entry& first = *arrived_[0].front();
+  const Entry& first = *at(ranks_[0]);
+  const std::vector<std::byte>& received = channel_.received();
   std::vector<std::byte> result;
   if (first.what == Collective::all_gather) {
-    result = received_;
+    result = received;
   } else if (first.what != Collective::barrier) {
     const std::size_t each = first.in.size();
-    result.assign(received_.begin(), received_.begin() + std::ptrdiff_t(each));
+    result.assign(received.begin(), received.begin() + std::ptrdiff_t(each));
     dispatch(first.dtype, [&]<typename T>(T) {
       for (int r = 1; r < tp_size_; ++r) {
         fold(first.what, reinterpret_cast<T*>(result.data()),
-             reinterpret_cast<const T*>(received_.data() + std::size_t(r) * each),
+             reinterpret_cast<const T*>(received.data() + std::size_t(r) * each),
              first.header.count);
       }
     });
   }
-  for (auto& rank : arrived_) {
-    rank.front()->out = result;
-    rank.front()->gate.is_open = true;
-    rank.pop_front();
+  for (LocalRank& rank : ranks_) {
+    Entry& entry = *at(rank);
+    entry.out = result;
+    entry.gate.is_open = true;
+    rank.entered.erase(completed_ + 1);
   }
+  ++completed_;
   phase_ = Phase::idle;
 }
 
 // Polls the exchange for a short while: a process that shares its core must let the others run.
-bool GroupSession::wait_for_others() {
+bool GroupSession::poll() {
   for (int i = 0; i < 64; ++i) {
     if (channel_.test()) return true;
     sched_yield();
@@ -194,11 +211,12 @@ Idle GroupSession::progress() {
   if (over_) return Idle::stuck;
   if (phase_ == Phase::idle) {
     const bool anyone =
-        std::any_of(arrived_.begin(), arrived_.end(), [](const auto& q) { return !q.empty(); });
-    if (!anyone) return Idle::stuck;  // the ranks wait for something that is no collective
+        std::any_of(ranks_.begin(), ranks_.end(), [&](const LocalRank& r) { return at(r); });
+    // A rank that is neither in a collective nor at its end is busy, or waits for something else.
+    if (!anyone || !only_waits()) return Idle::stuck;
     start_headers(local_message());
   }
-  if (!wait_for_others()) return Idle::waiting;
+  if (!poll()) return Idle::waiting;
   if (phase_ == Phase::headers) {
     phase_ = Phase::idle;
     if ((fault_ = disagreement())) {
@@ -206,33 +224,44 @@ Idle GroupSession::progress() {
       return Idle::stuck;
     }
     start_payload();
-    if (!wait_for_others()) return Idle::waiting;
+    if (!poll()) return Idle::waiting;
   }
   complete();
   return Idle::moved;
 }
 
+// Waits for the others, who have a deadline of their own, and a little longer than that.
+bool GroupSession::wait_to_the_end() {
+  const auto patience = Clock::now() + std::chrono::seconds(2);
+  while (!poll()) {
+    if (deadline_ && Clock::now() > std::max(*deadline_, patience)) return false;
+  }
+  return true;
+}
+
 std::optional<Fault> GroupSession::finish(const std::optional<Fault>& fault) {
   if (over_ || local_.size == 0) return fault_;
-  // A process that gave up waiting has an exchange in flight that nobody can call back.
-  const auto drain = [&] {
-    const auto patience = Clock::now() + std::chrono::seconds(2);
-    while (!wait_for_others()) {
-      if (deadline_ && Clock::now() > std::max(*deadline_, patience)) return false;
-    }
-    return true;
-  };
   over_ = true;
-  if (phase_ == Phase::payload)
-    return fault_;  // the others are there, too: they complete without us
-  if (phase_ == Phase::idle) {
-    Message m = local_message();
-    m.fault = fault.has_value();
-    start_headers(m);
+  const auto gave_up = [&]() -> std::optional<Fault> {
+    if (fault) return std::nullopt;
+    return Fault{Outcome::Hang, fmt::format("process {} waits for others in vain", process_), -1};
+  };
+  // An exchange that was under way when this process came to its fault is carried through: the
+  // others count on it. Then they are told.
+  if (phase_ == Phase::headers) {
+    if (!wait_to_the_end()) return gave_up();
+    phase_ = Phase::idle;
+    if ((fault_ = disagreement())) return fault_;
+    start_payload();
   }
-  if (!drain())
-    return Fault{Outcome::Hang, fmt::format("process {} waits for others in vain", process_),
-                 int(local_.offset)};
+  if (phase_ == Phase::payload) {
+    if (!wait_to_the_end()) return gave_up();
+    complete();
+  }
+  Message m = local_message();
+  m.fault = fault.has_value();
+  start_headers(m);
+  if (!wait_to_the_end()) return gave_up();
   phase_ = Phase::idle;
   fault_ = disagreement();
   // That somebody has a fault is news only to those who have none.

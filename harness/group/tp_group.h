@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <optional>
 #include <string>
 #include <vector>
@@ -79,6 +80,9 @@ class GroupSession {
   int tp_size() const { return tp_size_; }
   Shard local_ranks() const { return local_; }
   TpGroup group(int tp_rank) { return TpGroup(*this, tp_rank); }
+  // The last thing a rank's host code does: says on its stream that the rank enters no more
+  // collectives.
+  void end_rank(int tp_rank, Stream& stream);
 
   // For Scheduler::run: moves collectives on. Runs on the process's own stack.
   Idle progress();
@@ -88,6 +92,8 @@ class GroupSession {
   std::optional<Fault> finish(const std::optional<Fault>& fault);
   // Whether the processes parted within an exchange, which MPI cannot take back: no further case.
   bool broken() const { return phase_ != Phase::idle; }
+  // Whether every local rank has ended or waits for others in a collective: a Hang is not theirs.
+  bool only_waits() const;
 
  private:
   friend class TpGroup;
@@ -99,6 +105,11 @@ class GroupSession {
     std::vector<std::byte> in, out;
     Gate gate;  // opens when `out` is there
   };
+  struct LocalRank {
+    // Entered, not yet complete, by sequence: streams of one rank may get there in another order.
+    std::map<std::int64_t, Entry*> entered;
+    bool ended = false;
+  };
   struct Message {  // what processes exchange before anything else
     CollectiveHeader header;
     std::int32_t bad_rank = -1;  // a local rank that disagrees with the first one
@@ -107,11 +118,13 @@ class GroupSession {
   };
   enum class Phase : std::uint8_t { idle, headers, payload };
 
+  Entry* at(const LocalRank& rank) const;
   Message local_message() const;
   void start_headers(const Message& mine);
   void start_payload();
   void complete();
-  bool wait_for_others();
+  bool poll();
+  bool wait_to_the_end();
   std::optional<Fault> disagreement() const;
 
   int tp_size_;
@@ -122,13 +135,11 @@ class GroupSession {
   std::function<void(const std::string&)> trace_;
   LedgerPage& ledger_;
 
-  std::deque<Entry> entries_;                // of this case; addresses are stable
-  std::vector<std::deque<Entry*>> arrived_;  // by local rank: entered, not yet complete
+  std::deque<Entry> entries_;  // of this case; addresses are stable
+  std::vector<LocalRank> ranks_;
+  std::int64_t completed_ = 0;  // collectives that all ranks have behind them
   Phase phase_ = Phase::idle;
   bool over_ = false;  // the processes have parted: no further exchange
-  Message mine_;
-  std::vector<Message> messages_;  // of every process
-  std::vector<std::byte> sent_, received_;
   std::optional<Fault> fault_;
 };
 

@@ -3,9 +3,9 @@
 #define OMPI_SKIP_MPICXX 1  // the C++ bindings were taken out of MPI; Open MPI's headers still warn
 #include <mpi.h>
 
+#include <climits>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <map>
 #include <numeric>
 
@@ -19,6 +19,28 @@
   } while (0)
 
 namespace tp {
+
+namespace {
+
+// MPI counts in int: more than that in one message is refused, not wrapped around.
+int message_size(std::size_t bytes) {
+  TP_CHECK(bytes <= std::size_t(INT_MAX), "a message of more than 2 GiB");
+  return int(bytes);
+}
+
+// Where each of several parts, one after another, begins.
+std::vector<int> offsets_of(const std::vector<int>& sizes) {
+  std::vector<int> offsets;
+  std::size_t total = 0;
+  for (int size : sizes) {
+    offsets.push_back(message_size(total));
+    total += std::size_t(size);
+  }
+  message_size(total);
+  return offsets;
+}
+
+}  // namespace
 
 bool World::launched() { return std::getenv("OMPI_COMM_WORLD_SIZE") || std::getenv("PMIX_RANK"); }
 
@@ -34,7 +56,7 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
 
 World::~World() {
   if (!starts_and_ends_mpi_) return;
-  if (retired_) abort(0);  // MPI_Finalize would wait for the exchange that was given up
+  if (retired_) abort(70);  // MPI_Finalize would wait for the exchange that was given up
   MPI_Finalize();
 }
 
@@ -44,17 +66,16 @@ std::string World::broadcast(const std::string& text) {
   unsigned long long size = out.size();
   CHECK_MPI(MPI_Bcast(&size, 1, MPI_UNSIGNED_LONG_LONG, 0, MPI_COMM_WORLD));
   out.resize(size);
-  CHECK_MPI(MPI_Bcast(out.data(), int(size), MPI_CHAR, 0, MPI_COMM_WORLD));
+  CHECK_MPI(MPI_Bcast(out.data(), message_size(size), MPI_CHAR, 0, MPI_COMM_WORLD));
   return out;
 }
 
 std::vector<std::string> World::gather(const std::string& text) {
   if (!mpi_) return {text};
-  const int size = int(text.size());
+  const int size = message_size(text.size());
   std::vector<int> sizes(is_root() ? std::size_t(processes_) : 0);
   CHECK_MPI(MPI_Gather(&size, 1, MPI_INT, sizes.data(), 1, MPI_INT, 0, MPI_COMM_WORLD));
-  std::vector<int> offsets(sizes.size());
-  std::exclusive_scan(sizes.begin(), sizes.end(), offsets.begin(), 0);
+  const std::vector<int> offsets = offsets_of(sizes);
   std::string all(std::accumulate(sizes.begin(), sizes.end(), std::size_t{0}), '\0');
   CHECK_MPI(MPI_Gatherv(text.data(), size, MPI_CHAR, all.data(), sizes.data(), offsets.data(),
                         MPI_CHAR, 0, MPI_COMM_WORLD));
@@ -80,6 +101,7 @@ struct Channel::State {
   int processes = 1;
   MPI_Comm comm = MPI_COMM_NULL;  // stays null in a channel of one
   MPI_Request request = MPI_REQUEST_NULL;
+  std::vector<std::byte> mine, received;
   std::vector<int> bytes, offsets;
 };
 
@@ -105,22 +127,26 @@ Channel::Channel(World& world, int processes) : state_(new State) {
   state_->processes = processes;
   state_->comm = communicator(world, processes);
 }
-Channel::~Channel() = default;
+Channel::~Channel() {
+  if (state_->request != MPI_REQUEST_NULL) (void)state_.release();
+}
 
-void Channel::start(const void* mine, void* all, const std::vector<int>& bytes) {
+void Channel::start(std::vector<std::byte> mine, std::vector<int> bytes) {
   State& s = *state_;
   TP_CHECK(s.request == MPI_REQUEST_NULL && int(bytes.size()) == s.processes, "channel is busy");
+  s.offsets = offsets_of(bytes);
+  s.mine = std::move(mine);
   if (s.comm == MPI_COMM_NULL) {
-    if (bytes[0] > 0) std::memcpy(all, mine, std::size_t(bytes[0]));
+    s.received = s.mine;
     return;
   }
-  s.bytes = bytes;
-  s.offsets.resize(bytes.size());
-  std::exclusive_scan(bytes.begin(), bytes.end(), s.offsets.begin(), 0);
+  s.bytes = std::move(bytes);
+  s.received.resize(std::size_t(s.offsets.back()) + std::size_t(s.bytes.back()));
   int me = 0;
   CHECK_MPI(MPI_Comm_rank(s.comm, &me));
-  CHECK_MPI(MPI_Iallgatherv(mine, bytes[std::size_t(me)], MPI_BYTE, all, s.bytes.data(),
-                            s.offsets.data(), MPI_BYTE, s.comm, &s.request));
+  TP_CHECK(int(s.mine.size()) == s.bytes[std::size_t(me)], "a process contributes another size");
+  CHECK_MPI(MPI_Iallgatherv(s.mine.data(), s.bytes[std::size_t(me)], MPI_BYTE, s.received.data(),
+                            s.bytes.data(), s.offsets.data(), MPI_BYTE, s.comm, &s.request));
 }
 
 bool Channel::test() {
@@ -129,5 +155,7 @@ bool Channel::test() {
   CHECK_MPI(MPI_Test(&state_->request, &done, MPI_STATUS_IGNORE));
   return done != 0;
 }
+
+const std::vector<std::byte>& Channel::received() const { return state_->received; }
 
 }  // namespace tp

@@ -49,16 +49,22 @@ class World {
   bool retired_ = false;
 };
 
-// All-gather of bytes among the first `processes` processes of the world, without blocking.
+// All-gather of bytes among the first `processes` processes of the world, without blocking. Every
+// process of the world makes one.
 class Channel {
  public:
   Channel(World& world, int processes);
+  // An exchange that was given up halfway goes on inside MPI: its buffers outlive the Channel.
   ~Channel();
+  Channel(const Channel&) = delete;
+  Channel& operator=(const Channel&) = delete;
 
-  // Process p contributes bytes[p] bytes; `all` receives them one after another. `mine` and `all`
-  // stay in place until test() is true. At most one exchange at a time.
-  void start(const void* mine, void* all, const std::vector<int>& bytes);
+  // Process p contributes bytes[p] bytes, this one `mine`. At most one exchange at a time.
+  void start(std::vector<std::byte> mine, std::vector<int> bytes);
+  // Whether the exchange is complete, or none was started.
   bool test();
+  // Everybody's bytes, one process after another, when test() is true.
+  const std::vector<std::byte>& received() const;
 
  private:
   struct State;

@@ -26,21 +26,30 @@ class Assembly {
   // Rank `tp_rank` says what columns `cols` hold. The first rank that holds a column is its owner,
   // later ones are replicas and must agree bit for bit.
   void add(int tp_rank, Shard cols, const std::byte* piece) {
-    const std::size_t row_bytes = std::size_t(cols.size * width_);
-    for (std::int64_t i = 0; i < tensor_.rows; ++i) {
-      std::byte* row = bytes_.data() + (i * tensor_.cols + cols.offset) * width_;
-      const std::byte* from = piece + std::size_t(i) * row_bytes;
-      if (owner_[std::size_t(cols.offset)] < 0 || first_row_of_piece_) {
-        std::memcpy(row, from, row_bytes);
-        first_row_of_piece_ = true;
-      } else if (!replica_ && std::memcmp(row, from, row_bytes) != 0) {
-        note_replica(tp_rank, i, cols, row, from);
+    for (std::int64_t j = cols.offset; j < cols.end();) {
+      const bool replica = owner_[std::size_t(j)] >= 0;
+      std::int64_t end = j;
+      while (end < cols.end() && (owner_[std::size_t(end)] >= 0) == replica) ++end;
+      const std::byte* from = piece + (j - cols.offset) * width_;
+      for (std::int64_t i = 0; i < tensor_.rows; ++i, from += cols.size * width_) {
+        std::byte* row = bytes_.data() + (i * tensor_.cols + j) * width_;
+        const std::size_t size = std::size_t((end - j) * width_);
+        if (!replica) {
+          std::memcpy(row, from, size);
+        } else if (!replica_ && std::memcmp(row, from, size) != 0) {
+          note_replica(tp_rank, i, {j, end - j}, row, from);
+        }
+      }
+      for (; j < end; ++j) {
+        if (!replica) owner_[std::size_t(j)] = tp_rank;
       }
     }
-    first_row_of_piece_ = false;
-    for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
-      if (owner_[std::size_t(j)] < 0) owner_[std::size_t(j)] = tp_rank;
-    }
+  }
+
+  // A column that no rank holds; -1 if there is none.
+  std::int64_t orphan() const {
+    const auto it = std::find(owner_.begin(), owner_.end(), -1);
+    return it == owner_.end() ? -1 : it - owner_.begin();
   }
 
   const TensorSpec& tensor() const { return tensor_; }
@@ -68,7 +77,6 @@ class Assembly {
   std::int64_t width_;
   std::vector<std::byte> bytes_;
   std::vector<int> owner_;
-  bool first_row_of_piece_ = false;
   std::optional<Replica> replica_;
 };
 
@@ -78,6 +86,30 @@ Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) 
     m.values[i] = load(tensor.dtype, bytes.data(), std::int64_t(i));
   return m;
 }
+
+// The inputs that a stage's kernels really had: filled from the case, or what an earlier stage
+// produced.
+class StageInputs : public WholeInputs {
+ public:
+  StageInputs(const Stage& stage, InputData& data, const std::map<std::string, Assembly>& produced)
+      : stage_(stage), data_(data), produced_(produced) {}
+
+  const Matrix& operator[](const std::string& name) const override {
+    if (const auto made = matrices_.find(name); made != matrices_.end()) return made->second;
+    const TensorSpec& t = tensor_of(stage_, name);
+    const auto earlier = produced_.find(name);
+    return matrices_
+        .emplace(name, matrix_of(t, earlier == produced_.end() ? data_.columns(t, {0, t.cols})
+                                                               : earlier->second.bytes()))
+        .first->second;
+  }
+
+ private:
+  const Stage& stage_;
+  InputData& data_;
+  const std::map<std::string, Assembly>& produced_;
+  mutable std::map<std::string, Matrix> matrices_;
+};
 
 Verdict wrong_value(int tp_rank, const TensorSpec& tensor, const Mismatch& m) {
   Verdict v;
@@ -98,7 +130,7 @@ Verdict wrong_replica(const Assembly& got, const Budget& budget) {
   Budget one(1, 1);
   one.r[0] = budget.r[at];
   one.rho[0] = budget.rho[at];
-  std::byte bytes[8];
+  alignas(8) std::byte bytes[8];
   store(t.dtype, bytes, 0, replica.value);
   if (auto first = compare(t.dtype, bytes, one).first) {
     first->row = replica.row;
@@ -144,18 +176,18 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
   // Stage-local: each stage is judged with the inputs its kernels really had, and the first bad one
   // is named.
   for (const Stage& stage : stages) {
-    std::vector<Matrix> inputs;
-    for (const TensorSpec& t : stage.inputs) {
-      const auto produced = assemblies.find(t.name);
-      inputs.push_back(produced == assemblies.end() ? matrix_of(t, data.columns(t, {0, t.cols}))
-                                                    : matrix_of(t, produced->second.bytes()));
-    }
+    const StageInputs inputs(stage, data, assemblies);
     const std::vector<Budget> budgets = stage.reference(inputs);
     for (std::size_t i = 0; i < stage.outputs.size(); ++i) {
       Assembly& got = assemblies.at(stage.outputs[i].name);
       const TensorSpec& t = stage.outputs[i];
       const Comparison comparison = compare(t.dtype, got.bytes().data(), budgets[i]);
       result.score = std::max(result.score, comparison.score);
+      if (const std::int64_t orphan = got.orphan(); orphan >= 0 && !result.finding) {
+        result.finding =
+            Verdict{.outcome = Outcome::WrongValue,
+                    .detail = fmt::format("no rank holds column {} of {}", orphan, t.name)};
+      }
       if (comparison.first && !result.finding) {
         result.finding = wrong_value(got.owner(comparison.first->col), t, *comparison.first);
       }

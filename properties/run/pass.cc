@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 #include <map>
+#include <set>
 
 #include "harness/base/check.h"
 
@@ -43,8 +44,8 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
   const TensorSpec& tensor = tensor_of(stage, piece.tensor);
   if (piece.cols.offset < 0 || piece.cols.end() > tensor.cols) {
     throw Fault{Outcome::OutOfBounds,
-                fmt::format("tp_rank {} takes columns {} .. {} of {}, which has {}", tp_rank,
-                            piece.cols.offset, piece.cols.end(), tensor.name, tensor.cols),
+                fmt::format("takes columns {} .. {} of {}, which has {}", piece.cols.offset,
+                            piece.cols.end(), tensor.name, tensor.cols),
                 tp_rank};
   }
   TP_CHECK(tensor.rows == local.rows && tensor.dtype == local.dtype &&
@@ -66,11 +67,10 @@ void check_untouched(const Image& before, const Image& after, int tp_rank) {
       const std::size_t at = std::size_t(line + j * width);
       if (std::memcmp(&before.bytes[at], &after.bytes[at], std::size_t(width)) == 0) continue;
       const bool input = before.local.use == Use::input;
-      throw Fault{
-          input ? Outcome::InputModified : Outcome::OutOfBounds,
-          fmt::format("tp_rank {}, {}[{}, {}]: {} was overwritten", tp_rank, before.local.name, i,
-                      j, input ? "an input" : "a column that is not the operator's"),
-          tp_rank};
+      throw Fault{input ? Outcome::InputModified : Outcome::OutOfBounds,
+                  fmt::format("{}[{}, {}]: {} was overwritten", before.local.name, i, j,
+                              input ? "an input" : "a column that is not the operator's"),
+                  tp_rank};
     }
   }
 }
@@ -92,18 +92,24 @@ void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, c
 std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
                               const PassOptions& options, InputData& data,
                               std::map<std::string, Resident>& buffers,
-                              std::map<std::string, Image>& latest) {
+                              std::map<std::string, Image>& latest,
+                              const std::set<std::string>& produced) {
   std::vector<Image> images;
   for (const LocalBuffer& local : stage.buffers(tp_rank)) {
     for (const Piece& piece : local.pieces) check_piece(stage, local, piece, tp_rank);
     if (const auto earlier = latest.find(local.name); earlier != latest.end()) {
-      images.push_back(earlier->second);
-      images.back().local.use = local.use;
+      const LocalBuffer& was = earlier->second.local;
+      TP_CHECK(was.rows == local.rows && was.cols == local.cols && was.dtype == local.dtype,
+               "buffer " + local.name + " changes its shape between stages");
+      Image& image = images.emplace_back(blank_image(local, options.poison));
+      image.bytes = earlier->second.bytes;
       continue;
     }
     Image& image = images.emplace_back(blank_image(local, options.poison));
     if (local.use == Use::input) {
       for (const Piece& piece : local.pieces) {
+        // What a kernel produced is read where it lies, not from a copy the harness makes.
+        TP_CHECK(!produced.contains(piece.tensor), "another buffer has " + piece.tensor);
         place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
       }
     }
@@ -131,9 +137,10 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
   const int tp_rank = group.tp_rank();
   std::map<std::string, Resident> buffers;
   std::map<std::string, Image> latest;
+  std::set<std::string> produced;  // tensors that earlier stages wrote
   for (const Stage& stage : stages) {
     const std::vector<Image> before =
-        load_stage(stage, stream, tp_rank, options, data, buffers, latest);
+        load_stage(stage, stream, tp_rank, options, data, buffers, latest, produced);
     RankRun run(group, stream, buffers);
     stage.run(run);
     std::vector<Image> after = before;
@@ -144,7 +151,7 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
     stream.synchronize();
     for (auto& [name, resident] : buffers) {
       if (auto damage = resident.buffer.check_guards()) {
-        throw Fault{Outcome::OutOfBounds, fmt::format("tp_rank {}: {}", tp_rank, *damage), tp_rank};
+        throw Fault{Outcome::OutOfBounds, *damage, tp_rank};
       }
     }
     for (std::size_t b = 0; b < before.size(); ++b) {
@@ -155,6 +162,7 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
       if (before[b].local.use == Use::output) take_pieces(after[b], outputs);
       latest.insert_or_assign(after[b].local.name, std::move(after[b]));
     }
+    for (const TensorSpec& output : stage.outputs) produced.insert(output.name);
   }
 }
 
@@ -175,11 +183,34 @@ const TensorSpec& tensor_of(const Stage& stage, const std::string& name) {
 
 const std::vector<std::byte>& InputData::columns(const TensorSpec& tensor, Shard cols) {
   const auto [it, is_new] = made_.try_emplace({tensor.name, cols.offset, cols.size});
+  const std::size_t bytes = std::size_t(tensor.rows * cols.size * size_of(tensor.dtype));
   if (is_new) {
-    it->second.resize(std::size_t(tensor.rows * cols.size * size_of(tensor.dtype)));
+    it->second.resize(bytes);
     fill_block(tensor, regime_, {0, tensor.rows}, cols, it->second.data(), cols.size);
   }
+  TP_CHECK(it->second.size() == bytes, "two tensors are called " + tensor.name);
   return it->second;
+}
+
+std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard local_ranks) {
+  for (std::int64_t r = local_ranks.offset; r < local_ranks.end(); ++r) {
+    for (const Stage& stage : stages) {
+      for (const LocalBuffer& local : stage.buffers(int(r))) {
+        if (local.use != Use::output) continue;
+        for (const Piece& piece : local.pieces) {
+          const std::size_t size = piece_bytes(local, piece);
+          if (at >= size) {
+            at -= size;
+            continue;
+          }
+          const std::int64_t element = std::int64_t(at) / size_of(local.dtype);
+          return fmt::format("tp_rank {}, {}[{}, {}]", r, piece.tensor, element / piece.cols.size,
+                             piece.cols.offset + element % piece.cols.size);
+        }
+      }
+    }
+  }
+  die(__FILE__, __LINE__, "beyond the outputs");
 }
 
 PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
@@ -197,13 +228,16 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
   for (std::int64_t i = 0; i < local.size; ++i) {
     scheduler.add_rank(int(local.offset + i), [&, i](Stream& stream) {
       run_rank(groups[std::size_t(i)], stream, stages, options, data, outputs[std::size_t(i)]);
+      session.end_rank(int(local.offset + i), stream);
     });
   }
   const Report report = scheduler.run([&] { return session.progress(); });
   PassResult result{.fault = report.fault, .threads = report.threads};
+  result.only_waits = session.only_waits();
   // A disagreement in the group is the cause, a rank that then waits in vain its effect.
   if (auto group_fault = session.finish(report.fault)) result.fault = group_fault;
   result.broken = session.broken();
+  ledger_page(world.process()).begin_case(0, 0);
   for (const auto& rank : outputs)
     result.outputs.insert(result.outputs.end(), rank.begin(), rank.end());
   return result;

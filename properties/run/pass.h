@@ -33,6 +33,8 @@ struct PassResult {
   std::uint64_t threads = 0;
   // Pieces of outputs, dense, in the order of local ranks, stages, buffers, pieces.
   std::vector<std::byte> outputs;
+  bool only_waits =
+      false;            // every local rank has ended or waits in a collective: a Hang is not theirs
   bool broken = false;  // processes parted within an exchange: this job cannot run another case
 };
 
@@ -53,6 +55,10 @@ class InputData {
 // Every process of the world calls it; those without a rank of this case return at once.
 PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
                     const PassOptions& options);
+
+// Which element byte `at` of PassResult::outputs belongs to: "tp_rank 1, y[0, 3]", in global
+// coordinates.
+std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard local_ranks);
 
 // Bytes of one piece in `outputs`.
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);

@@ -23,15 +23,24 @@ using Clock = std::chrono::steady_clock;
 // What every process tells process 0 after its passes.
 struct Share {
   std::optional<Fault> fault;
+  bool only_waits = false;
   std::uint64_t threads = 0;
   std::string trace;  // lines
   std::vector<std::byte> outputs;
 };
 
+// How much a process's fault explains: what happened there, rather than that it waited for others
+// or heard of a fault elsewhere (outcome Pass).
+int weight_of(const Share& share) {
+  if (!share.fault || share.fault->outcome == Outcome::Pass) return 0;
+  if (share.fault->outcome != Outcome::Hang) return 3;
+  return share.only_waits ? 1 : 2;
+}
+
 std::string pack(const Share& share) {
   const Fault fault = share.fault.value_or(Fault{Outcome::Pass, "", -1});
-  std::string text = fmt::format("{:d} {} {} {} {} {}\n{}{}", share.fault.has_value(),
-                                 int(fault.outcome), fault.tp_rank, share.threads,
+  std::string text = fmt::format("{:d} {:d} {} {} {} {} {}\n{}{}", share.fault.has_value(),
+                                 share.only_waits, int(fault.outcome), fault.tp_rank, share.threads,
                                  fault.what.size(), share.trace.size(), fault.what, share.trace);
   text.append(reinterpret_cast<const char*>(share.outputs.data()), share.outputs.size());
   return text;
@@ -40,10 +49,10 @@ std::string pack(const Share& share) {
 Share unpack(const std::string& text) {
   Share share;
   Fault fault;
-  int has_fault = 0, outcome = 0;
+  int has_fault = 0, only_waits = 0, outcome = 0;
   unsigned long long threads = 0, what_size = 0, trace_size = 0;
-  TP_CHECK(std::sscanf(text.c_str(), "%d %d %d %llu %llu %llu", &has_fault, &outcome,
-                       &fault.tp_rank, &threads, &what_size, &trace_size) == 6,
+  TP_CHECK(std::sscanf(text.c_str(), "%d %d %d %d %llu %llu %llu", &has_fault, &only_waits,
+                       &outcome, &fault.tp_rank, &threads, &what_size, &trace_size) == 7,
            "a process's share is garbled");
   std::size_t at = text.find('\n') + 1;
   const auto take = [&](std::size_t size) {
@@ -53,6 +62,7 @@ Share unpack(const std::string& text) {
   fault.what = take(what_size);
   share.trace = take(trace_size);
   if (has_fault) share.fault = fault;
+  share.only_waits = only_waits;
   share.threads = threads;
   const auto* bytes = reinterpret_cast<const std::byte*>(text.data());
   share.outputs.assign(bytes + at, bytes + text.size());
@@ -90,19 +100,26 @@ class CaseRun {
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);
       mine.threads += result.threads;
       mine.fault = result.fault;
+      mine.only_waits = result.only_waits;
       if (result.broken) world_.retire();
       if (i == 0) {
         mine.outputs = std::move(result.outputs);
       } else if (!mine.fault && result.outputs != mine.outputs) {
-        mine.fault = Fault{
-            Outcome::Uninitialised,
-            fmt::format("the output depends on what memory held before: bytes {:#04x} or {:#04x}",
-                        int(poisons[0]), int(poisons[i])),
-            -1};
+        const auto [a, b] = std::mismatch(mine.outputs.begin(), mine.outputs.end(),
+                                          result.outputs.begin(), result.outputs.end());
+        const Shard local = ranks_of_process(c.tp_size, world_.processes(), world_.process());
+        const std::string place =
+            place_of(std::size_t(a - mine.outputs.begin()), all.stages, local);
+        mine.fault =
+            Fault{Outcome::Uninitialised,
+                  fmt::format("{} depends on what memory held before: bytes {:#04x} or {:#04x}",
+                              place, int(poisons[0]), int(poisons[i])),
+                  -1};
       }
       // Whether to go on is decided by all processes or by none.
       if (world_.max(mine.fault.has_value()) != 0) break;
     }
+    int weight = -1;
     for (const std::string& text : world_.gather(pack(mine))) {
       const Share share = unpack(text);
       threads_ += share.threads;
@@ -111,9 +128,10 @@ class CaseRun {
         options_.trace(share.trace.substr(at, end - at));
         at = end + 1;
       }
-      // A fault of outcome Pass only says that another process has one.
-      if (share.fault && (!all.fault || all.fault->outcome == Outcome::Pass))
+      if (share.fault && weight_of(share) > weight) {
+        weight = weight_of(share);
         all.fault = share.fault;
+      }
       all.outputs.insert(all.outputs.end(), share.outputs.begin(), share.outputs.end());
     }
     return all;
@@ -130,7 +148,15 @@ class CaseRun {
   std::uint64_t threads_ = 0;
 };
 
-Verdict verdict_of(const Fault& fault) { return {.outcome = fault.outcome, .detail = fault.what}; }
+Verdict verdict_of(const Fault& fault) {
+  const std::string rank = fault.tp_rank >= 0 ? fmt::format("tp_rank {}, ", fault.tp_rank) : "";
+  return {.outcome = fault.outcome, .detail = rank + fault.what};
+}
+
+bool wants_discrimination(const Case& c) {
+  const auto key = c.options.find("discriminate");
+  return key != c.options.end() && key->second == 1;
+}
 
 // The oracles, cheapest first. All processes run the passes; only process 0's verdict counts.
 Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const Case& c) {
@@ -148,7 +174,7 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
   if (all.fault) {
     verdict = verdict_of(*all.fault);
   } else if (world.is_root()) {
-    judgement = judge(c, all.stages, all.data, all.outputs, c.options.at("discriminate") == 1);
+    judgement = judge(c, all.stages, all.data, all.outputs, wants_discrimination(c));
     if (judgement->finding) verdict = *judgement->finding;
     verdict.digest = judgement->digest;
     verdict.score = judgement->score;
@@ -207,16 +233,24 @@ Operator make_operator(OperatorSpec spec) {
        .max = 1,
        .words = {"finite", "nan"},
        .weights = {80, 20}});
-  op.keys.push_back({.name = "discriminate",
-                     .help = "1: mistrust data that could not have shown the known mistakes",
-                     .min = 0,
-                     .max = 1,
-                     .words = {"0", "1"},
-                     .weights = {80, 20}});
+  if (!spec.mutants.empty()) {
+    op.keys.push_back({.name = "discriminate",
+                       .help = "1: mistrust data that could not have shown the known mistakes",
+                       .min = 0,
+                       .max = 1,
+                       .words = {"0", "1"},
+                       .weights = {80, 20}});
+  }
   op.run = [spec = std::move(spec)](World& world, const Case& c, const RunOptions& options) {
     const auto start = Clock::now();
     CaseRun runs(world, spec, options);
-    Verdict verdict = run_oracles(world, runs, spec, c);
+    Verdict verdict;
+    try {
+      verdict = run_oracles(world, runs, spec, c);
+    } catch (const std::exception& e) {
+      // Others may be waiting for this process by now: a broken harness ends the job.
+      die(__FILE__, __LINE__, e.what());
+    }
     verdict.threads = runs.threads();
     verdict.seconds = std::chrono::duration<double>(Clock::now() - start).count();
     return verdict_from_line(world.broadcast(to_line(verdict)));

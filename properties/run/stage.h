@@ -70,17 +70,25 @@ class RankRun {
   const std::map<std::string, Resident>& buffers_;
 };
 
+// The whole input tensors of a stage, as the reference takes them. A tensor that nobody asks for (v
+// of a q/k norm) is never made.
+class WholeInputs {
+ public:
+  virtual ~WholeInputs() = default;
+  virtual const Matrix& operator[](const std::string& name) const = 0;
+};
+
 struct Stage {
   std::string name;
   std::vector<TensorSpec> inputs;   // global; filled from the case, or an earlier stage's outputs
   std::vector<TensorSpec> outputs;  // global; gathered from the ranks
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
-  // Budgets of the outputs, in their order, from the whole inputs, in theirs.
-  std::function<std::vector<Budget>(const std::vector<Matrix>& inputs)> reference;
+  // Budgets of the outputs, in their order.
+  std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;
   // Names a mistake that this shape allows and that these data could not have shown; nothing if
   // they could have shown all. Called for exact and dense data only.
-  std::function<std::optional<std::string>(const std::vector<Matrix>& inputs,
+  std::function<std::optional<std::string>(const WholeInputs& inputs,
                                            const std::vector<Budget>& budgets)>
       blind_to;
 };
@@ -103,7 +111,7 @@ struct LawRun {
 struct OperatorSpec {
   std::string name;
   std::string what;
-  std::vector<Key> keys;  // the keys `law`, `poison` and `discriminate` are added to them
+  std::vector<Key> keys;  // `law`, `poison` and, if there are mutants, `discriminate` are added
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
