@@ -20,45 +20,55 @@ struct Plan {
   bool blind = false;
 };
 
-// y = x on every rank, with a budget of 1 %.
-Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4) {
+// One stage, to = from on every rank, with a budget of 1 %.
+Stage copy_stage(const Plan& plan, const std::string& from, const std::string& to) {
+  const auto tensor = [](const std::string& name) {
+    return TensorSpec{name, DType::f32, kRows, kCols, Role::activation, kCols};
+  };
+  Stage stage{.name = "copy_to_" + to, .inputs = {tensor(from)}, .outputs = {tensor(to)}};
+  stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
+    const bool outside = plan.slice_outside && tp_rank == plan.bad_rank;
+    return {{from, Use::input, DType::f32, kRows, kStride, {{from, {outside ? 1 : 0, kCols}}}},
+            {to, Use::output, DType::f32, kRows, kStride, {{to, {0, kCols}}}}};
+  };
+  stage.run = [=](RankRun& run) {
+    const bool bad = plan.bad_rank < 0 || run.group.tp_rank() == plan.bad_rank;
+    View<float> x = run.view<float>(from).columns(0, kCols),
+                y = run.view<float>(to).columns(0, kCols);
+    if (plan.launch_nothing && bad) x.rows = 0;
+    faulty_copy(x, y, bad ? plan.mistake : Mistake::none, run.stream);
+    if (!(plan.skip_collective && bad)) run.group.barrier(run.stream);
+  };
+  stage.reference = [from](const WholeInputs& in) -> std::vector<Budget> {
+    Budget b(kRows, kCols);
+    b.r = in[from].values;
+    for (std::size_t i = 0; i < b.r.size(); ++i) b.rho[i] = 0.01 * std::fabs(b.r[i]);
+    return {b};
+  };
+  if (plan.blind) {
+    stage.blind_to = [](const auto&, const auto&) {
+      return std::optional<std::string>("everything");
+    };
+  }
+  return stage;
+}
+
+// y = x, or with `second` z = y = x in two stages of which the second makes the mistake.
+Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4,
+            bool second = false) {
   OperatorSpec spec{
       .name = "faulty", .what = "a copy", .laws = {law_tp1(), law_scale(), law_tokens()}};
+  spec.mutants.push_back(
+      {"0:none", "", "", sharding_rules()});  // so that there is a key `discriminate`
   for (const char* k : {"tp_size", "num_tokens", "fill", "seed"})
     spec.keys.push_back(shared_key(k));
   spec.refuse = [](const Case&) { return std::nullopt; };
   spec.regime = [](const Case& c, const Variation& v) -> DataRegime {
     return {c.fill, c.seed, 1e-6, v.scale_log2, v.rotate_rows};
   };
-  spec.stages = [plan](const Case&, const ShardingRules&, const Variation&) -> std::vector<Stage> {
-    const TensorSpec x{"x", DType::f32, kRows, kCols, Role::activation, kCols},
-        y{"y", DType::f32, kRows, kCols};
-    Stage stage{.name = "copy", .inputs = {x}, .outputs = {y}};
-    stage.buffers = [plan](int tp_rank) -> std::vector<LocalBuffer> {
-      const bool outside = plan.slice_outside && tp_rank == plan.bad_rank;
-      return {{"x", Use::input, DType::f32, kRows, kStride, {{"x", {outside ? 1 : 0, kCols}}}},
-              {"y", Use::output, DType::f32, kRows, kStride, {{"y", {0, kCols}}}}};
-    };
-    stage.run = [plan](RankRun& run) {
-      const bool bad = plan.bad_rank < 0 || run.group.tp_rank() == plan.bad_rank;
-      View<float> x = run.view<float>("x").columns(0, kCols),
-                  y = run.view<float>("y").columns(0, kCols);
-      if (plan.launch_nothing && bad) x.rows = 0;
-      faulty_copy(x, y, bad ? plan.mistake : Mistake::none, run.stream);
-      if (!(plan.skip_collective && bad)) run.group.barrier(run.stream);
-    };
-    stage.reference = [](const WholeInputs& in) -> std::vector<Budget> {
-      Budget b(kRows, kCols);
-      b.r = in["x"].values;
-      for (std::size_t i = 0; i < b.r.size(); ++i) b.rho[i] = 0.01 * std::fabs(b.r[i]);
-      return {b};
-    };
-    if (plan.blind) {
-      stage.blind_to = [](const auto&, const auto&) {
-        return std::optional<std::string>("everything");
-      };
-    }
-    return {stage};
+  spec.stages = [=](const Case&, const ShardingRules&, const Variation&) -> std::vector<Stage> {
+    if (!second) return {copy_stage(plan, "x", "y")};
+    return {copy_stage({}, "x", "y"), copy_stage(plan, "y", "z")};
   };
   const Operator op = make_operator(spec);
   Case c = op.blank();
@@ -141,6 +151,18 @@ TEST(Oracles, ASkippedCollectiveIsAMismatch) {
   plan.bad_rank = 3;
   plan.skip_collective = true;
   expect(run(plan), Outcome::CollectiveMismatch, "tp_rank 3 at end of case");
+}
+
+// The second stage reads what the first one really produced, where it lies.
+TEST(Oracles, EveryStageIsJudgedByItself) {
+  expect(run({}, "tokens", 4, true), Outcome::Pass, "");
+  expect(run({Mistake::wrong_value, 1}, "none", 4, true), Outcome::WrongValue,
+         "tp_rank 1, z[0, 0]");
+  expect(run({Mistake::writes_input, 3}, "none", 4, true), Outcome::InputModified,
+         "tp_rank 3, y[0, 1]");
+  expect(run({Mistake::skips_last_column, 2}, "none", 4, true), Outcome::Uninitialised,
+         "tp_rank 2, z[0, 9]");
+  expect(run({Mistake::drifts, 2}, "none", 4, true), Outcome::ReplicaMismatch, "z[1, 0]");
 }
 
 TEST(Oracles, BlindDataAreMistrusted) {
