@@ -41,7 +41,9 @@ class Run {
     return world_.is_root() ? explain_main(options) : 0;
   }
   int operator()(const BenchOptions& options) const {
-    return world_.is_root() ? bench_main(options.arguments) : 0;
+    // The cases that it times are run by all processes of the world, and only one would time them.
+    if (world_.processes() > 1) throw Unavailable("bench runs without mpirun, in one process");
+    return bench_main(options.arguments);
   }
   int operator()(const ListOptions& options) const {
     if (world_.is_root()) print(stdout, list_text(options.subject));
@@ -97,11 +99,13 @@ int cli_main(World& world, int argc, char** argv) {
   code = world.max(code);
   if (code != 0) return code;
 
-  code = world.max(guarded(world, [&] { return std::visit(Run(world), command); }));
-  if (std::fflush(stdout) != 0 && code == 0) {
-    return guarded(world, []() -> int { throw Unavailable("standard output cannot be written"); });
-  }
-  return code;
+  return world.max(guarded(world, [&] {
+    const int done = std::visit(Run(world), command);
+    // An earlier flush may have failed, and dropped what it could not write.
+    const bool lost = std::fflush(stdout) != 0 || std::ferror(stdout);
+    if (lost && done == 0) throw Unavailable("standard output cannot be written");
+    return done;
+  }));
 }
 
 }  // namespace tp

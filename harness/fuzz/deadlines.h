@@ -3,10 +3,16 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <map>
 #include <string>
 
 namespace tp {
+
+// Of a deadline that was asked for; never 0, which would be none at all.
+inline std::chrono::milliseconds milliseconds_of(double seconds) {
+  return std::chrono::milliseconds(std::max<std::int64_t>(1, std::int64_t(seconds * 1000)));
+}
 
 class Deadlines {
  public:
@@ -24,7 +30,7 @@ class Deadlines {
     const double seconds = fixed_ > 0             ? fixed_
                            : it == slowest_.end() ? 30
                                                   : std::max(2.0, 20 * it->second);
-    return std::chrono::milliseconds(std::max<std::int64_t>(1, std::int64_t(seconds * 1000)));
+    return milliseconds_of(seconds);
   }
 
  private:

@@ -34,6 +34,10 @@ void choose_ops(Domain& domain, const std::vector<std::string>& names) {
   }
 }
 
+bool has_model(const std::vector<Model>& all, const std::string& id) {
+  return std::any_of(all.begin(), all.end(), [&](const Model& m) { return m.id == id; });
+}
+
 void check_models_fit(const Domain& domain) {
   std::string reason;
   for (const Model& model : domain.models) {
@@ -87,10 +91,17 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
                                domain.tp_sizes.back(), tp_key.min, tp_key.max));
   }
   domain.models_only = !models_wanted.empty();
+  bool all = models_wanted.empty();
   for (const std::string& name : models_wanted) {
-    if (name != "all") domain.models.push_back(find_model(name));
+    if (name == "all") {
+      all = true;
+    } else {
+      domain.models.push_back(find_model(name));
+    }
   }
-  if (domain.models.empty()) domain.models = models();
+  for (const Model& model : models()) {
+    if (all && !has_model(domain.models, model.id)) domain.models.push_back(model);
+  }
   if (domain.models_only) check_models_fit(domain);
   return domain;
 }

@@ -117,10 +117,19 @@ int draw_head_dim(Dice& dice) {
   return dice.one_of(dice.unit() < 0.6 ? powers : odd);
 }
 
-std::int64_t draw_value(Dice& dice, const Key& key) {
+// Whether this law compares the case with itself.
+bool is_idle_law(const std::string& law, const Case& c) {
+  return (law == "tokens" && c.num_tokens == 1) || (law == "tp1" && c.tp_size == 1);
+}
+
+// `c`: with the keys before this one.
+std::int64_t draw_value(Dice& dice, const Key& key, const Case& c) {
   if (!key.words.empty()) {
     std::vector<double> weights(key.weights.begin(), key.weights.end());
     weights.resize(key.words.size(), key.weights.empty() ? 1 : 0);
+    for (std::size_t i = 0; key.name == "law" && i < weights.size(); ++i) {
+      if (is_idle_law(key.words[i], c)) weights[i] = 0;
+    }
     return key.min + std::int64_t(dice.weighted(weights));
   }
   const std::int64_t max = key.draw_max > 0 ? key.draw_max : key.max;
@@ -184,7 +193,7 @@ Case draw_rest(Dice& dice, Case c) {
       limited.draw_max =
           std::clamp<std::int64_t>(kMaxElements / elements_of_token(op, c), 1, key.draw_max);
     }
-    key.set(c, draw_value(dice, limited));
+    key.set(c, draw_value(dice, limited, c));
   }
   // An option that this shape does not allow (a law about heads where there is one) gives way to
   // its default: the shape was drawn with care, and stays.

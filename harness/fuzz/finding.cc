@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/interrupt.h"
+#include "harness/fuzz/supervisor.h"
 
 namespace tp {
 
@@ -36,13 +38,19 @@ std::string changed_keys(const Finding& f) {
 
 }  // namespace
 
-Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
-                    const ShrinkLimits& limits) {
+Finding not_replayed(const Answer& answer, int processes) {
   Finding finding;
   finding.original = finding.smallest = case_from_line(answer.request.line);
   finding.verdict = answer.verdict;
+  finding.processes = processes;
   finding.mutant = answer.request.mutant;
   finding.log = answer.log;
+  return finding;
+}
+
+Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
+                    const ShrinkLimits& limits) {
+  Finding finding = not_replayed(answer, processes);
   const auto fails_on = [&](Runner& where, const Case& c) -> std::optional<Verdict> {
     Answer again = where.run(request(c));
     if (!same_failure(answer.verdict, again.verdict)) return std::nullopt;
@@ -57,30 +65,31 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     if (!finding.reproduced && where != &runner) {
       where = &runner;  // it takes several processes
       finding.reproduced = fails_on(*where, finding.original).has_value();
-      finding.processes = processes;
     }
+    finding.replayed = true;
     if (!finding.reproduced) return finding;
+    if (where != &runner) finding.processes = 1;
     const auto fails = [&](const Case& c) -> std::optional<Verdict> {
-      if (finding.interrupted) return std::nullopt;
+      if (finding.interrupted || !finding.gave_up.empty()) return std::nullopt;
       try {
         return fails_on(*where, c);
       } catch (const Interrupted&) {
         finding.interrupted = true;
-        return std::nullopt;
+      } catch (const GaveUp& e) {
+        finding.gave_up = e.what();
       }
+      return std::nullopt;
     };
     const Shrunk shrunk = minimise(finding.original, finding.verdict, fails, limits);
     finding.smallest = shrunk.smallest;
     finding.verdict = shrunk.verdict;
     finding.runs = shrunk.runs;
-    if (finding.mutant.empty() && !finding.interrupted)
+    if (finding.mutant.empty() && !finding.interrupted && finding.gave_up.empty())
       finding.looks_like = look_alikes(*where, finding, request);
   } catch (const Interrupted&) {
     finding.interrupted = true;
   } catch (const GaveUp& e) {
-    // Nothing runs any more, and so this failure is reported as it was seen.
-    fmt::print(stderr, "{}\n", e.what());
-    finding.reproduced = true;
+    finding.gave_up = e.what();
   }
   return finding;
 }
@@ -92,21 +101,23 @@ std::string signature(const std::string& op, const Verdict& verdict) {
 std::string replay_command(const Finding& f) {
   std::string command = fmt::format("./tpcheck replay '{}'", to_line(f.smallest));
   if (!f.mutant.empty()) command += fmt::format(" --mutant {}", f.mutant);
-  if (f.processes > 0) command += fmt::format(" -n {}", f.processes);
+  if (f.processes != default_processes()) command += fmt::format(" -n {}", f.processes);
+  if (f.timeout > 0) command += fmt::format(" --timeout {}ms", milliseconds_of(f.timeout).count());
   return command;
 }
 
 std::string finding_text(const Finding& f, int number) {
-  const std::string head = f.reproduced ? fmt::format("FINDING {}", number) : "UNSTABLE";
+  const std::string head = f.reproduced ? fmt::format("FINDING {}", number)
+                           : f.replayed ? "UNSTABLE"
+                                        : "NOT REPLAYED";
   std::string text = fmt::format("{}  {}  {}   {}\n", head, f.smallest.op,
                                  name_of(f.verdict.outcome), f.verdict.detail);
   text += fmt::format("  case        {}\n", to_line(f.smallest));
   if (f.reproduced && f.runs > 0) {
     text += fmt::format("  from        {}   ({} runs{})\n", changed_keys(f), f.runs,
                         f.interrupted ? ", interrupted" : "");
-  } else if (!f.reproduced) {
-    text += f.interrupted ? "  replay      interrupted before it was replayed\n"
-                          : "  replayed    and did not fail again\n";
+  } else if (f.replayed && !f.reproduced) {
+    text += "  replayed    and did not fail again\n";
   }
   if (!f.mutant.empty()) {
     const Mutant& m = *find_mutant(f.mutant).front().mutant;

@@ -16,9 +16,12 @@ struct Finding {
   Case smallest;
   Verdict verdict;           // of `smallest`
   int runs = 0;              // spent on shrinking
-  bool reproduced = false;   // by its own replay; if not, nothing else was tried
-  bool interrupted = false;  // Ctrl-C came while it was shrunk
-  int processes = 0;         // replay needs this many; 0: any number
+  bool replayed = false;     // its own replay came to an end
+  bool reproduced = false;   // and failed again; if not, nothing else was tried
+  bool interrupted = false;  // Ctrl-C came while it was replayed or shrunk
+  std::string gave_up;       // why nothing can be run since; empty: it can
+  int processes = 0;         // of the job that it was seen in last
+  double timeout = 0;        // the case's deadline in seconds, where one was asked for; else 0
   std::string mutant;        // id of the mutant that was run; empty: none
   std::string looks_like;    // known bugs that give the same bits
   std::string log;           // what the worker last said, if it died
@@ -28,9 +31,13 @@ using FindingReport = std::function<void(const Finding&)>;
 using MakeRequest = std::function<Request(const Case&)>;
 
 // Replays and shrinks the failing case of `answer`, and looks for the mutant that gives the same
-// output. `processes`: of the runner's jobs. Ctrl-C ends the shrinking and is noted.
+// output. `processes`: of the runner's jobs. Ctrl-C ends that and is noted, and so is a runner that
+// gives up.
 Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
                     const ShrinkLimits& limits);
+
+// The failing case of `answer` as it was seen.
+Finding not_replayed(const Answer& answer, int processes);
 
 // One finding of each signature is enough.
 std::string signature(const std::string& op, const Verdict& verdict);

@@ -14,6 +14,7 @@
 #include "harness/fuzz/draw.h"
 #include "harness/fuzz/driver.h"
 #include "harness/fuzz/interrupt.h"
+#include "harness/fuzz/pairs.h"
 #include "harness/fuzz/report_json.h"
 
 namespace tp {
@@ -29,10 +30,12 @@ constexpr std::chrono::milliseconds kHangDeadline{5000};
 class Fuzzer {
  public:
   Fuzzer(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
-         std::uint64_t seed, Progress& progress, const FindingReport& report)
+         std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
+         const FindingReport& report)
       : runner_(runner),
         processes_(processes),
         options_(options),
+        artifacts_(artifacts),
         progress_(progress),
         report_(report),
         mutant_(domain.mutant),
@@ -41,12 +44,11 @@ class Fuzzer {
     result_.summary.seed = seed;
     seconds_ = options.for_seconds > 0 || options.cases > 0 || options.each ? options.for_seconds
                                                                             : kDefaultSeconds;
-    if (!options.artifacts.empty()) artifacts_.emplace(options.artifacts);
     if (options.each) {
       EachPair each = each_pair(domain);
       result_.summary.pairs_legal = each.legal;
       result_.summary.pairs_refused = each.refused;
-      shapes_.assign(each.cases.begin(), each.cases.end());
+      pairs_.emplace(std::move(each));
     }
   }
 
@@ -55,7 +57,7 @@ class Fuzzer {
       while (in_flight_ > 0 || wants_more()) {
         while (failures_.empty() && runner_.has_room() && wants_more()) submit();
         if (in_flight_ > 0) take(runner_.wait());
-        while (in_flight_ == 0 && !failures_.empty()) {
+        while (in_flight_ == 0 && !failures_.empty() && !ended()) {
           const Answer failure = std::move(failures_.front());
           failures_.pop_front();
           handle(failure);
@@ -63,8 +65,14 @@ class Fuzzer {
       }
     } catch (const Interrupted&) {
       result_.interrupted = true;
+    } catch (const GaveUp& e) {
+      result_.gave_up = e.what();
     }
     progress_.clear();
+    if (ended()) {
+      for (const Answer& failure : failures_) report(not_replayed(failure, processes_));
+    }
+    if (pairs_) result_.summary.pairs_done = pairs_->done();
     result_.summary.seconds = elapsed();
     return std::move(result_);
   }
@@ -74,12 +82,14 @@ class Fuzzer {
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   }
 
+  // Nothing can be run any more, or nothing shall.
+  bool ended() const { return result_.interrupted || !result_.gave_up.empty(); }
+
   bool wants_more() const {
-    if (result_.interrupted || (!result_.findings.empty() && !options_.keep_going)) return false;
+    if (ended() || (!result_.findings.empty() && !options_.keep_going)) return false;
     if (seconds_ > 0 && elapsed() >= seconds_) return false;
-    if (options_.each) return !shapes_.empty();
     const std::int64_t ran = result_.summary.ran();
-    if (ran == 0 && answers_ >= kHopeless) return false;
+    if (pairs_ ? pairs_->empty() : ran == 0 && answers_ >= kHopeless) return false;
     return options_.cases == 0 || ran + in_flight_ < options_.cases;
   }
 
@@ -88,13 +98,8 @@ class Fuzzer {
   }
 
   void submit() {
-    Case c;
-    if (options_.each) {
-      c = draw_.rest(shapes_.front());
-      shapes_.pop_front();
-    } else {
-      c = draw_.next();
-    }
+    const auto rest = [&](const Case& shape) { return draw_.rest(shape); };
+    const Case c = pairs_ ? pairs_->next(rest) : draw_.next();
     runner_.submit(request_for(c));
     ++in_flight_;
   }
@@ -106,12 +111,15 @@ class Fuzzer {
     const Verdict& v = answer.verdict;
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
-    // A pair is not done until its data could be trusted.
-    if (v.outcome == Outcome::Mistrusted && options_.each &&
-        answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal)) {
-      shapes_.push_back(c);
+    if (pairs_) {
+      const bool again = answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal);
+      pairs_->answered(answer.request.line, v.outcome, again);
     }
-    if (v.finding()) failures_.push_back(std::move(answer));
+    if (v.finding()) {
+      if (result_.seconds_to_first == 0) result_.seconds_to_first = elapsed();
+      keep(c, answer.log);  // before anything else can go wrong
+      failures_.push_back(std::move(answer));
+    }
     if (progress_.due()) {
       result_.summary.seconds = elapsed();
       progress_.update(progress_text(result_.summary));
@@ -121,7 +129,6 @@ class Fuzzer {
   void handle(const Answer& failure) {
     const Case c = case_from_line(failure.request.line);
     if (!result_.findings.empty() && !options_.keep_going) return;
-    keep(c, failure.log);  // before anything else is tried with it
     if (signatures_.contains(signature(c.op, failure.verdict))) {
       ++result_.summary.repeated;
       return;
@@ -134,37 +141,51 @@ class Fuzzer {
         r.deadline = std::min(r.deadline, kHangDeadline);
       return r;
     };
-    const Finding finding = investigate(runner_, failure, request, processes_, {});
+    Finding finding = investigate(runner_, failure, request, processes_, {});
     if (finding.reproduced) {
       keep(finding.smallest, finding.log);
       signatures_.insert(signature(c.op, failure.verdict));
-      result_.findings.push_back(finding);
-    } else {
-      ++result_.summary.unstable;
-      result_.unstable.push_back(finding);
     }
-    report_(finding);
     if (finding.interrupted) result_.interrupted = true;
+    if (!finding.gave_up.empty()) result_.gave_up = finding.gave_up;
+    report(std::move(finding));
   }
 
-  void keep(const Case& c, const std::string& log) const {
+  void report(Finding finding) {
+    finding.timeout = options_.timeout;
+    report_(finding);
+    Summary& s = result_.summary;
+    if (!finding.reproduced) ++(finding.replayed ? s.unstable : s.not_replayed);
+    auto& list = finding.reproduced ? result_.findings
+                 : finding.replayed ? result_.unstable
+                                    : result_.not_replayed;
+    list.push_back(std::move(finding));
+  }
+
+  // A folder that can be written no longer costs the file, not the finding.
+  void keep(const Case& c, const std::string& log) {
     if (!artifacts_) return;
-    artifacts_->write(c);
-    if (!log.empty()) artifacts_->write(c, ".log", log + "\n");
+    try {
+      artifacts_->write(c);
+      if (!log.empty()) artifacts_->write(c, ".log", log + "\n");
+    } catch (const BadInput& e) {
+      progress_.clear();
+      fmt::print(stderr, "not kept: {}\n", e.what());
+    }
   }
 
   Runner& runner_;
   const int processes_;
   const FuzzOptions& options_;
+  const Artifacts* artifacts_;
   Progress& progress_;
   const FindingReport& report_;
   const std::string mutant_;
   Draw draw_;
   Deadlines deadlines_;
-  std::optional<Artifacts> artifacts_;
   double seconds_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-  std::deque<Case> shapes_;  // with --each: still to be run
+  std::optional<Pairs> pairs_;  // with --each
   std::deque<Answer> failures_;
   std::set<std::string> signatures_;
   std::int64_t in_flight_ = 0;
@@ -176,14 +197,16 @@ class Fuzzer {
 
 int FuzzResult::exit_code() const {
   if (!findings.empty()) return 1;
+  if (!gave_up.empty()) return 70;
   if (interrupted) return 72;
   if (!unstable.empty()) return 5;
-  return summary.ran() == 0 ? 4 : 0;
+  return summary.ran() == 0 || summary.pairs_done < summary.pairs_legal ? 4 : 0;
 }
 
 FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
-                std::uint64_t seed, Progress& progress, const FindingReport& report) {
-  return Fuzzer(runner, processes, domain, options, seed, progress, report).run();
+                std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
+                const FindingReport& report) {
+  return Fuzzer(runner, processes, domain, options, seed, artifacts, progress, report).run();
 }
 
 std::uint64_t random_seed() { return std::random_device{}(); }
@@ -198,6 +221,7 @@ int fuzz_main(World* world, const FuzzOptions& options) {
   const std::uint64_t seed = options.seed.value_or(random_seed());
   const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
   return with_runner(world, where, [&](Runner& runner) {
+    const Artifacts artifacts(options.artifacts);  // what cannot be written is all there is to say
     fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(),
                seed);
     Progress progress(Progress::Show::yes);
@@ -207,8 +231,9 @@ int fuzz_main(World* world, const FuzzOptions& options) {
       fmt::print(to, "{}\n", finding_text(finding, number += finding.reproduced));
       std::fflush(to);
     };
-    const FuzzResult result =
-        fuzz(runner, processes_of(world, where), domain, options, seed, progress, report);
+    const FuzzResult result = fuzz(runner, processes_of(world, where), domain, options, seed,
+                                   &artifacts, progress, report);
+    if (!result.gave_up.empty()) fmt::print(stderr, "tpcheck: {}\n", result.gave_up);
     if (result.interrupted) fmt::print(stderr, "interrupted: what there is so far\n");
     fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary),
                options.json ? "\n" : "");

@@ -18,6 +18,7 @@
 
 namespace tp {
 
+class Artifacts;
 class World;
 
 struct FuzzOptions {
@@ -43,17 +44,22 @@ struct FuzzResult {
   Summary summary;
   std::vector<Finding> findings;  // replayed and shrunk, one of each signature
   std::vector<Finding> unstable;  // failures that their own replay did not show
+  std::vector<Finding> not_replayed;
+  double seconds_to_first = 0;  // until the first failure was seen; shrinking comes after
   bool interrupted = false;
+  std::string gave_up;  // why nothing could be run any more; empty: it could
 
-  // 0, 1, 4, 5 or 72 (design.md section 6).
+  // 0, 1, 4, 5, 70 or 72 (design.md section 6).
   int exit_code() const;
 };
 
 // Runs cases from `domain` until a limit of `options` is reached or something is found. `report` is
-// told of every finding as soon as it is shrunk. `processes`: of the runner's jobs. Throws GaveUp
-// if the runner does; Ctrl-C ends it with what there is.
+// told of every finding as soon as it is shrunk. `processes`: of the runner's jobs. Ctrl-C, and a
+// runner that gives up, end it with what there is. `artifacts`: where failures are written before
+// anything else is tried with them; may be null.
 FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
-                std::uint64_t seed, Progress& progress, const FindingReport& report);
+                std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
+                const FindingReport& report);
 
 // A seed for whoever did not give one.
 std::uint64_t random_seed();

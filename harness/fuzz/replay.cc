@@ -9,8 +9,10 @@
 
 #include "harness/base/check.h"
 #include "harness/base/operator.h"
+#include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/driver.h"
 #include "harness/fuzz/finding.h"
+#include "harness/fuzz/interrupt.h"
 
 namespace tp {
 
@@ -67,18 +69,18 @@ void check_mutant(const Case& c, const std::string& id) {
   }
 }
 
-// Runs the case once and prints what came of it.
-Verdict replay_once(Runner& runner, const Request& request, int number) {
+// Runs the case once and prints what came of it. `processes` and `timeout` are for the line that
+// does it again.
+Verdict replay_once(Runner& runner, const Request& request, int number, int processes,
+                    double timeout) {
   const Answer answer = runner.run(request);
   const Verdict& v = answer.verdict;
   for (const std::string& line : answer.trace) fmt::print("{}\n", line);
   if (!answer.log.empty()) fmt::print(stderr, "{}\n", answer.log);
   if (v.finding()) {
-    Finding finding;
-    finding.original = finding.smallest = case_from_line(request.line);
-    finding.verdict = v;
-    finding.reproduced = true;
-    finding.mutant = request.mutant;
+    Finding finding = not_replayed(answer, processes);
+    finding.replayed = finding.reproduced = true;
+    finding.timeout = timeout;
     fmt::print("{}", finding_text(finding, number));
   } else {
     fmt::print("{}{}{}\n  case        {}\n", name_of(v.outcome), v.detail.empty() ? "" : "   ",
@@ -99,20 +101,30 @@ int replay_main(World* world, const ReplayOptions& options) {
   const double timeout = options.timeout > 0 ? options.timeout : kDefaultTimeout;
   const RunnerOptions one_job{.processes = options.processes, .jobs = 1, .on = options.on};
   return with_runner(world, one_job, [&](Runner& runner) {
-    int failed = 0, trusted = 0;
-    for (const Case& c : cases) {
-      for (int time = 0; time < options.times; ++time) {
+    int failed = 0, trusted = 0, done = 0;
+    const int runs = int(cases.size()) * options.times;
+    const auto run_all = [&] {
+      for (; done < runs; ++done) {
+        const Case& c = cases[std::size_t(done / options.times)];
         const Request request{.line = to_line(c),
                               .mutant = options.mutant,
-                              .deadline = std::chrono::milliseconds(std::int64_t(timeout * 1000)),
+                              .deadline = milliseconds_of(timeout),
                               .trace = options.trace};
-        const Verdict v = replay_once(runner, request, failed + 1);
+        const Verdict v = replay_once(runner, request, failed + 1, processes_of(world, one_job),
+                                      options.timeout);
         failed += v.finding();
         trusted += v.outcome < Outcome::Refused;
       }
+    };
+    bool interrupted = false;
+    try {
+      run_all();
+    } catch (const Interrupted&) {
+      interrupted = true;
+      fmt::print(stderr, "interrupted: what there is so far\n");
     }
-    const int runs = int(cases.size()) * options.times;
-    if (runs > 1) fmt::print("{} of {} runs failed\n", failed, runs);
+    if (runs > 1) fmt::print("{} of {} runs failed\n", failed, done);
+    if (interrupted) return 72;
     return failed > 0 ? 1 : trusted == 0 ? 4 : 0;
   });
 }

@@ -42,7 +42,10 @@ std::string to_json(const FuzzResult& result) {
       {"interrupted", result.interrupted},
       {"repeated", s.repeated},
       {"pairs",
-       s.pairs_legal < 0 ? Json() : Json{{"legal", s.pairs_legal}, {"refused", s.pairs_refused}}},
+       s.pairs_legal < 0 ? Json()
+                         : Json{{"legal", s.pairs_legal},
+                                {"done", s.pairs_done},
+                                {"refused", s.pairs_refused}}},
       {"mix",
        {{"kv_heads_below_tp_size", s.share(Relation::below)},
         {"kv_heads_at_tp_size", s.share(Relation::equal)},
@@ -60,6 +63,8 @@ std::string to_json(const FuzzResult& result) {
   for (const Finding& f : result.findings) out["findings"].push_back(to_json(f));
   out["unstable"] = Json::array();
   for (const Finding& f : result.unstable) out["unstable"].push_back(to_json(f));
+  out["not_replayed"] = Json::array();
+  for (const Finding& f : result.not_replayed) out["not_replayed"].push_back(to_json(f));
   // Details may quote bytes of the code under test that are not UTF-8.
   return out.dump(2, ' ', false, Json::error_handler_t::replace);
 }

@@ -65,8 +65,8 @@ std::string summary_text(const Summary& s) {
   if (!s.relations.empty()) text += fmt::format("  mix         {}\n", mix_text(s));
   if (s.pairs_legal >= 0) {
     text += fmt::format(
-        "  pairs       {} of model and tp_size, {} more refused: the KV heads do not fit\n",
-        s.pairs_legal, s.pairs_refused);
+        "  pairs       {} of {} of model and tp_size, {} more refused: the KV heads do not fit\n",
+        s.pairs_done, s.pairs_legal, s.pairs_refused);
   }
   text +=
       fmt::format("  covered     {}\n", counts(s.ops, [](const std::string& op) { return op; }));
@@ -78,6 +78,7 @@ std::string summary_text(const Summary& s) {
   if (s.repeated > 0) text += fmt::format("; {} like an earlier finding", s.repeated);
   if (s.unstable > 0)
     text += fmt::format("; {} failures not shown by their own replay", s.unstable);
+  if (s.not_replayed > 0) text += fmt::format("; {} failures not replayed", s.not_replayed);
   std::vector<std::string> scores;
   for (const auto& [key, score] : s.scores) {
     scores.push_back(fmt::format("{} {} {:.3f}", key.first, name_of(key.second), score));

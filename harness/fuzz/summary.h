@@ -26,8 +26,10 @@ struct Summary {
   std::uint64_t threads = 0;
   int unstable = 0;      // failures their own replay did not show
   int repeated = 0;      // findings with the signature of an earlier one
+  int not_replayed = 0;  // failures whose replay did not come to an end: Ctrl-C, or no worker left
   int pairs_legal = -1;  // with --each: pairs of model and tp_size; else -1
   int pairs_refused = -1;
+  int pairs_done = -1;
 
   void add(const Case& c, const Verdict& verdict);
   // Cases that say something about the code under test: passed or failed.

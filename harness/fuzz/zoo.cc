@@ -21,6 +21,7 @@ struct Hunt {
 
   bool found() const { return !result.findings.empty(); }
   std::string line() const { return found() ? to_line(result.findings[0].smallest) : ""; }
+  double seconds() const { return found() ? result.seconds_to_first : result.summary.seconds; }
   int runs() const { return found() ? result.findings[0].runs : 0; }
 };
 
@@ -40,7 +41,7 @@ std::vector<std::string> wanted(const ZooOptions& options) {
 std::string table_row(const Hunt& hunt, std::size_t id_width) {
   const Summary& s = hunt.result.summary;
   return fmt::format("{:<{}}  {:<9}  {:>7}  {:>7.2f}  {:>6}  {}\n", hunt.id, id_width,
-                     hunt.found() ? "found" : "NOT FOUND", s.ran(), s.seconds, hunt.runs(),
+                     hunt.found() ? "found" : "NOT FOUND", s.ran(), hunt.seconds(), hunt.runs(),
                      hunt.line());
 }
 
@@ -51,7 +52,7 @@ std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed) {
         {{"id", hunt.id},
          {"found", hunt.found()},
          {"cases", hunt.result.summary.ran()},
-         {"seconds", hunt.result.summary.seconds},
+         {"seconds", hunt.seconds()},
          {"shrink_runs", hunt.runs()},
          {"case", hunt.found() ? nlohmann::ordered_json(hunt.line()) : nullptr}});
   }
@@ -76,26 +77,40 @@ int zoo_main(World* world, const ZooOptions& options) {
                  "seconds", "shrink", "case");
     }
     std::vector<Hunt> hunts;
+    int cut_short = 0;  // the exit code that goes with it
     for (const std::string& id : ids) {
       FuzzOptions hunting;
       hunting.for_seconds = options.for_seconds;
-      hunting.artifacts = "";
       hunting.mutant = id;
       Progress progress(Progress::Show::yes);
       const Domain domain = make_domain({}, tp_sizes, {}, id);
-      hunts.push_back({id, fuzz(runner, processes_of(world, where), domain, hunting, seed, progress,
-                                [](const Finding&) {})});
-      if (!options.json) fmt::print("{}", table_row(hunts.back(), id_width));
+      Hunt hunt{id, fuzz(runner, processes_of(world, where), domain, hunting, seed, nullptr,
+                         progress, [](const Finding&) {})};
+      if (!hunt.result.gave_up.empty()) {
+        fmt::print(stderr, "tpcheck: {}\n", hunt.result.gave_up);
+        cut_short = 70;
+      } else if (hunt.result.interrupted) {
+        fmt::print(stderr, "interrupted: what there is so far\n");
+        cut_short = 72;
+      }
+      // Of a hunt that was broken off nobody can say that it found nothing.
+      if (cut_short == 0 || hunt.found()) {
+        if (!options.json) fmt::print("{}", table_row(hunt, id_width));
+        hunts.push_back(std::move(hunt));
+      }
       std::fflush(stdout);
-      if (hunts.back().result.interrupted) return 72;
+      if (cut_short != 0) break;
     }
     const auto found =
         std::count_if(hunts.begin(), hunts.end(), [](const Hunt& h) { return h.found(); });
     if (options.json) {
       fmt::print("{}\n", to_json(hunts, seed));
     } else {
-      fmt::print("{} of {} found, seed {}\n", found, hunts.size(), seed);
+      const std::size_t left = ids.size() - hunts.size();
+      fmt::print("{} of {} found, seed {}{}\n", found, hunts.size(), seed,
+                 left > 0 ? fmt::format(" ({} more not hunted to the end)", left) : "");
     }
+    if (cut_short != 0) return cut_short;
     return found == std::ptrdiff_t(hunts.size()) ? 0 : 1;
   });
 }

@@ -87,17 +87,22 @@ void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, c
                             image.local.cols > 8 ? " ..." : ""));
 }
 
+// What a rank keeps from stage to stage.
+struct RankMemory {
+  std::map<std::string, Resident> buffers;
+  std::map<std::string, Image>
+      latest;                      // what each buffer held at the end of the last stage that saw it
+  std::set<std::string> produced;  // tensors that earlier stages wrote
+};
+
 // The buffers a stage starts with: new ones filled and copied to the device, those of earlier
 // stages as they were left.
 std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
-                              const PassOptions& options, InputData& data,
-                              std::map<std::string, Resident>& buffers,
-                              std::map<std::string, Image>& latest,
-                              const std::set<std::string>& produced) {
+                              const PassOptions& options, InputData& data, RankMemory& memory) {
   std::vector<Image> images;
   for (const LocalBuffer& local : stage.buffers(tp_rank)) {
     for (const Piece& piece : local.pieces) check_piece(stage, local, piece, tp_rank);
-    if (const auto earlier = latest.find(local.name); earlier != latest.end()) {
+    if (const auto earlier = memory.latest.find(local.name); earlier != memory.latest.end()) {
       const LocalBuffer& was = earlier->second.local;
       TP_CHECK(was.rows == local.rows && was.cols == local.cols && was.dtype == local.dtype,
                "buffer " + local.name + " changes its shape between stages");
@@ -109,13 +114,13 @@ std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
     if (local.use == Use::input) {
       for (const Piece& piece : local.pieces) {
         // What a kernel produced is read where it lies, not from a copy the harness makes.
-        TP_CHECK(!produced.contains(piece.tensor), "another buffer has " + piece.tensor);
+        TP_CHECK(!memory.produced.contains(piece.tensor), "another buffer has " + piece.tensor);
         place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
       }
     }
     Buffer buffer(local.name, image.bytes.size(), std::uint8_t(options.poison));
     from_host_when_reached(stream, buffer.data(), image.bytes.data(), image.bytes.size());
-    buffers.emplace(local.name, Resident{local, std::move(buffer)});
+    memory.buffers.emplace(local.name, Resident{local, std::move(buffer)});
   }
   return images;
 }
@@ -135,21 +140,18 @@ void take_pieces(const Image& image, std::vector<std::byte>& outputs) {
 void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
               const PassOptions& options, InputData& data, std::vector<std::byte>& outputs) {
   const int tp_rank = group.tp_rank();
-  std::map<std::string, Resident> buffers;
-  std::map<std::string, Image> latest;
-  std::set<std::string> produced;  // tensors that earlier stages wrote
+  RankMemory memory;
   for (const Stage& stage : stages) {
-    const std::vector<Image> before =
-        load_stage(stage, stream, tp_rank, options, data, buffers, latest, produced);
-    RankRun run(group, stream, buffers);
+    const std::vector<Image> before = load_stage(stage, stream, tp_rank, options, data, memory);
+    RankRun run(group, stream, memory.buffers);
     stage.run(run);
     std::vector<Image> after = before;
     for (Image& image : after) {
-      const Buffer& buffer = buffers.at(image.local.name).buffer;
+      const Buffer& buffer = memory.buffers.at(image.local.name).buffer;
       to_host(stream, image.bytes.data(), buffer.data(), image.bytes.size());
     }
     stream.synchronize();
-    for (auto& [name, resident] : buffers) {
+    for (const auto& [name, resident] : memory.buffers) {
       if (auto damage = resident.buffer.check_guards()) {
         throw Fault{Outcome::OutOfBounds, *damage, tp_rank};
       }
@@ -160,9 +162,9 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
         trace_values(options, tp_rank, stage, after[b]);
       }
       if (before[b].local.use == Use::output) take_pieces(after[b], outputs);
-      latest.insert_or_assign(after[b].local.name, std::move(after[b]));
+      memory.latest.insert_or_assign(after[b].local.name, std::move(after[b]));
     }
-    for (const TensorSpec& output : stage.outputs) produced.insert(output.name);
+    for (const TensorSpec& output : stage.outputs) memory.produced.insert(output.name);
   }
 }
 
