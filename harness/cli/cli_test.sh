@@ -3,6 +3,7 @@
 # Exit codes, one sentence on standard error, nothing on standard output, nothing left behind.
 set -uo pipefail
 tpcheck=$(readlink -f "${1:?usage: cli_test.sh PATH-OF-TPCHECK}")
+launcher=$(dirname "$(readlink -f "$0")")/../../tpcheck
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 cd "$dir" || exit 1
@@ -84,6 +85,10 @@ if command -v python3 >/dev/null; then
   done
 fi
 
+# The launcher, before it touches anything.
+TPCHECK_PRESET=nonsense "$launcher" list ops >.out 2>.err </dev/null
+[[ $? == 2 && $(wc -l <.err) == 1 ]] || fail 'an unknown TPCHECK_PRESET is not refused in one sentence'
+
 # Under mpirun one process speaks, and all return the same code.
 if command -v mpirun >/dev/null; then
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
@@ -93,6 +98,9 @@ if command -v mpirun >/dev/null; then
   mpirun --bind-to none -n 2 "$tpcheck" fuzz --ops no_op >.out 2>.err </dev/null
   [[ $? == 2 ]] || fail 'a wrong operator under mpirun did not return 2'
   [[ $(grep -c '^tpcheck: ' .err) == 1 ]] || fail 'a wrong operator under mpirun: not one sentence'
+  timeout 60 mpirun --bind-to none -n 2 "$tpcheck" bench --benchmark_filter=smallest_case >.out 2>.err </dev/null
+  [[ $? == 3 ]] || fail 'bench under mpirun did not return 3'
+  [[ $(grep -c '^tpcheck: ' .err) == 1 ]] || fail 'bench under mpirun: not one sentence'
 fi
 
 left=$(find . -mindepth 1 ! -name '.out' ! -name '.err' ! -name '*.json')

@@ -83,4 +83,22 @@ std::optional<std::string> Buffer::check_guards() const {
   return std::nullopt;
 }
 
+// Calls, and no copies of the device's own stream: one from or to pageable memory would block all
+// ranks until that stream got there, while a call waits by asking.
+void from_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
+  const auto* first = static_cast<const std::byte*>(source);
+  stream.call([destination, copy = std::vector<std::byte>(first, first + bytes)] {
+    device_memory::write(destination, copy.data(), copy.size());
+  });
+}
+
+void from_host_when_reached(Stream& stream, void* destination, const void* source,
+                            std::size_t bytes) {
+  stream.call([=] { device_memory::write(destination, source, bytes); });
+}
+
+void to_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
+  stream.call([=] { device_memory::read(destination, source, bytes); });
+}
+
 }  // namespace tp

@@ -1,15 +1,16 @@
 #pragma once
 // What a kernel file (.cu) includes: CUDA, or the emulator's CUDA.
 //
-// The dialect: ordinary CUDA C++ but for
-//   launch("name", kernel, grid, block, shared_bytes, stream, args...)  instead of <<<>>>
-//   dynamic_shared<T>()                                                 instead of __shared__
-//   arrays warp_sum, warp_max, block_sum, block_max, load_vector, ...          instead of writing
-//   them again load_acquire, store_release, load_volatile, peer_load, ...          wherever memory
-//   is shared
-// and neither PTX nor #ifdef in a kernel file. In the emulator atomics and the last group are where
-// a thread yields, so that a kernel may spin on memory that another block or another rank's kernel
-// writes.
+// The dialect is ordinary CUDA C++, but that
+//   - launch("name", kernel, grid, block, shared_bytes, stream, args...) replaces <<<>>>,
+//   - dynamic_shared<T>() replaces __shared__,
+//   - warp_sum, warp_max, block_sum, block_max, load_vector, store_vector are called, not written
+//     again,
+//   - load_acquire, store_release, load_volatile, store_volatile, peer_load, peer_store are called
+//     wherever memory is shared,
+// and a kernel file has neither PTX nor #ifdef. In the emulator atomics and that last group are
+// where a thread yields, so that a kernel may spin on memory that another block or another rank's
+// kernel writes.
 
 #include "harness/base/dtype.h"
 #include "harness/device/buffer.h"

@@ -3,8 +3,12 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
 #include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
 #include <set>
 
 #include "harness/device/kernels_testing.h"
@@ -92,6 +96,28 @@ TEST(EmulatorFault, MaskMustNameItsCaller) {
 TEST(EmulatorFault, MasksMustNotOverlap) {
   EXPECT_THAT(fault_of(overlapping_masks), AllOf(HasSubstr("0x0001ffff"), HasSubstr("0xffff8000"),
                                                  HasSubstr("others wait at __syncwarp")));
+}
+
+TEST(EmulatorFault, MasksInACircle) {
+  for (std::uint64_t seed = 0; seed < 5; ++seed) {
+    EXPECT_THAT(fault_of(masks_in_a_circle, seed), HasSubstr("warp 0: 1 of 2 lanes at __syncwarp"));
+  }
+}
+
+TEST(EmulatorFault, NoMemoryForStacks) {
+  if (kAsan || kTsan) GTEST_SKIP() << "their own memory exceeds every limit";
+  GTEST_FLAG_SET(death_test_style, "threadsafe");  // a process that has no stacks yet
+  const auto run = [] {
+    rlimit limit;
+    getrlimit(RLIMIT_AS, &limit);
+    long pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    limit.rlim_cur = rlim_t(pages) * 4096 + (16 << 20);
+    setrlimit(RLIMIT_AS, &limit);
+    std::cerr << fault_of([](Stream& stream) { barriers(stream, 1024); });
+    std::exit(0);
+  };
+  EXPECT_EXIT(run(), ::testing::ExitedWithCode(0), "OutOfMemory: out of memory in barriers");
 }
 
 TEST(EmulatorFault, HalfAWarpHasNoWarpSum) {

@@ -20,8 +20,10 @@ constexpr std::size_t kStaggers = 16;
 StackPool::StackPool(std::size_t stack_bytes)
     : stack_bytes_((stack_bytes + kStagger * kStaggers + kPage - 1) / kPage * kPage) {}
 
-StackPool::~StackPool() {
+void StackPool::clear() {
   for (std::byte* slab : slabs_) munmap(slab, kStacksPerSlab * (stack_bytes_ + kPage));
+  slabs_.clear();
+  free_.clear();
 }
 
 void StackPool::grow() {
@@ -58,6 +60,11 @@ void Fiber::enter(boost::context::detail::transfer_t transfer) noexcept {
   const Jump jump = *static_cast<Jump*>(transfer.data);
   arrive(*jump.to, *jump.from, transfer.fctx);
   jump.to->entry_(jump.to->argument_);
+  __builtin_unreachable();
+}
+
+void Fiber::leave_for(Fiber& from, Fiber& to, Order order) {
+  jump(from, to, order, nullptr);
   __builtin_unreachable();
 }
 

@@ -19,13 +19,14 @@ struct Stack {
 class StackPool {
  public:
   explicit StackPool(std::size_t stack_bytes);
-  ~StackPool();
+  ~StackPool() { clear(); }
   StackPool(const StackPool&) = delete;
   StackPool& operator=(const StackPool&) = delete;
 
   Stack take();            // the one that was given back last: it is still in the cache
   void give(Stack stack);  // throws away whatever is on it
   void reserve(std::size_t count);
+  void clear();  // unmaps all of them; none may be in use
 
  private:
   void grow();
@@ -53,6 +54,8 @@ class Fiber {
   Stack stack() const { return stack_; }
   // Leaves `from`, which must be what runs just now, and goes on with `to`.
   static void switch_to(Fiber& from, Fiber& to, Order order);
+  // The same for the last time: nobody may switch to `from` again.
+  [[noreturn]] static void leave_for(Fiber& from, Fiber& to, Order order);
 
  private:
   // What a jump tells the fiber it lands in.
@@ -61,6 +64,8 @@ class Fiber {
     Fiber* to;
   };
   static void enter(boost::context::detail::transfer_t transfer) noexcept;
+  // `fake_stack`: where ASan puts what it keeps for `from`; null for the last time.
+  static void jump(Fiber& from, Fiber& to, Order order, void** fake_stack);
   static void arrive(Fiber& self, Fiber& from, void* context);
 
   void* context_ = nullptr;
@@ -86,10 +91,14 @@ class Fiber {
 
 // Inline, and so is what calls it: the processor foresees no return on a stack that was switched
 // to, so each function on the way costs more than the switch.
-[[gnu::always_inline]] inline void Fiber::switch_to(Fiber& from, Fiber& to,
-                                                    [[maybe_unused]] Order order) {
+[[gnu::always_inline]] inline void Fiber::switch_to(Fiber& from, Fiber& to, Order order) {
+  jump(from, to, order, &from.fake_stack_);
+}
+
+[[gnu::always_inline]] inline void Fiber::jump(Fiber& from, Fiber& to, [[maybe_unused]] Order order,
+                                               [[maybe_unused]] void** fake_stack) {
 #if TP_ASAN
-  __sanitizer_start_switch_fiber(&from.fake_stack_, to.stack_.bottom, to.stack_.bytes);
+  __sanitizer_start_switch_fiber(fake_stack, to.stack_.bottom, to.stack_.bytes);
 #endif
 #if TP_TSAN
   if (from.identity_ == nullptr) from.identity_ = __tsan_get_current_fiber();

@@ -59,6 +59,13 @@ TEST(Kernels, DisjointMasksMeetApart) {
   }
 }
 
+TEST(Kernels, ALaneMayWaitWhileAnotherMeetsSomebodyElseFirst) {
+  for (std::uint64_t seed = 0; seed < 20; ++seed) {
+    const auto out = results<unsigned>(2, nested_masks, seed);
+    EXPECT_THAT(out, Each(2u));
+  }
+}
+
 TEST(Kernels, WarpSumHasTheBitsOfTheButterfly) {
   for (unsigned data = 0; data < 20; ++data) {
     const auto out = results<float>(64, [&](Stream& stream, float* out) {

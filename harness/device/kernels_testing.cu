@@ -30,6 +30,13 @@ __global__ void half_masks_kernel(unsigned* out) {
   }
 }
 
+__global__ void nested_masks_kernel(unsigned* out) {
+  const unsigned lane = threadIdx.x;
+  if (lane > 1) return;
+  if (lane == 1) __syncwarp(2u);
+  out[lane] = __ballot_sync(3u, lane == 1);
+}
+
 __global__ void block_sums_kernel(const float* x, float* out) {
   out[threadIdx.x] = block_sum(x[threadIdx.x], dynamic_shared<float>());
 }
@@ -105,6 +112,10 @@ __global__ void mask_without_caller_kernel() { __syncwarp(threadIdx.x == 3 ? ~8u
 __global__ void overlapping_masks_kernel() {
   __syncwarp(threadIdx.x < 16 ? 0x1FFFFu : 0xFFFF8000u);
 }
+__global__ void masks_in_a_circle_kernel() {
+  __syncwarp(1u << threadIdx.x | 1u << (threadIdx.x + 1) % blockDim.x);
+}
+__global__ void barriers_kernel() { __syncthreads(); }
 __global__ void half_warp_sum_kernel() { warp_sum(1.0f); }
 __global__ void read_outside_mask_kernel(int* out) {
   if (threadIdx.x < 16) {
@@ -173,6 +184,9 @@ void warp_functions(Stream& stream, std::int64_t* out) {
 void half_masks(Stream& stream, unsigned* out) {
   launch("half_masks", half_masks_kernel, 1, 32, 0, stream, out);
 }
+void nested_masks(Stream& stream, unsigned* out) {
+  launch("nested_masks", nested_masks_kernel, 1, 32, 0, stream, out);
+}
 void block_sums(Stream& stream, const float* x, float* out, int threads) {
   launch("block_sums", block_sums_kernel, 1, threads, scratch(threads), stream, x, out);
 }
@@ -214,6 +228,12 @@ void mask_without_caller(Stream& stream) {
 }
 void overlapping_masks(Stream& stream) {
   launch("overlapping_masks", overlapping_masks_kernel, 1, 32, 0, stream);
+}
+void masks_in_a_circle(Stream& stream) {
+  launch("masks_in_a_circle", masks_in_a_circle_kernel, 1, 3, 0, stream);
+}
+void barriers(Stream& stream, int threads) {
+  launch("barriers", barriers_kernel, 1, threads, 0, stream);
 }
 void half_warp_sum(Stream& stream) {
   launch("half_warp_sum", half_warp_sum_kernel, 1, 48, 0, stream);

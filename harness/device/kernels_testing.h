@@ -13,6 +13,9 @@ void warp_functions(Stream& stream, std::int64_t* out);
 // One warp: the even lanes and the odd lanes meet under masks of their own; out[lane] is the ballot
 // of (lane >= 16), and out[32 + lane] the value of the first lane of the group.
 void half_masks(Stream& stream, unsigned* out);
+// One warp: lane 1 meets itself, and then lane 0, which waits for it by then; out[lane] is the
+// ballot of the two.
+void nested_masks(Stream& stream, unsigned* out);
 // out[thread]: block_sum (or block_max) of x.
 void block_sums(Stream& stream, const float* x, float* out, int threads);
 void block_maxima(Stream& stream, const float* x, float* out, int threads);
@@ -41,6 +44,8 @@ void barrier_at_two_lines(Stream& stream);
 void some_skip_warp_sum(Stream& stream);
 void mask_without_caller(Stream& stream);
 void overlapping_masks(Stream& stream);
+void masks_in_a_circle(Stream& stream);
+void barriers(Stream& stream, int threads);  // nothing wrong but for lack of memory
 void half_warp_sum(Stream& stream);  // a block of 48 threads
 void read_outside_mask(Stream& stream);
 void misaligned_load(Stream& stream, const float* x, float* out);

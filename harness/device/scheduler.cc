@@ -105,6 +105,14 @@ Report Scheduler::run(std::function<Idle()> idle) {
       }
       if (steps % kStepsPerClock == 0 && past_deadline()) hang("the deadline has passed");
     }
+    // What a GPU fails at is complete, too, and nobody need have asked since.
+    for (const auto& stream : streams_) {
+      try {
+        stream->queue_->check();
+      } catch (...) {
+        fail_with_exception(*stream);
+      }
+    }
   } catch (...) {
     unwind();
     throw;
@@ -133,6 +141,15 @@ void Scheduler::step_stream(Stream& stream) {
   Progress progress = Progress::moved;
   try {
     progress = stream.step(random_);
+  } catch (...) {
+    fail_with_exception(stream);
+  }
+  spins_ = progress == Progress::spun ? spins_ + 1 : 0;
+}
+
+void Scheduler::fail_with_exception(const Stream& stream) {
+  try {
+    throw;
   } catch (Fault& fault) {
     if (fault.tp_rank < 0) fault.tp_rank = stream.tp_rank();
     fail(std::move(fault));
@@ -140,7 +157,6 @@ void Scheduler::step_stream(Stream& stream) {
     fail({Outcome::OutOfMemory, "out of memory in " + std::string(stream.running()),
           stream.tp_rank()});
   }
-  spins_ = progress == Progress::spun ? spins_ + 1 : 0;
 }
 
 void Scheduler::run_rank(Rank& rank) {
@@ -183,7 +199,7 @@ void Scheduler::rank_main(Rank& rank) {
     blame(Outcome::BadLaunch, "host code threw something that is no std::exception");
   }
   rank.finished = true;
-  Fiber::switch_to(*rank.fiber, rank.home, Order::synchronised);
+  Fiber::leave_for(*rank.fiber, rank.home, Order::synchronised);
 }
 
 void Scheduler::wait_until_empty(Stream& stream) {
@@ -266,12 +282,15 @@ void Scheduler::hang(const std::string& why) {
   std::string what = why;
   int waiting = 0;
   int first = -1;
-  for (const auto& stream : streams_) {
-    if (stream->empty()) continue;
-    if (waiting == 0) first = stream->tp_rank();
-    if (++waiting <= kNamed) {
-      what += fmt::format("{} rank {} {}", waiting == 1 ? ":" : ";", stream->tp_rank(),
-                          stream->describe());
+  // Who runs comes first: whoever waits for a gate may well wait for it.
+  for (const bool held : {false, true}) {
+    for (const auto& stream : streams_) {
+      if (stream->empty() || stream->held() != held) continue;
+      if (waiting == 0) first = stream->tp_rank();
+      if (++waiting <= kNamed) {
+        what += fmt::format("{} rank {} {}", waiting == 1 ? ":" : ";", stream->tp_rank(),
+                            stream->describe());
+      }
     }
   }
   if (waiting > kNamed) what += fmt::format("; and {} more", waiting - kNamed);

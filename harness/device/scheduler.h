@@ -58,6 +58,8 @@ class Scheduler {
   // is unwound, so that its destructors run. `idle` is asked when nothing local can run, and now
   // and then while kernels only spin; without it, that is stuck. Stuck and a passed deadline are a
   // Hang that names who waits for what.
+  // What `idle` finds out takes real time, while kernels spin by steps: with several processes, the
+  // schedule of a kernel that spins across a collective need not be the same again.
   Report run(std::function<Idle()> idle = {});
 
   // Ends the run with this fault (the first one counts). From `idle`, a call, or host code.
@@ -86,6 +88,7 @@ class Scheduler {
   void run_rank(Rank& rank);
   void rank_main(Rank& rank);
   void step_stream(Stream& stream);
+  void fail_with_exception(const Stream& stream);  // from a catch block: with what was thrown
   void ask_idle(const std::function<Idle()>& idle, bool spinning);
   bool device_is_busy();
   void poll();  // waits a little, the longer the more often it was called in a row

@@ -236,6 +236,26 @@ TEST(Scheduler, RanksThatNothingWillWakeAreAHang) {
       "rank 7 waits for all_reduce 2; rank 8 waits for all_reduce 2; and 1 more");
 }
 
+TEST(Scheduler, AHangIsBlamedOnWhoRunsNotOnWhoWaits) {
+  Gate gate{false, "all_reduce 1"};
+  Scheduler scheduler({.deadline = std::chrono::steady_clock::now() + 50ms});
+  Buffer shared("peer memory", 8, 0);
+  for (int rank = 0; rank < 16; ++rank) {
+    scheduler.add_rank(rank, [&](Stream& stream) {
+      int* data = shared.as<int>();
+      if (stream.tp_rank() == 15) await(stream, data, data + 1, data);
+      stream.wait(gate);
+      stream.synchronize();
+    });
+  }
+  const Report report = scheduler.run([] { return Idle::waiting; });
+  ASSERT_TRUE(report.fault);
+  EXPECT_EQ(report.fault->tp_rank, 15);
+  EXPECT_THAT(report.fault->what,
+              AllOf(HasSubstr("the deadline has passed: rank 15 runs"), HasSubstr("kernel await"),
+                    HasSubstr("; rank 0 waits for all_reduce 1"), HasSubstr("and 12 more")));
+}
+
 TEST(Scheduler, WaitingForOthersEndsAtTheDeadline) {
   Gate gate{false, "barrier 1"};
   Scheduler scheduler({.deadline = std::chrono::steady_clock::now() + 20ms});

@@ -57,11 +57,17 @@ std::string_view Stream::running() const {
   return work != nullptr ? (*work)->name() : "host";
 }
 
-std::string Stream::describe() const {
+// What was handed to a GPU is no longer in the queue, but may run for ever.
+bool Stream::held() {
+  return !operations_.empty() && std::holds_alternative<Hold>(operations_.front()) &&
+         queue_->finished();
+}
+
+std::string Stream::describe() {
+  if (held()) return "waits for " + std::get<Hold>(operations_.front()).gate->what;
   if (operations_.empty()) return "waits for the device";
   const Operation& head = operations_.front();
   if (const auto* work = std::get_if<std::unique_ptr<Work>>(&head)) return (*work)->describe();
-  if (const auto* hold = std::get_if<Hold>(&head)) return "waits for " + hold->gate->what;
   return "waits for the device";
 }
 

@@ -68,7 +68,8 @@ class Stream {
   bool runnable();  // step() would do something
   Progress step(Random& random);
   void push(Operation operation);
-  std::string describe() const;  // what the head of the queue is or waits for
+  bool held();                   // nothing of it runs: it waits for a gate
+  std::string describe();        // what it runs or waits for
   std::string_view running() const;
 
   Scheduler& scheduler_;

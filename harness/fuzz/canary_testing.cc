@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <optional>
@@ -21,8 +22,9 @@ namespace tp {
 
 namespace {
 
-const std::vector<std::string> kFaults = {
-    "none", "wrong", "segv", "abort", "exit", "loop", "throw", "skip_collective", "once"};
+const std::vector<std::string> kFaults = {"none", "wrong", "segv",   "abort",
+                                          "exit", "loop",  "throw",  "skip_collective",
+                                          "once", "noise", "endless"};
 
 int unique_shards(const ModelShape& model, int tp_size) {
   return std::min(model.num_kv_heads, tp_size);
@@ -38,12 +40,16 @@ Mutant unique_shards_mutant() {
 }
 
 void __attribute__((noinline)) do_fault(const std::string& fault) {
-  if (fault == "segv") std::raise(SIGSEGV);  // a null store would be UBSan's finding before it is one
+  if (fault == "segv")
+    std::raise(SIGSEGV);  // a null store would be UBSan's finding before it is one
   if (fault == "abort") std::abort();
   if (fault == "exit") std::_Exit(3);
   if (fault == "throw") throw std::runtime_error("a canary threw this");
   for (volatile int forever = 1; fault == "loop" && forever;) {
   }
+  if (fault == "noise" || fault == "endless") std::fputs("debug ", stdout);
+  std::fflush(stdout);
+  while (fault == "endless") std::fputs("x", stdout);
 }
 
 // One rank: two barriers, and between them what is asked for.
@@ -67,9 +73,11 @@ std::string run_ranks(World& world, const Case& c, const RunOptions& options,
   for (std::int64_t rank = session.local_ranks().offset; rank < session.local_ranks().end();
        ++rank) {
     TpGroup& group = groups.emplace_back(session.group(int(rank)));
-    scheduler.add_rank(int(rank), [&group, &fault, here = rank == fault_rank](Stream& stream) {
-      run_rank(group, stream, fault, here);
-    });
+    scheduler.add_rank(int(rank),
+                       [&group, &session, &fault, rank, here = rank == fault_rank](Stream& stream) {
+                         run_rank(group, stream, fault, here);
+                         session.end_rank(int(rank), stream);
+                       });
   }
   std::optional<Fault> wrong = scheduler.run([&] { return session.progress(); }).fault;
   if (const auto in_group = session.finish(wrong)) wrong = in_group;

@@ -7,7 +7,8 @@
 //
 // `canary` draws no fault. `canary_<fault>` is the same operator, and about half of the cases that
 // it draws have that fault. `wrong` is the decision of the mutant "0:unique_shards", and so shows
-// only where tp_size > num_kv_heads; `once` fails the first time only.
+// only where tp_size > num_kv_heads; `once` fails the first time only; `noise` prints a word
+// without a newline and passes; `endless` never stops printing.
 
 namespace tp {
 

@@ -7,11 +7,13 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 #include <regex>
 #include <set>
 #include <thread>
@@ -19,6 +21,10 @@
 namespace {
 
 namespace fs = std::filesystem;
+
+bool mentions(const std::string& text, const std::string& word) {
+  return text.find(word) != std::string::npos;
+}
 
 struct Ran {
   int code = -1;
@@ -52,6 +58,43 @@ class CommandsTest : public testing::Test {
     std::ifstream in(folder_ / "stderr.txt");
     return {std::istreambuf_iterator<char>(in), {}};
   }
+  // Starts a command, sends it a signal once `ready`, and returns its exit status. Its output goes
+  // to stdout.txt and stderr.txt, its temporary files to jobs/.
+  int interrupt(const std::string& arguments, int signal,
+                const std::function<bool()>& ready) const {
+    fs::create_directory(folder_ / "jobs");
+    const std::string command =
+        fmt::format("cd {0} && TPCHECK_TMPDIR={0}/jobs exec {1} {2} >stdout.txt 2>stderr.txt",
+                    folder_.string(), TPCHECK_CANARY, arguments);
+    const pid_t pid = fork();
+    if (pid == 0) {
+      setpgid(0, 0);
+      execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+      _exit(127);
+    }
+    EXPECT_TRUE(soon(ready)) << errors();
+    kill(pid, signal);
+    int status = 0;
+    waitpid(pid, &status, 0);
+    return status;
+  }
+  static bool soon(const std::function<bool()>& condition) {
+    for (int i = 0; i < 200 && !condition(); ++i)
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    return condition();
+  }
+  std::string output() const {
+    std::ifstream in(folder_ / "stdout.txt");
+    return {std::istreambuf_iterator<char>(in), {}};
+  }
+  bool kept_a_case() const {
+    std::error_code none_yet;
+    for (const auto& entry : fs::directory_iterator(folder_ / "findings", none_yet)) {
+      if (entry.path().extension() == ".case") return true;
+    }
+    return false;
+  }
+
   static std::string replay_arguments(const std::string& out) {
     std::smatch match;
     return std::regex_search(out, match, std::regex("\\./tpcheck (replay '[^']*'.*)"))
@@ -61,10 +104,6 @@ class CommandsTest : public testing::Test {
 
   fs::path folder_;
 };
-
-bool mentions(const std::string& text, const std::string& word) {
-  return text.find(word) != std::string::npos;
-}
 
 TEST_F(CommandsTest, ACleanRunIsZeroAndSaysWhatItDid) {
   const Ran ran = tpcheck("fuzz --ops canary --cases 200 --seed 3 -n 2");
@@ -86,6 +125,37 @@ TEST_F(CommandsTest, AFindingIsKeptShrunkNamedAndReplays) {
   EXPECT_EQ(tpcheck("replay findings").code, 1);
   ASSERT_NE(replay_arguments(ran.out), "") << ran.out;
   EXPECT_EQ(tpcheck(replay_arguments(ran.out)).code, 1);
+}
+
+TEST_F(CommandsTest, TheReplayLineRunsItAsItWasSeen) {
+  const Ran ran = tpcheck("fuzz --ops canary_wrong --seed 3 -n 5 --jobs 1 --timeout 20s");
+  const std::string replay = replay_arguments(ran.out);
+  EXPECT_TRUE(mentions(replay, " -n 5 --timeout 20000ms")) << ran.out;
+  EXPECT_EQ(replay_arguments(tpcheck(replay).out), replay);
+}
+
+TEST_F(CommandsTest, AFindingThatCannotBeKeptIsStillAFinding) {
+  const std::string fuzz = "fuzz --ops canary_wrong --seed 3 -n 1 --jobs 1";
+  tpcheck(fuzz);
+  std::vector<fs::path> files;
+  for (const auto& entry : fs::directory_iterator(folder_ / "findings"))
+    files.push_back(entry.path());
+  ASSERT_FALSE(files.empty());
+  for (const fs::path& file : files) {  // folders of these names cannot be written as files
+    fs::remove(file);
+    fs::create_directories(file / "x");
+  }
+  const Ran ran = tpcheck(fuzz);
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "FINDING 1")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, " cases in ")) << ran.out;
+  EXPECT_TRUE(mentions(errors(), "not kept: ")) << errors();
+}
+
+TEST_F(CommandsTest, AFullStandardOutputIsThree) {
+  for (const char* arguments : {"fuzz --ops canary --cases 5 --seed 1 -n 1", "list ops"}) {
+    EXPECT_EQ(tpcheck(fmt::format("{} >/dev/full", arguments)).code, 3) << arguments;
+  }
 }
 
 TEST_F(CommandsTest, AMutantIsFoundAndItsLinePassesWithout) {
@@ -133,6 +203,26 @@ TEST_F(CommandsTest, WorkersThatNeverStartEndTheSupervisor) {
             0);
 }
 
+TEST_F(CommandsTest, WorkersThatStartNoMoreLeaveWhatWasFound) {
+  std::ofstream(folder_ / "mpirun") << "#!/bin/sh\n[ -e started ] && exit 1\n"
+                                       "touch started\nPATH=${PATH#*:}\nexec mpirun \"$@\"\n";
+  fs::permissions(folder_ / "mpirun", fs::perms::all);
+  const Ran ran = shell(
+      fmt::format("PATH={}:$PATH {} fuzz --ops canary_segv --keep-going --for 30s --seed 3 -n 2 "
+                  "--jobs 1 2>stderr.txt",
+                  folder_.string(), TPCHECK_CANARY));
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "canary_segv  Crash")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, " cases in ")) << ran.out;
+  EXPECT_TRUE(mentions(errors(), "died 3 times")) << errors();
+}
+
+TEST_F(CommandsTest, TooFewFileDescriptorsAreSeventyAndNoAbort) {
+  const Ran ran = shell(fmt::format(
+      "ulimit -n 12; {} fuzz --ops canary --cases 9 -n 1 --jobs 8 2>stderr.txt", TPCHECK_CANARY));
+  EXPECT_EQ(ran.code, 70) << errors();
+}
+
 TEST_F(CommandsTest, TheSeedDecidesWhatIsDrawn) {
   const auto of = [&](const std::string& seed) {
     const Ran ran = tpcheck("fuzz --ops canary --cases 50 -n 1 --jobs 2 --json --seed " + seed);
@@ -147,7 +237,15 @@ TEST_F(CommandsTest, EachRunsEveryLegalPairOnce) {
   const Ran ran = tpcheck("fuzz --ops canary --model all --each -n 1 --seed 1");
   EXPECT_EQ(ran.code, 0) << errors();
   EXPECT_TRUE(mentions(ran.out, "407 cases in ")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, "407 of 407")) << ran.out;
   EXPECT_TRUE(mentions(ran.out, "50 more refused")) << ran.out;
+}
+
+TEST_F(CommandsTest, EachThatIsCutShortSaysSo) {
+  const Ran ran = tpcheck("fuzz --ops canary --model all --each --cases 5 -n 1 --seed 1");
+  EXPECT_EQ(ran.code, 4) << errors();
+  EXPECT_TRUE(mentions(ran.out, "5 cases in ")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, "5 of 407")) << ran.out;
 }
 
 TEST_F(CommandsTest, BadInputIsTwoWithOneSentence) {
@@ -161,6 +259,8 @@ TEST_F(CommandsTest, BadInputIsTwoWithOneSentence) {
     EXPECT_EQ(ran.code, 2) << arguments << "\n" << errors();
     EXPECT_EQ(ran.out, "") << arguments;
     EXPECT_FALSE(mentions(errors(), "MPI")) << errors();
+    const std::string said = errors();
+    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;
   }
   tpcheck("fuzz --ops canary --artifacts /dev/null/x");
   EXPECT_TRUE(mentions(errors(), "/dev/null/x")) << errors();
@@ -201,6 +301,14 @@ TEST_F(CommandsTest, UnderMpirunAllProcessesAgree) {
   EXPECT_EQ(wrong.code, 1) << errors();
   EXPECT_TRUE(mentions(wrong.out, "num_heads=2 num_kv_heads=1 head_dim=1 tp_size=2")) << wrong.out;
   EXPECT_EQ(shell(mpirun + "fuzz --ops canary --artifacts /dev/null/x 2>stderr.txt").code, 2);
+  // Nobody is outside to blame the case, so it is named by whoever dies of it.
+  const Ran crash = shell(mpirun + "fuzz --ops canary_segv --seed 1 2>stderr.txt");
+  EXPECT_NE(crash.code, 0);
+  EXPECT_TRUE(mentions(crash.out, "Crash: v1 canary_segv ")) << crash.out << errors();
+  const Ran hang = shell("timeout 30 env " + mpirun +
+                         "fuzz --ops canary_loop --timeout 300ms --seed 1 2>stderr.txt");
+  EXPECT_EQ(hang.code, 1) << errors();
+  EXPECT_TRUE(mentions(hang.out, "Hang: v1 canary_loop ")) << hang.out << errors();
 }
 
 // Processes in this process's session whose command line has the canary's path.
@@ -217,64 +325,62 @@ std::set<int> canaries() {
   return found;
 }
 
-std::set<fs::path> job_folders() {
-  std::set<fs::path> folders;
-  for (const auto& entry : fs::directory_iterator("/dev/shm")) {
-    if (mentions(entry.path().filename(), "tpcheck-")) folders.insert(entry.path());
-  }
-  return folders;
-}
-
-// Starts a long fuzz in its own process group, sends it a signal and returns its exit status.
-int interrupt_fuzz(const std::string& arguments, int signal, std::chrono::milliseconds after) {
-  const pid_t pid = fork();
-  if (pid == 0) {
-    setpgid(0, 0);
-    const std::string command =
-        fmt::format("exec {} {} >/dev/null 2>&1", TPCHECK_CANARY, arguments);
-    execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
-    _exit(127);
-  }
-  std::this_thread::sleep_for(after);
-  kill(pid, signal);
-  int status = 0;
-  waitpid(pid, &status, 0);
-  return status;
-}
-
 TEST_F(CommandsTest, CtrlCIsSeventyTwoAndLeavesNothingBehind) {
   const std::set<int> before = canaries();
-  const std::set<fs::path> folders = job_folders();
-  const std::string fuzz =
-      fmt::format("fuzz --ops canary --for 60s -n 2 --artifacts {}/f", folder_.string());
-  const int status = interrupt_fuzz(fuzz, SIGINT, std::chrono::milliseconds(1500));
+  const auto started = [&] { return mentions(errors(), "seed "); };
+  const auto in_a_case = [&] {
+    if (!started()) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    return true;
+  };
+  const struct {
+    const char* op;
+    int signal;
+    std::function<bool()> ready;
+  } runs[] = {{"canary", SIGINT, started},
+              {"canary", SIGHUP, in_a_case},
+              {"canary_loop", SIGTERM, in_a_case}};
+  for (const auto& [op, signal, ready] : runs) {
+    const int status = interrupt(fmt::format("fuzz --ops {} --for 60s -n 2", op), signal, ready);
+    ASSERT_TRUE(WIFEXITED(status)) << signal;
+    EXPECT_EQ(WEXITSTATUS(status), 72) << signal << errors();
+    EXPECT_TRUE(mentions(output(), " cases in ")) << output();
+    // The ranks of a killed mpirun die a moment later.
+    EXPECT_TRUE(soon([&] { return canaries() == before; })) << signal;
+    EXPECT_TRUE(fs::is_empty(folder_ / "jobs")) << signal;
+  }
+}
+
+TEST_F(CommandsTest, CtrlCKeepsAFailureThatWasSeen) {
+  // The failure waits for a case that hangs.
+  const int status =
+      interrupt("fuzz --ops canary_loop,canary_wrong -n 1 --jobs 3 --seed 5 --keep-going --for 30s",
+                SIGINT, [&] { return kept_a_case(); });
   ASSERT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 72);
-  EXPECT_EQ(canaries(), before);
-  const std::string hanging =
-      fmt::format("fuzz --ops canary_loop --for 60s -n 2 --artifacts {}/f", folder_.string());
-  const int in_hang = interrupt_fuzz(hanging, SIGTERM, std::chrono::milliseconds(1500));
-  ASSERT_TRUE(WIFEXITED(in_hang));
-  EXPECT_EQ(WEXITSTATUS(in_hang), 72);
-  std::this_thread::sleep_for(std::chrono::milliseconds(200));
-  EXPECT_EQ(canaries(), before);
-  EXPECT_EQ(job_folders(), folders);
+  EXPECT_EQ(WEXITSTATUS(status), 72) << errors();
+  EXPECT_TRUE(mentions(output(), "NOT REPLAYED  canary_wrong  WrongValue")) << output();
+  EXPECT_TRUE(mentions(output(), "1 failures not replayed")) << output();
+}
+
+TEST_F(CommandsTest, CtrlCInAReplayPrintsWhatThereIs) {
+  const int status = interrupt(
+      "replay v1 canary num_heads=2 num_kv_heads=1 head_dim=8 tp_size=2 num_tokens=1 dtype=f32 "
+      "seed=1 --times 1000000 -n 1",
+      SIGINT, [&] { return mentions(output(), "Pass"); });
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 72) << errors();
+  EXPECT_TRUE(mentions(output(), " runs failed")) << errors();
 }
 
 TEST_F(CommandsTest, AKilledSupervisorTakesItsWorkersAlong) {
   const std::set<int> before = canaries();
-  const std::set<fs::path> folders = job_folders();
-  const std::string hanging =
-      fmt::format("fuzz --ops canary_loop --for 60s -n 2 --artifacts {}/f", folder_.string());
-  const int status = interrupt_fuzz(hanging, SIGKILL, std::chrono::milliseconds(1500));
+  const int status = interrupt("fuzz --ops canary_loop --for 60s -n 2", SIGKILL, [&] {
+    if (!mentions(errors(), "seed ")) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));
+    return true;
+  });
   EXPECT_TRUE(WIFSIGNALED(status));
-  for (int i = 0; i < 50 && canaries() != before; ++i)
-    std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  EXPECT_EQ(canaries(), before);
-  // Its folder is what a killed supervisor cannot take along.
-  for (const fs::path& folder : job_folders()) {
-    if (!folders.contains(folder)) fs::remove_all(folder);
-  }
+  EXPECT_TRUE(soon([&] { return canaries() == before; }));
 }
 
 }  // namespace

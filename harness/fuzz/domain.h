@@ -50,8 +50,8 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
 void set_model(Case& c, const Model& model);
 
 // One case for each model, tp_size at which the heads can be cut evenly, and operator (which varies
-// fastest), all other keys being at their defaults. `refused` counts the pairs (model, tp_size) that the KV heads do
-// not fit.
+// fastest), all other keys being at their defaults. `refused` counts the pairs (model, tp_size)
+// that the KV heads do not fit.
 struct EachPair {
   std::vector<Case> cases;
   int legal = 0;

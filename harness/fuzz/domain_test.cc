@@ -51,6 +51,15 @@ TEST_F(DomainTest, ModelThatFitsNoTpSizeIsRefusedWithTheNumbers) {
   }
 }
 
+TEST_F(DomainTest, AllIsAllHoweverManyAreNamedBesides) {
+  const auto count = [](const std::vector<std::string>& wanted) {
+    return make_domain({"canary"}, {1, 2}, wanted, "").models.size();
+  };
+  EXPECT_EQ(count({"all", "MiniMaxAI/MiniMax-M2.5"}), models().size());
+  EXPECT_EQ(count({"MiniMaxAI/MiniMax-M2.5", "all"}), models().size());
+  EXPECT_EQ(count({"MiniMaxAI/MiniMax-M2.5"}), 1u);
+}
+
 TEST_F(DomainTest, EachPairHasEveryLegalPairOfTheModels) {
   const EachPair each = each_pair(make_domain({"canary"}, up_to(64), {"all"}, ""));
   EXPECT_EQ(each.legal, 407);

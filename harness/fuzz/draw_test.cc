@@ -26,7 +26,8 @@ Operator headless() {
   for (const char* key : {"hidden_size", "tp_size", "num_tokens", "dtype", "fill", "seed"}) {
     op.keys.push_back(shared_key(key));
   }
-  Key law{.name = "law", .help = "", .min = 0, .max = 1, .words = {"none", "permute"}};
+  Key law{.name = "law", .help = "", .min = 0, .max = 3};
+  law.words = {"none", "permute", "tokens", "tp1"};
   op.keys.push_back(law);
   op.refuse = [](const Case& c) -> std::optional<std::string> {
     if (c.options.at("law") == 1 && c.num_tokens == 1) return "one token cannot be permuted";
@@ -97,6 +98,19 @@ TEST_F(DrawTest, TheMixIsAsPromised) {
   EXPECT_NEAR(double(fills[Fill::dense]) / kCases, 0.4, 0.02);
   for (const int dim : {1, 3, 8, 80, 96, 128, 256}) EXPECT_TRUE(head_dims.contains(dim)) << dim;
   EXPECT_GE(most_heads, 128);
+}
+
+TEST_F(DrawTest, ALawIsDrawnOnlyWhereItChangesSomething) {
+  Draw draw(make_domain({"headless"}, up_to(4), {}, ""), 1);
+  std::map<std::int64_t, int> laws;
+  for (int i = 0; i < 2000; ++i) {
+    const Case c = draw.next();
+    const std::int64_t law = c.options.at("law");
+    ++laws[law];
+    EXPECT_FALSE(law == 2 && c.num_tokens == 1) << to_line(c);
+    EXPECT_FALSE(law == 3 && c.tp_size == 1) << to_line(c);
+  }
+  EXPECT_EQ(laws.size(), 4u);
 }
 
 TEST_F(DrawTest, TheSeedDecides) {

@@ -197,7 +197,8 @@ class Fuzzer {
 
 int FuzzResult::exit_code() const {
   if (!findings.empty()) return 1;
-  if (!gave_up.empty()) return 70;
+  // What nothing was left to replay was seen nevertheless.
+  if (!gave_up.empty()) return not_replayed.empty() ? 70 : 1;
   if (interrupted) return 72;
   if (!unstable.empty()) return 5;
   return summary.ran() == 0 || summary.pairs_done < summary.pairs_legal ? 4 : 0;

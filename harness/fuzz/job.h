@@ -1,8 +1,8 @@
 #pragma once
 // One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then
 // never starts MPI and is up in some 10 ms. It has its own process group and its own folder for
-// temporary files and ledgers. Both go with the Job; a supervisor that is killed takes the processes
-// along, but leaves the folder.
+// temporary files and ledgers. Both go with the Job; a supervisor that is killed takes the
+// processes along, but leaves the folder.
 
 #include <sys/types.h>
 

@@ -57,9 +57,9 @@ class Pairs {
   }
 
   EachPair each_;
-  std::deque<std::size_t> todo_;                    // of each_.cases
+  std::deque<std::size_t> todo_;                     // of each_.cases
   std::multimap<std::string, std::size_t> running_;  // by case line
-  std::vector<int> open_;                           // cases of a pair that are not done
+  std::vector<int> open_;                            // cases of a pair that are not done
   int done_ = 0;
 };
 

@@ -110,8 +110,8 @@ int replay_main(World* world, const ReplayOptions& options) {
                               .mutant = options.mutant,
                               .deadline = milliseconds_of(timeout),
                               .trace = options.trace};
-        const Verdict v = replay_once(runner, request, failed + 1, processes_of(world, one_job),
-                                      options.timeout);
+        const Verdict v =
+            replay_once(runner, request, failed + 1, processes_of(world, one_job), options.timeout);
         failed += v.finding();
         trusted += v.outcome < Outcome::Refused;
       }

@@ -31,30 +31,28 @@ Json to_json(const Map& map, Name name) {
 
 std::string to_json(const FuzzResult& result) {
   const Summary& s = result.summary;
-  Json out = {
-      {"exit_code", result.exit_code()},
-      {"seed", s.seed},
-      {"seconds", s.seconds},
-      {"cases", s.ran()},
-      {"cases_per_second", s.cases_per_second()},
-      {"emulated_threads", s.threads},
-      {"emulated_threads_per_second", s.seconds > 0 ? double(s.threads) / s.seconds : 0.0},
-      {"interrupted", result.interrupted},
-      {"repeated", s.repeated},
-      {"pairs",
-       s.pairs_legal < 0 ? Json()
-                         : Json{{"legal", s.pairs_legal},
-                                {"done", s.pairs_done},
-                                {"refused", s.pairs_refused}}},
-      {"mix",
-       {{"kv_heads_below_tp_size", s.share(Relation::below)},
-        {"kv_heads_at_tp_size", s.share(Relation::equal)},
-        {"kv_heads_above_tp_size", s.share(Relation::above)},
-        {"tp_size_1", s.share(Relation::single)}}},
-      {"ops", to_json(s.ops, [](const std::string& op) { return op; })},
-      {"dtypes", to_json(s.dtypes, [](DType t) { return name_of(t); })},
-      {"fills", to_json(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; })},
-      {"outcomes", to_json(s.outcomes, [](Outcome o) { return name_of(o); })}};
+  Json out = {{"exit_code", result.exit_code()},
+              {"seed", s.seed},
+              {"seconds", s.seconds},
+              {"cases", s.ran()},
+              {"cases_per_second", s.cases_per_second()},
+              {"emulated_threads", s.threads},
+              {"emulated_threads_per_second", s.seconds > 0 ? double(s.threads) / s.seconds : 0.0},
+              {"interrupted", result.interrupted},
+              {"repeated", s.repeated},
+              {"pairs", s.pairs_legal < 0 ? Json()
+                                          : Json{{"legal", s.pairs_legal},
+                                                 {"done", s.pairs_done},
+                                                 {"refused", s.pairs_refused}}},
+              {"mix",
+               {{"kv_heads_below_tp_size", s.share(Relation::below)},
+                {"kv_heads_at_tp_size", s.share(Relation::equal)},
+                {"kv_heads_above_tp_size", s.share(Relation::above)},
+                {"tp_size_1", s.share(Relation::single)}}},
+              {"ops", to_json(s.ops, [](const std::string& op) { return op; })},
+              {"dtypes", to_json(s.dtypes, [](DType t) { return name_of(t); })},
+              {"fills", to_json(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; })},
+              {"outcomes", to_json(s.outcomes, [](Outcome o) { return name_of(o); })}};
   out["scores"] = Json::array();
   for (const auto& [key, score] : s.scores) {
     out["scores"].push_back({{"op", key.first}, {"dtype", name_of(key.second)}, {"score", score}});

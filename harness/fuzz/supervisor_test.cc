@@ -87,6 +87,25 @@ TEST_P(SupervisorTest, AnEndlessLoopIsAHangInItsDeadline) {
   expect_alive(runner);
 }
 
+TEST_P(SupervisorTest, WhatACasePrintsDoesNotTouchItsVerdict) {
+  Supervisor runner(1, GetParam());
+  for (const int rank : {0, 5}) {
+    EXPECT_EQ(runner.run(canary("noise", rank, milliseconds(3000))).verdict.outcome, Outcome::Pass);
+  }
+  expect_alive(runner);
+}
+
+TEST_P(SupervisorTest, OutputWithoutEndIsAHangInItsDeadline) {
+  Supervisor runner(1, GetParam());
+  runner.run(canary("none"));
+  const auto start = std::chrono::steady_clock::now();
+  const Answer answer = runner.run(canary("endless", 5, milliseconds(500)));
+  EXPECT_EQ(answer.verdict.outcome, Outcome::Hang);
+  EXPECT_LT(answer.log.size(), 100'000u);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+  expect_alive(runner);
+}
+
 TEST_P(SupervisorTest, ASkippedCollectiveIsAMismatchAndNotAHang) {
   Supervisor runner(1, GetParam());
   const Answer answer = runner.run(canary("skip_collective", 3));

@@ -51,7 +51,7 @@ void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory
   for (Warp& warp : warps_) warp.exited = 0;
   alive_ = threads();
   push_all();
-  if (kTsan) fibers.reserve(threads_.size());
+  fibers.reserve(threads_.size());
   release(&begin_clock_);
 }
 
@@ -197,30 +197,33 @@ std::uint64_t Block::meet(Thread& thread, const WarpOperation& operation, std::u
     });
   }
   int m = 0;
-  while (m < warp.open && (warp.meetings[m].mask & mask) == 0) ++m;
+  while (m < warp.open && warp.meetings[m].mask != mask) ++m;
   Meeting& meeting = warp.meetings[m];
   if (m == warp.open) {
-    meeting = {&operation, mask, 0, thread.where};
+    warp.parity ^= 1u << lane;
+    meeting = {&operation, mask, 0, thread.where, &warp.clock[warp.parity >> lane & 1u][lane]};
     ++warp.open;
-  } else if (meeting.mask != mask || meeting.operation != &operation ||
-             meeting.where.line != thread.where.line) {
+  }
+  for (int i = 0; i < warp.open; ++i) {
+    const Meeting& other = warp.meetings[i];
+    const bool same = other.operation == &operation && other.where.line == thread.where.line;
+    const bool wait_for_each_other = (other.mask >> lane & 1u) != 0 && (other.arrived & mask) != 0;
+    if (other.mask == mask ? same : !wait_for_each_other) continue;
     fail(thread, [&] {
       return fmt::format(
           "warp collective divergence in {}, warp {}: lane {} is at {} ({}) with mask "
           "{:#010x}, others wait at {} ({}) with mask {:#010x}",
-          name(), index, lane, operation.name, to_string(thread.where), mask,
-          meeting.operation->name, to_string(meeting.where), meeting.mask);
+          name(), index, lane, operation.name, to_string(thread.where), mask, other.operation->name,
+          to_string(other.where), other.mask);
     });
   }
-  const int leader = std::countr_zero(mask);
-  std::uint64_t* clock = &warp.clock[warp.parity >> leader & 1u][leader];
+  std::uint64_t* clock = meeting.clock;
   if (operation.orders_memory) release(clock);
   warp.value[lane] = value;
   warp.parameter[lane] = parameter;
   meeting.arrived |= 1u << lane;
   if (meeting.arrived == mask) {
     meeting = warp.meetings[--warp.open];
-    warp.parity ^= 1u << leader;
     moved_ = true;
     if (!operation.complete(warp.value, warp.parameter, mask)) {
       fail(thread, [&] {

@@ -15,8 +15,6 @@ constexpr std::size_t kMaxResident = 64;  // blocks of one launch
 // Threads of all resident blocks; every launch may have one block beyond it. Stacks are mappings,
 // of which a process has 65530.
 constexpr std::uint64_t kMaxResidentThreads = kTsan ? 2048 : 8192;
-// TSan cannot tell more than about 8000 threads apart, those of ended blocks included.
-constexpr std::uint64_t kMaxTsanThreads = 6000;
 
 std::uint64_t resident_threads = 0;
 
@@ -76,7 +74,7 @@ void Grid::begin_launch(Random& random) {
 }
 
 bool Grid::has_room() const {
-  if (kTsan && FiberPool::alive() + threads_ > kMaxTsanThreads) return false;
+  if (kTsan && !FiberPool::has_room(threads_)) return false;
   if (resident_.empty()) return true;
   return resident_.size() < kMaxResident && resident_threads + threads_ <= kMaxResidentThreads;
 }

@@ -5,7 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
-#include <vector>
 
 #include "harness/device/buffer.h"
 
@@ -18,30 +17,13 @@ void fill(void* memory, std::uint8_t value, std::size_t bytes) {
   std::memset(memory, value, bytes);
 }
 void read(void* destination, const void* source, std::size_t bytes) {
-  std::memcpy(destination, source, bytes);
+  if (bytes > 0) std::memcpy(destination, source, bytes);
+}
+void write(void* destination, const void* source, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(destination, source, bytes);
 }
 
 }  // namespace device_memory
-
-void from_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
-  const auto* first = static_cast<const std::byte*>(source);
-  stream.call([destination, copy = std::vector<std::byte>(first, first + bytes)] {
-    if (!copy.empty()) std::memcpy(destination, copy.data(), copy.size());
-  });
-}
-
-void from_host_when_reached(Stream& stream, void* destination, const void* source,
-                            std::size_t bytes) {
-  stream.call([=] {
-    if (bytes > 0) std::memcpy(destination, source, bytes);
-  });
-}
-
-void to_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
-  stream.call([=] {
-    if (bytes > 0) std::memcpy(destination, source, bytes);
-  });
-}
 
 void poison(Stream& stream, Buffer& buffer, std::uint8_t value) {
   stream.call(

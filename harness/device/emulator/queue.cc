@@ -8,28 +8,35 @@ namespace tp {
 std::unique_ptr<DeviceQueue> make_device_queue(int) { return std::make_unique<emulator::Queue>(); }
 
 namespace emulator {
+namespace {
+
+// TSan: pools of streams that are no more, whose work happened before all that is to come.
+[[maybe_unused]] std::vector<FiberPool*>& spare_pools() {
+  static auto& pools = *new std::vector<FiberPool*>;
+  return pools;
+}
+
+}  // namespace
 
 Queue::Queue() {
 #if TP_TSAN
   identity_ = __tsan_create_fiber(0);
-  own_fibers_.emplace(run_kernel_threads);
+  if (spare_pools().empty()) spare_pools().push_back(new FiberPool(run_kernel_threads));
+  own_fibers_ = spare_pools().back();
+  spare_pools().pop_back();
 #endif
 }
 
 Queue::~Queue() {
 #if TP_TSAN
-  {
-    AsStream as_stream(*this);
-    own_fibers_.reset();
-  }
+  spare_pools().push_back(own_fibers_);
   __tsan_destroy_fiber(identity_);
 #endif
 }
 
 FiberPool& Queue::fibers() {
-  // Never destroyed: its fibers are suspended in the middle of a function.
   static FiberPool& shared = *new FiberPool(run_kernel_threads);
-  return own_fibers_ ? *own_fibers_ : shared;
+  return own_fibers_ != nullptr ? *own_fibers_ : shared;
 }
 
 void Queue::host_joins() {

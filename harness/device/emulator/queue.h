@@ -34,7 +34,7 @@ class Queue final : public DeviceQueue {
  private:
   [[maybe_unused]] void* identity_ = nullptr;
   char clock_ = 0;
-  std::optional<FiberPool> own_fibers_;
+  FiberPool* own_fibers_ = nullptr;  // TSan
 };
 
 }  // namespace tp::emulator
