@@ -70,7 +70,7 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
   const dim3 grid(unsigned(qkv.rows), 2);
   const int threads = row_threads(q_cols.size);  // at least as wide as k
   launch("qk_norm.sum_squares", sum_squares_kernel<T>, grid, dim3(unsigned(threads)),
-         threads / 32 * sizeof(float), stream, q, k, sums);
+         block_scratch_floats(threads) * sizeof(float), stream, q, k, sums);
   group.all_reduce_sum(sums, 2 * qkv.rows, stream);
   launch("qk_norm.normalize", normalize_kernel<T>, grid, dim3(unsigned(threads)), 0, stream, q, k,
          static_cast<const float*>(sums), eps);

@@ -20,7 +20,7 @@ constexpr std::int64_t row_sum_depth(std::int64_t cols, int threads) {
   return (cols + threads - 1) / threads + block_sum_depth(threads);
 }
 
-// Sum of squares of a row, in every thread of the block. scratch: one float a warp, in shared
+// Sum of squares of a row, in every thread of the block. scratch: block_scratch_floats in shared
 // memory.
 template <typename T>
 __device__ float row_sum_of_squares(const T* row, std::int64_t cols, float* scratch) {

@@ -28,7 +28,7 @@ void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps, Str
           {x.rows, x.cols, weight.cols, out.rows, out.cols});
   const int threads = row_threads(x.cols);
   launch("rms_norm", rms_norm_kernel<T>, dim3(unsigned(x.rows)), dim3(unsigned(threads)),
-         threads / 32 * sizeof(float), stream, x, weight.data, out, eps);
+         block_scratch_floats(threads) * sizeof(float), stream, x, weight.data, out, eps);
 }
 
 Profile rms_norm_profile(std::int64_t cols) {

@@ -14,34 +14,39 @@ constexpr int kWarpSumDepth = 5;
 constexpr int block_sum_depth(int threads) {
   return kWarpSumDepth + ceil_log2((threads + 31) / 32);
 }
+// Leaves of the tree over a block's warps: their number filled up to 4, 8, 16 or 32.
+constexpr int block_tree_width(int warps) {
+  return warps <= 4 ? 4 : warps <= 8 ? 8 : warps <= 16 ? 16 : 32;
+}
 // Floats of shared memory that block_sum and block_max of `threads` threads need as scratch.
-constexpr int block_scratch_floats(int threads) { return (threads + 31) / 32; }
+constexpr int block_scratch_floats(int threads) { return block_tree_width((threads + 31) / 32); }
 
-// The binary tree over values[0..Width), values from `count` on being absent.
+// The binary tree over values[0..Width).
 template <int Width>
-__device__ inline float tree_sum(const float* values, int count) {
+__device__ inline float tree_sum(const float* values) {
   if constexpr (Width == 1) {
-    return count > 0 ? *values : 0.0f;
+    return *values;
   } else {
-    return tree_sum<Width / 2>(values, count) +
-           tree_sum<Width / 2>(values + Width / 2, count - Width / 2);
+    return tree_sum<Width / 2>(values) + tree_sum<Width / 2>(values + Width / 2);
   }
 }
 
 // The sum of all threads' values, given to every thread. blockDim must be (32 k, 1, 1). Order: xor
 // butterflies inside the warps, then a balanced binary tree over the warps in order, filled up with
-// zeros to a power of two. One barrier inside: `scratch` (block_scratch_floats of shared memory) is
-// free for other uses after the *next* __syncthreads.
-__device__ __forceinline__ float block_sum(float value, float* scratch,
-                                           Where where = Where::here()) {
+// zeros: real ones in memory, since nvcc joins the leaves' loads into wide ones whatever a
+// condition says. One barrier inside: `scratch` (block_scratch_floats of shared memory) is free for
+// other uses after the *next* __syncthreads.
+__device__ inline float block_sum(float value, float* scratch, Where where = Where::here()) {
   const float sum = warp_sum(value, where);
-  const int warps = int(blockDim.x / 32);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = sum;
+  const int warps = int(blockDim.x / 32), width = block_tree_width(warps),
+            thread = int(threadIdx.x);
+  if (thread % 32 == 0) scratch[thread / 32] = sum;
+  if (thread >= warps && thread < width) scratch[thread] = 0.0f;
   block_barrier(where);
-  if (warps <= 4) return tree_sum<4>(scratch, warps);
-  if (warps <= 8) return tree_sum<8>(scratch, warps);
-  if (warps <= 16) return tree_sum<16>(scratch, warps);
-  return tree_sum<32>(scratch, warps);
+  if (width == 4) return tree_sum<4>(scratch);
+  if (width == 8) return tree_sum<8>(scratch);
+  if (width == 16) return tree_sum<16>(scratch);
+  return tree_sum<32>(scratch);
 }
 
 // The same for the maximum, in no order that matters: NaN if any value is, +0 above -0.
