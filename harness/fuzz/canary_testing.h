@@ -10,8 +10,18 @@
 // only where tp_size > num_kv_heads; `once` fails the first time only; `noise` prints a word
 // without a newline and passes; `endless` never stops printing.
 
+#include <numeric>
+#include <vector>
+
 namespace tp {
 
 void add_canaries();
+
+// The group sizes 1 .. n.
+inline std::vector<int> up_to(int n) {
+  std::vector<int> sizes(static_cast<std::size_t>(n));
+  std::iota(sizes.begin(), sizes.end(), 1);
+  return sizes;
+}
 
 }  // namespace tp

@@ -12,12 +12,6 @@
 namespace tp {
 namespace {
 
-std::vector<int> up_to(int n) {
-  std::vector<int> sizes(static_cast<std::size_t>(n));
-  std::iota(sizes.begin(), sizes.end(), 1);
-  return sizes;
-}
-
 class DomainTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {

@@ -13,12 +13,6 @@
 namespace tp {
 namespace {
 
-std::vector<int> up_to(int n) {
-  std::vector<int> sizes(static_cast<std::size_t>(n));
-  std::iota(sizes.begin(), sizes.end(), 1);
-  return sizes;
-}
-
 // An operator without heads: hidden_size alone, and an option that only some shapes allow.
 Operator headless() {
   Operator op;
