@@ -35,7 +35,10 @@ struct Law {
 
 struct RunOptions {
   const Mutant* mutant = nullptr;
-  std::chrono::milliseconds deadline{0};          // 0: none
+  std::chrono::milliseconds deadline{0};  // 0: none
+  // false: memory is neither poisoned nor guarded, so that compute-sanitizer sees it as it is. One
+  // run instead of two, and what depends on poison or guards is not checked.
+  bool poison = true;
   std::function<void(const std::string&)> trace;  // if set: a line for each value and collective
 };
 

@@ -32,6 +32,19 @@ enum class Outcome : std::uint8_t {
 std::string_view name_of(Outcome outcome);
 constexpr bool is_finding(Outcome o) { return o > Outcome::Pass && o < Outcome::Refused; }
 
+// Where the time of a case went, by the GPU's own clock. The emulator has none.
+struct Timing {
+  // Of the slowest rank, all kernels of all stages; and of the slowest rank, its collectives.
+  double kernel_us = 0;
+  double collective_us = 0;
+  int slowest_rank = -1;  // the one of kernel_us; -1: nothing was timed
+  double bytes = 0;       // that the kernels of that rank must read and write at least
+  double flops = 0;       // that they must do
+  double floor_us = 0;    // the least that this GPU could take for them
+
+  bool measured() const { return slowest_rank >= 0; }
+};
+
 struct Verdict {
   Outcome outcome = Outcome::Pass;
   std::string detail;        // one line: where, got, accepted; or the reason
@@ -39,6 +52,7 @@ struct Verdict {
   double score = 0;  // largest |error| / budget (research/numerics.md section 4); <= 1 if accepted
   std::uint64_t threads = 0;  // emulated CUDA threads run, all ranks
   double seconds = 0;         // wall time of the case on the driving process
+  Timing timing;              // counts only where the outcome is Pass
 
   bool finding() const { return is_finding(outcome); }
 };

@@ -39,7 +39,9 @@ CollectiveHeader make_header(std::int64_t sequence, std::string_view operation, 
 std::string describe(const CollectiveHeader& h) {
   if (std::string_view(h.operation) == kEnd)
     return fmt::format("end of case after {} collectives", h.sequence - 1);
-  return fmt::format("#{} {} of {} {}", h.sequence, h.operation, h.count, h.dtype);
+  const std::string on =
+      h.communicator == 0 ? "" : fmt::format(" on communicator {}", h.communicator);
+  return fmt::format("#{} {} of {} {}{}", h.sequence, h.operation, h.count, h.dtype, on);
 }
 
 void LedgerPage::begin_case(int first, int count) {

@@ -18,6 +18,7 @@ struct CollectiveHeader {
   std::int64_t count = 0;     // elements a rank contributes
   char operation[16] = {};    // "all_reduce_sum", ..., or kEnd
   char dtype[8] = {};
+  std::int64_t communicator = 0;  // 0: the group's own
 
   bool operator==(const CollectiveHeader&) const = default;
 };

@@ -46,8 +46,9 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   const std::size_t bytes = std::size_t(count) * std::size_t(size_of(dtype));
   const std::string_view name = kNames[std::size_t(what)];
   GroupSession::Entry& e = s.entries_.emplace_back();
-  e.header =
-      make_header(++sequence_, name, count, what == Collective::barrier ? "" : name_of(dtype));
+  e.header = make_header(++s.ranks_[std::size_t(tp_rank_ - s.local_.offset)].issued, name, count,
+                         what == Collective::barrier ? "" : name_of(dtype));
+  e.header.communicator = communicator_;
   e.what = what;
   e.dtype = dtype;
   e.gate.what = describe(e.header);

@@ -56,6 +56,14 @@ class TpGroup {
     enter(Collective::barrier, nullptr, nullptr, 0, DType::f32, stream);
   }
 
+  // The same ranks on another communicator, as engines keep several. All collectives of a rank are
+  // one sequence: ranks that are at the same place in it on different communicators disagree.
+  TpGroup on(std::int64_t communicator) const {
+    TpGroup other = *this;
+    other.communicator_ = communicator;
+    return other;
+  }
+
  private:
   friend class GroupSession;
   TpGroup(GroupSession& session, int tp_rank) : session_(session), tp_rank_(tp_rank) {}
@@ -64,7 +72,7 @@ class TpGroup {
 
   GroupSession& session_;
   int tp_rank_;
-  std::int64_t sequence_ = 0;
+  std::int64_t communicator_ = 0;
 };
 
 // Ranks [first, first + size) of tp_size live on process `process` of `processes`.
@@ -108,6 +116,7 @@ class GroupSession {
   struct LocalRank {
     // Entered, not yet complete, by sequence: streams of one rank may get there in another order.
     std::map<std::int64_t, Entry*> entered;
+    std::int64_t issued = 0;  // collectives that its host code has called for
     bool ended = false;
   };
   struct Message {  // what processes exchange before anything else

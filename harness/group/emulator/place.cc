@@ -1,0 +1,15 @@
+#include "harness/group/place.h"
+
+#include "harness/base/check.h"
+
+namespace tp {
+
+std::string_view executor_name() { return "emulator"; }
+
+std::string take_place(World&, Link link) {
+  if (link == Link::nccl)
+    throw Unavailable("--group nccl: NCCL connects GPUs, and this is the emulator");
+  return "emulator";
+}
+
+}  // namespace tp
