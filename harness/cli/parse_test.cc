@@ -54,9 +54,9 @@ TEST(Parse, EveryFlagOfFuzz) {
   EXPECT_EQ(o.for_seconds, 600);
   EXPECT_EQ(o.cases, 5);
   EXPECT_EQ(o.seed, 7u);
-  EXPECT_EQ(o.processes, 2);
-  EXPECT_EQ(o.jobs, 3);
-  EXPECT_EQ(o.on, "gpu");
+  EXPECT_EQ(o.where.processes, 2);
+  EXPECT_EQ(o.where.jobs, 3);
+  EXPECT_EQ(o.where.on, "gpu");
   EXPECT_EQ(o.timeout, 0.5);
   EXPECT_EQ(o.artifacts, "out");
   EXPECT_TRUE(o.keep_going && o.each && o.json);
@@ -67,7 +67,7 @@ TEST(Parse, DefaultsAreThoseOfTheOptions) {
   const auto o = std::get<FuzzOptions>(parse_command({"fuzz"}));
   EXPECT_TRUE(o.ops.empty() && o.tp_sizes.empty() && o.models.empty() && !o.seed);
   EXPECT_EQ(o.artifacts, FuzzOptions{}.artifacts);
-  EXPECT_EQ(o.on, FuzzOptions{}.on);
+  EXPECT_EQ(o.where.on, FuzzOptions{}.where.on);
   EXPECT_EQ(std::get<ZooOptions>(parse_command({"zoo"})).for_seconds, ZooOptions{}.for_seconds);
 }
 
