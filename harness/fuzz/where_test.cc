@@ -8,6 +8,7 @@
 
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/driver.h"
+#include "harness/fuzz/fuzz.h"
 #include "harness/fuzz/three_answers.h"
 
 namespace tp {
@@ -105,6 +106,16 @@ TEST(ThreeAnswers, AnyOfThemFailsTheCase) {
   EXPECT_TRUE(overall({wrong(), pass(), pass()}).finding());
   EXPECT_EQ(text(overall({pass(), pass(), wrong()})),
             "WrongValue: on one rank with the whole problem only: got 1, accepted 2");
+}
+
+TEST(GaveUp, SaysItsExitCodeUnlessSomethingWasSeen) {
+  FuzzResult result;
+  result.gave_up = GaveUp("no GPU", 3);
+  EXPECT_EQ(result.exit_code(), 3);
+  result.gave_up = GaveUp("died 3 times");
+  EXPECT_EQ(result.exit_code(), 70);
+  result.not_replayed.emplace_back();
+  EXPECT_EQ(result.exit_code(), 1);
 }
 
 TEST(Where, AReplayLineSaysWhatAPlainReplayWouldNotDo) {
