@@ -80,7 +80,7 @@ set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS "mpi;processes" ENVI
 set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
-          ${fuzz}/canary_testing.cc)
+          ${fuzz}/summary_test.cc ${fuzz}/canary_testing.cc)
 add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
 target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
 add_test(NAME supervisor_test COMMAND supervisor_test)
