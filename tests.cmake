@@ -91,7 +91,11 @@ target_link_libraries(commands_test PRIVATE fmt::fmt GTest::gtest_main)
 target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:tpcheck_canary>")
 add_dependencies(commands_test tpcheck_canary)
 add_test(NAME commands_test COMMAND commands_test)
+add_executable(hangs_test properties/run/hangs_test.cc properties/run/hangs_testing.cc
+  properties/run/hangs_testing.cu)
+target_link_libraries(hangs_test PRIVATE tp_run tp_fuzz GTest::gtest)  # its own worker, too
+add_test(NAME hangs_test COMMAND hangs_test)
 # They watch processes, folders and deadlines: nothing may run beside them.
-set_tests_properties(supervisor_test commands_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
+set_tests_properties(supervisor_test commands_test hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
   # A crash on purpose shall be a crash under the sanitizers, too.
   "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")
