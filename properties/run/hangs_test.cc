@@ -62,14 +62,16 @@ struct Row {
 std::vector<Row> table;
 
 void print_table() {
+  constexpr std::size_t kDetail = 90;
   if (table.empty()) return;
-  fmt::print("\n{}: one rank of {} does not go on, deadline {:.1f} s\n", executor_name(), kRanks,
-             double(kDeadline.count()) / 1e3);
-  fmt::print("{:>9}  {:<12} {:>10}  {:<18} {:>7} {:>11}  {}\n", "processes", "fault", "fault_rank",
-             "verdict", "told, s", "next one, s", "detail");
+  fmt::print("\n{}: one rank of {} does not go on; deadline {} ms\n", executor_name(), kRanks,
+             kDeadline.count());
+  fmt::print("{:>9}  {:<12}  {:>10}  {:<18}  {:>8}  {:>12}  {}\n", "processes", "fault",
+             "fault_rank", "verdict", "told, ms", "next one, ms", "detail");
   for (const Row& r : table) {
-    fmt::print("{:>9}  {:<12} {:>10}  {:<18} {:>7.3f} {:>11.3f}  {}\n", r.processes, r.fault,
-               r.fault_rank, name_of(r.outcome), r.told, r.next_case, r.detail);
+    fmt::print("{:>9}  {:<12}  {:>10}  {:<18}  {:>8.1f}  {:>12.1f}  {}{}\n", r.processes, r.fault,
+               r.fault_rank, name_of(r.outcome), r.told * 1e3, r.next_case * 1e3,
+               r.detail.substr(0, kDetail), r.detail.size() > kDetail ? " ..." : "");
   }
 }
 
