@@ -88,6 +88,8 @@ Verdict replay_once(Runner& runner, const Request& request, int number, int proc
   }
   fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
              v.seconds * 1e3);
+  if (v.outcome == Outcome::Pass && v.timing.measured())
+    fmt::print("  timing      {}\n", timing_text(v.timing));
   std::fflush(stdout);
   return v;
 }
