@@ -71,6 +71,11 @@ tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test SOURCES properties/properties_test.cc LIBRARIES tp_properties tp_fuzz)
 
+tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)
+target_compile_definitions(sample_test PRIVATE TP_SAMPLE="${CMAKE_SOURCE_DIR}/properties/sample.cases")
+add_test(NAME sample_passes COMMAND tpcheck replay ${CMAKE_SOURCE_DIR}/properties/sample.cases -n 1)
+set_tests_properties(sample_passes PROPERTIES TIMEOUT 300 LABELS processes)
+
 file(GLOB cli_tests CONFIGURE_DEPENDS harness/cli/*_test.cc)
 tp_test(cli_unit_test SOURCES ${cli_tests} LIBRARIES tp_cli)
 add_test(NAME cli_test COMMAND ${CMAKE_SOURCE_DIR}/harness/cli/cli_test.sh $<TARGET_FILE:tpcheck>)
@@ -80,7 +85,7 @@ set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS "mpi;processes" ENVI
 set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
-          ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
+          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
 add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
 target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
 add_test(NAME supervisor_test COMMAND supervisor_test)
@@ -99,7 +104,11 @@ if(TP_BACKEND STREQUAL emulator)
   add_dependencies(commands_test tpcheck_canary_gpu)
 endif()
 add_test(NAME commands_test COMMAND commands_test)
+add_executable(hangs_test properties/run/hangs_test.cc properties/run/hangs_testing.cc
+  properties/run/hangs_testing.cu)
+target_link_libraries(hangs_test PRIVATE tp_run tp_fuzz GTest::gtest)  # its own worker, too
+add_test(NAME hangs_test COMMAND hangs_test)
 # They watch processes, folders and deadlines: nothing may run beside them.
-set_tests_properties(supervisor_test commands_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
+set_tests_properties(supervisor_test commands_test hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
   # A crash on purpose shall be a crash under the sanitizers, too.
   "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")

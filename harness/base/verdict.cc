@@ -18,15 +18,45 @@ constexpr std::array<std::string_view, 16> kNames = {
     "BadLaunch",     "LawBroken",   "Crash",         "Hang",
     "OutOfMemory",   "Refused",     "Mistrusted",    "Skipped"};
 
+// The part of a verdict line that is only there where something was measured. Bytes and flops are
+// counts: every digit of them travels.
+std::string timing_words(const Timing& t) {
+  if (!t.measured()) return "";
+  return fmt::format(
+      " slowest_rank={} kernel_us={:.6g} collective_us={:.6g} floor_us={:.6g} bytes={} flops={}",
+      t.slowest_rank, t.kernel_us, t.collective_us, t.floor_us, t.bytes, t.flops);
+}
+
+// Whether `words` is what timing_words makes, or empty.
+bool read_timing(const char* words, Timing& t) {
+  if (*words == 0) return true;
+  int end = -1;
+  std::sscanf(
+      words, " slowest_rank=%d kernel_us=%lg collective_us=%lg floor_us=%lg bytes=%lg flops=%lg%n",
+      &t.slowest_rank, &t.kernel_us, &t.collective_us, &t.floor_us, &t.bytes, &t.flops, &end);
+  return end > 0 && words[end] == 0 && t.measured();
+}
+
 }  // namespace
 
 std::string_view name_of(Outcome outcome) { return kNames[std::size_t(outcome)]; }
 
+std::string timing_text(const Timing& t) {
+  if (!t.measured()) return "";
+  const std::string ratio =
+      t.floor_us > 0
+          ? fmt::format("x{:.3g} of its floor of {:.3g} us: ", t.kernel_us / t.floor_us, t.floor_us)
+          : "";
+  return fmt::format("{}kernels {:.4g} us on tp_rank {}, collectives {:.4g} us", ratio, t.kernel_us,
+                     t.slowest_rank, t.collective_us);
+}
+
 std::string to_line(const Verdict& v) {
   std::string detail = v.detail;
   std::replace(detail.begin(), detail.end(), '\n', ' ');
-  return fmt::format("{} digest={:016x} score={:.6g} threads={} seconds={:.6g} | {}",
-                     name_of(v.outcome), v.digest, v.score, v.threads, v.seconds, detail);
+  return fmt::format("{} digest={:016x} score={:.6g} threads={} seconds={:.6g}{} | {}",
+                     name_of(v.outcome), v.digest, v.score, v.threads, v.seconds,
+                     timing_words(v.timing), detail);
 }
 
 Verdict verdict_from_line(std::string_view line) {
@@ -35,9 +65,11 @@ Verdict verdict_from_line(std::string_view line) {
   const std::string head(line.substr(0, bar));
   char name[32] = {};
   unsigned long long digest = 0, threads = 0;
+  int end = 0;
   const bool ok = bar != std::string_view::npos &&
-                  std::sscanf(head.c_str(), "%31s digest=%llx score=%lg threads=%llu seconds=%lg",
-                              name, &digest, &v.score, &threads, &v.seconds) == 5;
+                  std::sscanf(head.c_str(), "%31s digest=%llx score=%lg threads=%llu seconds=%lg%n",
+                              name, &digest, &v.score, &threads, &v.seconds, &end) == 5 &&
+                  read_timing(head.c_str() + end, v.timing);
   const auto it = std::find(kNames.begin(), kNames.end(), std::string_view(name));
   if (!ok || it == kNames.end()) throw BadInput(fmt::format("not a verdict line: '{}'", line));
   v.outcome = Outcome(it - kNames.begin());

@@ -45,6 +45,10 @@ struct Timing {
   bool measured() const { return slowest_rank >= 0; }
 };
 
+// "x12.3 of its floor of 1.1 us: kernels 13.5 us on tp_rank 3, collectives 20.1 us"; empty where
+// nothing was measured.
+std::string timing_text(const Timing& timing);
+
 struct Verdict {
   Outcome outcome = Outcome::Pass;
   std::string detail;        // one line: where, got, accepted; or the reason
@@ -57,8 +61,8 @@ struct Verdict {
   bool finding() const { return is_finding(outcome); }
 };
 
-// One line without a newline, and back. from_line throws BadInput on anything to_line cannot have
-// made.
+// One line without a newline, and back; the timing is in it where it was measured. from_line throws
+// BadInput on anything to_line cannot have made.
 std::string to_line(const Verdict& verdict);
 Verdict verdict_from_line(std::string_view line);
 

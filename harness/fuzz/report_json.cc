@@ -20,6 +20,19 @@ Json to_json(const Finding& f) {
           {"replay", replay_command(f)}};
 }
 
+Json to_json(const FloorRatios::Timed& timed) {
+  const Timing& t = timed.timing;
+  return {{"op", timed.c.op},
+          {"ratio", timed.ratio()},
+          {"kernel_us", t.kernel_us},
+          {"floor_us", t.floor_us},
+          {"collective_us", t.collective_us},
+          {"slowest_rank", t.slowest_rank},
+          {"bytes", t.bytes},
+          {"flops", t.flops},
+          {"case", to_line(timed.c)}};
+}
+
 template <typename Map, typename Name>
 Json to_json(const Map& map, Name name) {
   Json out = Json::object();
@@ -57,6 +70,14 @@ std::string to_json(const FuzzResult& result) {
   for (const auto& [key, score] : s.scores) {
     out["scores"].push_back({{"op", key.first}, {"dtype", name_of(key.second)}, {"score", score}});
   }
+  // Both are empty where nothing was measured.
+  out["floor_ratios"] = Json::array();
+  for (const auto& [op, ratios] : s.ratios) {
+    out["floor_ratios"].push_back(
+        {{"op", op}, {"cases", ratios.count()}, {"median", ratios.median()}});
+  }
+  out["slowest"] = Json::array();
+  for (const FloorRatios::Timed& timed : s.slowest()) out["slowest"].push_back(to_json(timed));
   out["findings"] = Json::array();
   for (const Finding& f : result.findings) out["findings"].push_back(to_json(f));
   out["unstable"] = Json::array();

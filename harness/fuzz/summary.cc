@@ -4,6 +4,8 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cmath>
+#include <tuple>
 #include <vector>
 
 namespace tp {
@@ -23,7 +25,57 @@ std::string mix_text(const Summary& s) {
                      100 * s.share(Relation::above), 100 * s.share(Relation::single));
 }
 
+// What decides how long a kernel takes, rather than what it computes.
+bool same_shape(const Case& a, const Case& b) {
+  return std::tie(a.op, a.model, a.tp_size, a.num_tokens, a.dtype) ==
+         std::tie(b.op, b.model, b.tp_size, b.num_tokens, b.dtype);
+}
+
+constexpr double kClassWidth = 0.01;  // of a ratio's logarithm
+
+// Sorts by ratio and drops what is too many.
+void keep_slowest(std::vector<FloorRatios::Timed>& timed) {
+  std::stable_sort(timed.begin(), timed.end(),
+                   [](const auto& a, const auto& b) { return a.ratio() > b.ratio(); });
+  if (timed.size() > FloorRatios::kKept) timed.resize(FloorRatios::kKept);
+}
+
+std::string timings_text(const Summary& s) {
+  std::vector<std::string> medians;
+  for (const auto& [op, ratios] : s.ratios) {
+    medians.push_back(fmt::format("{} x{:.3g} ({})", op, ratios.median(), ratios.count()));
+  }
+  std::string text = fmt::format("  time/floor, median (cases)   {}\n", fmt::join(medians, ", "));
+  for (const FloorRatios::Timed& timed : s.slowest()) {
+    text += fmt::format("  slowest     {}: {}\n", timing_text(timed.timing), to_line(timed.c));
+  }
+  return text;
+}
+
 }  // namespace
+
+void FloorRatios::add(const Case& c, const Timing& timing) {
+  const Timed timed{c, timing};
+  ++count_;
+  ++classes_[int(std::floor(std::log(timed.ratio()) / kClassWidth))];
+  const auto same = std::find_if(slowest_.begin(), slowest_.end(),
+                                 [&](const Timed& other) { return same_shape(c, other.c); });
+  if (same == slowest_.end()) {
+    slowest_.push_back(timed);
+  } else if (timed.ratio() > same->ratio()) {
+    *same = timed;
+  }
+  keep_slowest(slowest_);
+}
+
+double FloorRatios::median() const {
+  std::int64_t below = 0;
+  for (const auto& [number, count] : classes_) {
+    below += count;
+    if (2 * below >= count_) return std::exp((number + 0.5) * kClassWidth);
+  }
+  return 0;
+}
 
 void Summary::add(const Case& c, const Verdict& verdict) {
   ++outcomes[verdict.outcome];
@@ -37,6 +89,9 @@ void Summary::add(const Case& c, const Verdict& verdict) {
   if (verdict.outcome == Outcome::Pass) {
     double& score = scores[{c.op, c.dtype}];
     score = std::max(score, verdict.score);
+    const Timing& t = verdict.timing;
+    // A kernel of no work, or a clock that saw nothing, has no ratio.
+    if (t.measured() && t.floor_us > 0 && t.kernel_us > 0) ratios[c.op].add(c, t);
   }
 }
 
@@ -58,10 +113,23 @@ double Summary::share(Relation relation) const {
   return it == relations.end() ? 0 : double(it->second) / double(all);
 }
 
+std::vector<FloorRatios::Timed> Summary::slowest() const {
+  std::vector<FloorRatios::Timed> all;
+  for (const auto& [op, of_op] : ratios) {
+    all.insert(all.end(), of_op.slowest().begin(), of_op.slowest().end());
+  }
+  keep_slowest(all);
+  return all;
+}
+
 std::string summary_text(const Summary& s) {
-  std::string text = fmt::format(
-      "{} cases in {:.1f} s, {:.1f} cases/s, {:.3g} emulated threads/s, seed {}\n", s.ran(),
-      s.seconds, s.cases_per_second(), s.seconds > 0 ? double(s.threads) / s.seconds : 0, s.seed);
+  // A GPU's threads are not counted.
+  const std::string emulated =
+      s.threads > 0 && s.seconds > 0
+          ? fmt::format(", {:.3g} emulated threads/s", double(s.threads) / s.seconds)
+          : "";
+  std::string text = fmt::format("{} cases in {:.1f} s, {:.1f} cases/s{}, seed {}\n", s.ran(),
+                                 s.seconds, s.cases_per_second(), emulated, s.seed);
   if (!s.relations.empty()) text += fmt::format("  mix         {}\n", mix_text(s));
   if (s.pairs_legal >= 0) {
     text += fmt::format(
@@ -84,6 +152,7 @@ std::string summary_text(const Summary& s) {
     scores.push_back(fmt::format("{} {} {:.3f}", key.first, name_of(key.second), score));
   }
   text += fmt::format("\n  error/budget, largest   {}\n", fmt::join(scores, ", "));
+  if (!s.ratios.empty()) text += timings_text(s);
   return text;
 }
 
