@@ -86,14 +86,6 @@ void print_answer(const Answer& answer, int number, const Where& where, double t
     fmt::print("{}{}{}\n  case        {}\n", name_of(v.outcome), v.detail.empty() ? "" : "   ",
                v.detail, answer.request.line);
   }
-<<<<<<< HEAD
-  fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
-             v.seconds * 1e3);
-  if (v.outcome == Outcome::Pass && v.timing.measured())
-    fmt::print("  timing      {}\n", timing_text(v.timing));
-  std::fflush(stdout);
-  return v;
-=======
 }
 
 void print_trace(const Answer& answer, const std::string& prefix = "") {
@@ -112,6 +104,8 @@ RunOnce one_answer(Runner& runner, const Where& where, double timeout) {
     const Verdict& v = answer.verdict;
     fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
                v.seconds * 1e3);
+    if (v.outcome == Outcome::Pass && v.timing.measured())
+      fmt::print("  timing      {}\n", timing_text(v.timing));
     return v;
   };
 }
@@ -170,7 +164,6 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
   if (runs > 1) fmt::print("{} of {} runs failed\n", failed, done);
   if (cut_short != 0) return cut_short;
   return failed > 0 ? 1 : trusted == 0 ? 4 : 0;
->>>>>>> where
 }
 
 }  // namespace
