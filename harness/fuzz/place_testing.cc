@@ -1,5 +1,5 @@
 // A place (harness/group/place.h) for the canary that pretends to be a GPU's: linked in, it stands
-// in for the build's own. Its name and its room are the test's:
+// in for the build's own, and so defines whatever that does. Its name and its room are the test's:
 //
 //   TPCHECK_TEST_CANNOT=FILE   a worker cannot run once FILE exists; one line of FILE says why
 
@@ -8,12 +8,15 @@
 #include <string>
 
 #include "harness/base/check.h"
+#include "harness/group/device_link.h"
 #include "harness/group/place.h"
 #include "harness/group/world.h"
 
 namespace tp {
 
 std::string_view executor_name() { return "gpu"; }
+
+DeviceLink* device_link() { return nullptr; }
 
 std::string take_place(World& world, Link link) {
   std::string why;
