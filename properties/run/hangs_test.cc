@@ -50,8 +50,14 @@ Outcome expected(const std::string& fault) {
   return fault == "killed" ? Outcome::Crash : Outcome::CollectiveMismatch;
 }
 
-struct Row {
+// How a job's processes meet.
+struct Job {
   int processes;
+  Link link = Link::best;
+};
+
+struct Row {
+  Job job;
   std::string fault;
   int fault_rank;
   Outcome outcome;
@@ -66,12 +72,13 @@ void print_table() {
   if (table.empty()) return;
   fmt::print("\n{}: one rank of {} does not go on; deadline {} ms\n", executor_name(), kRanks,
              kDeadline.count());
-  fmt::print("{:>9}  {:<12}  {:>10}  {:<18}  {:>8}  {:>12}  {}\n", "processes", "fault",
-             "fault_rank", "verdict", "told, ms", "next one, ms", "detail");
+  fmt::print("{:>9}  {:<5}  {:<12}  {:>10}  {:<18}  {:>8}  {:>12}  {}\n", "processes", "group",
+             "fault", "fault_rank", "verdict", "told, ms", "next one, ms", "detail");
   for (const Row& r : table) {
-    fmt::print("{:>9}  {:<12}  {:>10}  {:<18}  {:>8.1f}  {:>12.1f}  {}{}\n", r.processes, r.fault,
-               r.fault_rank, name_of(r.outcome), r.told * 1e3, r.next_case * 1e3,
-               r.detail.substr(0, kDetail), r.detail.size() > kDetail ? " ..." : "");
+    fmt::print("{:>9}  {:<5}  {:<12}  {:>10}  {:<18}  {:>8.1f}  {:>12.1f}  {}{}\n", r.job.processes,
+               kLinkWords[std::size_t(r.job.link)], r.fault, r.fault_rank, name_of(r.outcome),
+               r.told * 1e3, r.next_case * 1e3, r.detail.substr(0, kDetail),
+               r.detail.size() > kDetail ? " ..." : "");
   }
 }
 
@@ -91,7 +98,7 @@ void expect_no_false_alarm(Runner& runner, int first_seed) {
   }
 }
 
-void expect_told(Runner& runner, int processes, const std::string& fault, int fault_rank) {
+void expect_told(Runner& runner, const Job& job, const std::string& fault, int fault_rank) {
   SCOPED_TRACE(fmt::format("fault={} fault_rank={}", fault, fault_rank));
   double told = 0, next_case = 0;
   const Verdict v = timed(runner, request(kRanks, fault, fault_rank), told).verdict;
@@ -106,14 +113,15 @@ void expect_told(Runner& runner, int processes, const std::string& fault, int fa
   const Verdict next = timed(runner, request(kRanks), next_case).verdict;
   EXPECT_EQ(name_of(next.outcome), name_of(Outcome::Pass)) << next.detail;
   EXPECT_LT(next_case, kSecondsToGoOn);
-  table.push_back({processes, fault, fault_rank, v.outcome, told, next_case, v.detail});
+  table.push_back({job, fault, fault_rank, v.outcome, told, next_case, v.detail});
 }
 
-class HangsTest : public testing::TestWithParam<int> {
+class HangsTest : public testing::TestWithParam<Job> {
  protected:
   // One that runs cases, or none, and then the test is skipped with the machine's reason.
   std::unique_ptr<Supervisor> started() {
-    auto runner = std::make_unique<Supervisor>(1, GetParam());
+    auto runner =
+        std::make_unique<Supervisor>(1, GetParam().processes, this_executor(GetParam().link));
     runner->run(request(1));
     return runner;
   }
@@ -133,7 +141,12 @@ TEST_P(HangsTest, AreToldInTimeBlamedOnTheirRankAndSurvived) {
   expect_no_false_alarm(*runner, 200);
 }
 
-INSTANTIATE_TEST_SUITE_P(Processes, HangsTest, testing::Values(1, 2, 4));
+INSTANTIATE_TEST_SUITE_P(Processes, HangsTest,
+                         testing::Values(Job{1}, Job{2}, Job{2, Link::mpi}, Job{4}),
+                         [](const auto& info) {
+                           return fmt::format("n{}_{}", info.param.processes,
+                                              kLinkWords[std::size_t(info.param.link)]);
+                         });
 
 }  // namespace
 }  // namespace tp
@@ -141,8 +154,10 @@ INSTANTIATE_TEST_SUITE_P(Processes, HangsTest, testing::Values(1, 2, 4));
 int main(int argc, char** argv) {
   tp::add_hang_operator();
   if (argc > 1 && std::strcmp(argv[1], "worker") == 0) {
+    const auto* word = std::find(tp::kLinkWords.begin(), tp::kLinkWords.end(), argv[argc - 1]);
+    const auto link = word == tp::kLinkWords.end() ? 0 : word - tp::kLinkWords.begin();
     tp::World world(&argc, &argv);
-    return tp::worker_main(world);
+    return tp::worker_main(world, tp::Link(link));
   }
   testing::InitGoogleTest(&argc, argv);
   const int result = RUN_ALL_TESTS();
