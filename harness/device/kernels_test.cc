@@ -167,6 +167,103 @@ TEST(Kernels, VectorsAreCopiedWhole) {
   for (int i = 0; i < 64; ++i) EXPECT_EQ(out[i], x[i / 8 * 8 + 7 - i % 8]);
 }
 
+constexpr std::uint64_t kRoundingHashes[kRoundings] = {
+    0x9c7b3df44ebc3683, 0xeed2664881f14cc9, 0x461550cd54206eb1, 0xc4d1087e18d4be11,
+    0xbe03d5e1a3c841dd, 0x7222cce746b12325, 0xbd1caa6a06436325, 0xc957273dc6c7e04b};
+
+// Values whose bits depend on how each operation rounds: the same on the emulator and on a GPU.
+TEST(Kernels, GiveTheSameBitsOnEveryBackend) {
+  const std::vector<float> x = noise(4096, 3);
+  const auto bits = results<std::uint32_t>(kRoundings * 4096, [&](Stream& stream, unsigned* out) {
+    const Buffer in = upload(stream, x);
+    roundings(stream, in.as<float>(), out, 4096);
+  });
+  for (int i = 0; i < kRoundings; ++i) {
+    std::uint64_t hash = 0xcbf29ce484222325ull;
+    for (int j = 0; j < 4096; ++j) hash = (hash ^ bits[i * 4096 + j]) * 0x100000001b3ull;
+    EXPECT_EQ(hash, kRoundingHashes[i]) << "operation " << i << std::hex << ": 0x" << hash;
+  }
+}
+
+// A producer and a consumer on two streams, ordered by an event or, by mistake, by nothing.
+bool order_holds(bool event, bool delays, std::uint64_t seed) {
+  std::vector<float> got;
+  Scheduler scheduler({.seed = seed, .delays = delays});
+  scheduler.add_rank(0, [&](Stream& stream) {
+    Stream& other = stream.scheduler().add_stream(0);
+    const Buffer x = upload(stream, std::vector<float>(4, 0.0f));
+    const Buffer y = upload(stream, std::vector<float>(4, 0.0f));
+    stream.synchronize();
+    fill(stream, x.as<float>(), 4, 7.0f);
+    const Event filled;
+    stream.record(filled);
+    if (event) other.wait(filled);
+    copy(other, x.as<float>(), y.as<float>(), 4);
+    other.synchronize();
+    got = download<float>(stream, y);
+  });
+  const Report report = scheduler.run();
+  EXPECT_FALSE(report.fault) << report.fault->what;
+  return got == std::vector<float>(4, 7.0f);
+}
+
+TEST(Delays, ShowAMissingEvent) {
+  int shown = 0;
+  for (std::uint64_t seed = 0; seed < 30; ++seed) {
+    EXPECT_TRUE(order_holds(true, true, seed)) << seed;
+    const bool holds = order_holds(false, true, seed);
+    shown += !holds;
+  }
+  EXPECT_GE(shown, 3) << "of 30";
+}
+
+// What is launched again is what was recorded: the same arguments, over new data.
+TEST(Recording, LaunchesTheSameKernelsAgain) {
+  for (std::uint64_t seed = 0; seed < 5; ++seed) {
+    run_rank(
+        [](Stream& stream) {
+          const Buffer x = upload(stream, std::vector<float>(8, 1.0f));
+          const Buffer y = upload(stream, std::vector<float>(8, 0.0f));
+          const Buffer z = upload(stream, std::vector<float>(8, 0.0f));
+          Recording recording;
+          std::vector<std::vector<float>> got;
+          for (float value : {2.0f, 3.0f}) {
+            const std::vector<float> data(8, value);
+            from_host(stream, x.data(), data.data(), 32);
+            stream.begin_recording(recording);
+            copy(stream, x.as<float>(), y.as<float>(), 8);
+            fill(stream, x.as<float>(), 4, 10 * value);
+            stream.pass([] {});
+            copy(stream, x.as<float>(), z.as<float>(), 8);
+            stream.end_recording();
+            got.push_back(download<float>(stream, y));
+            got.push_back(download<float>(stream, z));
+          }
+          EXPECT_THAT(got[0], Each(2.0f));
+          EXPECT_THAT(got[1], ::testing::ElementsAre(20, 20, 20, 20, 2, 2, 2, 2));
+          EXPECT_THAT(got[2], Each(3.0f));
+          // The value that was filled in is the recorded one.
+          EXPECT_THAT(got[3], ::testing::ElementsAre(20, 20, 20, 20, 3, 3, 3, 3));
+        },
+        seed);
+  }
+}
+
+TEST(Recording, OtherKernelsTheSecondTimeAreRefused) {
+  for (const int second : {0, 2}) {
+    EXPECT_THAT(fault_of([&](Stream& stream) {
+                  const Buffer x = upload(stream, std::vector<float>(8, 1.0f));
+                  Recording recording;
+                  for (const int kernels : {1, second}) {
+                    stream.begin_recording(recording);
+                    for (int i = 0; i < kernels; ++i) fill(stream, x.as<float>(), 8, 1.0f);
+                    stream.end_recording();
+                  }
+                }),
+                ::testing::HasSubstr("BadLaunch: the second time"));
+  }
+}
+
 TEST(Larger, IsAnOrderOfFloats) {
   EXPECT_EQ(larger(1.0f, 2.0f), 2.0f);
   EXPECT_EQ(larger(2.0f, 1.0f), 2.0f);

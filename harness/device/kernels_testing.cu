@@ -176,6 +176,22 @@ __global__ void blocks_wait_kernel(int* flag, int* out) {
 
 std::size_t scratch(int threads) { return block_scratch_floats(threads) * sizeof(float); }
 
+__global__ void roundings_kernel(const float* x, std::uint32_t* out, int count) {
+  const int j = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (j >= count) return;
+  const float a = x[j], b = x[(j + 1) % count], c = x[(j + 2) % count];
+  const float results[kRoundings] = {a * b + c,
+                                     fmaf(a, b, c),
+                                     a / b,
+                                     sqrtf(fabsf(a)),
+                                     1.0f / sqrtf(a * a + 1e-6f),
+                                     to_float(from_float<f16>(a)),
+                                     to_float(from_float<bf16>(a)),
+                                     larger(a, b) - c};
+  for (int i = 0; i < kRoundings; ++i)
+    out[i * count + j] = std::bit_cast<std::uint32_t>(results[i]);
+}
+
 }  // namespace
 
 void warp_functions(Stream& stream, std::int64_t* out) {
@@ -260,6 +276,10 @@ void copy(Stream& stream, const float* in, float* out, int count) {
 }
 void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out, int count) {
   launch("reverse_vectors", reverse_vectors_kernel, 1, count / 8, 0, stream, in, out);
+}
+
+void roundings(Stream& stream, const float* x, std::uint32_t* out, int count) {
+  launch("roundings", roundings_kernel, (count + 63) / 64, 64, 0, stream, x, out, count);
 }
 
 void publish(Stream& stream, int* data, int* flag, int value) {

@@ -58,6 +58,11 @@ void copy(Stream& stream, const float* in, float* out, int count);
 // Vec copies of 8 values of 2 bytes, written back in reverse.
 void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out, int count);
 
+// out[i * count + j]: the bits of operation i on x[j] (and x[j + 1]): fp32 arithmetic as kernels
+// use it, and conversions.
+inline constexpr int kRoundings = 8;
+void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
+
 // Publishes data and then *flag = 1; waits for *flag and then copies the data.
 void publish(Stream& stream, int* data, int* flag, int value);
 void await(Stream& stream, const int* data, const int* flag, int* out);

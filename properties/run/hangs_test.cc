@@ -47,7 +47,7 @@ std::vector<int> ranks_in(const std::string& detail) {
 
 Outcome expected(const std::string& fault) {
   if (fault == "spins" || fault == "lost_event") return Outcome::Hang;
-  return fault == "killed" ? Outcome::Crash : Outcome::CollectiveMismatch;
+  return fault == "killed" || fault == "crashes" ? Outcome::Crash : Outcome::CollectiveMismatch;
 }
 
 // How a job's processes meet.
@@ -122,7 +122,7 @@ class HangsTest : public testing::TestWithParam<Job> {
   std::unique_ptr<Supervisor> started() {
     auto runner =
         std::make_unique<Supervisor>(1, GetParam().processes, this_executor(GetParam().link));
-    runner->run(request(1));
+    runner->wait_until_ready();
     return runner;
   }
 };

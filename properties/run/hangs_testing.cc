@@ -54,6 +54,7 @@ Stage reduce_stage(const Sizes& n, const std::function<HangFault(int)>& fault_of
       from_host(run.stream, flag, &never, sizeof(never));
       hang_until_set(flag, run.stream);
     }
+    if (fault == HangFault::crashes) hang_write(nullptr, run.stream);
     if (fault == HangFault::dtype) {
       run.group.all_reduce_sum(reinterpret_cast<bf16*>(total), n.tokens, run.stream);
     } else if (fault == HangFault::communicator) {

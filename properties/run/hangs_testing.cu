@@ -37,6 +37,8 @@ __global__ void until_set_kernel(const float* flag) {
   }
 }
 
+__global__ void write_kernel(float* address) { store_volatile(address, 1.0f); }
+
 }  // namespace
 
 void hang_row_sums(View<const float> x, float* sums, Stream& stream) {
@@ -56,6 +58,10 @@ void hang_join_columns(const float* blocks, std::int64_t ranks, View<float> out,
 
 void hang_until_set(const float* flag, Stream& stream) {
   launch("until_set", until_set_kernel, dim3(1), dim3(1), 0, stream, flag);
+}
+
+void hang_write(float* address, Stream& stream) {
+  launch("write", write_kernel, dim3(1), dim3(1), 0, stream, address);
 }
 
 }  // namespace tp

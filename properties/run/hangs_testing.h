@@ -29,9 +29,11 @@ enum class HangFault : std::uint8_t {
   lost_event,    // a stream waits for an event that nobody records
   killed,        // the process dies of SIGKILL in the rank's host code
   communicator,  // reduces on another communicator
+  crashes,       // a kernel writes to where there is no memory: no hang, but the job ends, too
 };
 inline const std::vector<std::string> kHangFaults = {
-    "none", "skips", "order", "count", "dtype", "spins", "lost_event", "killed", "communicator"};
+    "none",  "skips",      "order",  "count",        "dtype",
+    "spins", "lost_event", "killed", "communicator", "crashes"};
 
 void add_hang_operator();
 
@@ -46,5 +48,6 @@ void hang_add_to_rows(View<const float> x, const float* sums, View<float> out, S
 void hang_join_columns(const float* blocks, std::int64_t ranks, View<float> out, Stream& stream);
 // Ends when somebody writes anything but 0 to *flag.
 void hang_until_set(const float* flag, Stream& stream);
+void hang_write(float* address, Stream& stream);
 
 }  // namespace tp

@@ -251,6 +251,18 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
   }
 }
 
+// Whether the device ends what it had begun when the run ended with a fault. An exchange with other
+// processes, which may never come to it, is aborted.
+bool comes_to_rest(Scheduler& scheduler, const PassResult& result) {
+  // Whoever exceeded the deadline had its time.
+  const bool hang = result.fault->outcome == Outcome::Hang;
+  if (scheduler.settle(std::chrono::milliseconds(hang ? 50 : 500))) return true;
+  // A kernel that never ends would hold up the abort, and all that it holds goes with the process.
+  DeviceLink* link = device_link();
+  if (link != nullptr && result.only_waits) link->abort();
+  return false;
+}
+
 }  // namespace
 
 std::size_t buffer_bytes(const LocalBuffer& buffer) {
@@ -304,8 +316,6 @@ std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard loc
 
 PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
                     const PassOptions& options) {
-  // What a GPU needs to end what it has begun, and what an aborted exchange needs.
-  constexpr std::chrono::milliseconds kPatience{500};
   GroupSession session(world, c.tp_size, options.deadline, options.trace);
   const Shard local = session.local_ranks();
   Scheduler scheduler({.seed = c.seed,
@@ -335,11 +345,7 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
   if (auto group_fault = session.finish(report.fault)) result.fault = group_fault;
   result.only_waits = !report.fault || report.waits_for_others;
   result.broken = session.broken();
-  if (result.fault && !scheduler.settle(kPatience)) {
-    if (DeviceLink* link = device_link()) link->abort();
-    scheduler.settle(kPatience);
-    result.broken = true;
-  }
+  if (result.fault) result.broken |= !comes_to_rest(scheduler, result);
   ledger_page(world.process()).begin_case(0, 0);
   for (const auto& rank : outputs)
     result.outputs.insert(result.outputs.end(), rank.begin(), rank.end());

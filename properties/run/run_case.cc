@@ -107,19 +107,19 @@ class CaseRun {
                 bool is_original) {
     Gathering all{spec_.stages(c, rules_, variation), InputData(spec_.regime(c, variation))};
     const std::size_t passes = options_.poison ? poisons.size() : 1;
-    const bool delays = c.options.at("delays") == 1;
+    const bool delays = c.options.at("delays") == 1, graph = c.options.at("graph") == 1;
     Share mine;
     mine.fault = shortage_of_memory(c, all.stages);
     bool stop = world_.max(mine.fault.has_value()) != 0;
     for (std::size_t i = 0; i < passes && !stop; ++i) {
-      PassOptions pass{
-          .poison = options_.poison ? std::optional(poisons[i]) : std::nullopt,
-          .graph = c.options.at("graph") == 1,
-          .delays = delays,
-          // Not the first: by then the kernels are loaded. Nor what is slow on purpose.
-          .timed = is_original && i + 1 == passes && !delays,
-          .deadline = deadline_,
-          .trace = {}};
+      PassOptions pass{.poison = options_.poison ? std::optional(poisons[i]) : std::nullopt,
+                       .graph = graph,
+                       .delays = delays,
+                       // Not the first: by then the kernels are loaded. Nor what is slow on purpose
+                       // or runs twice.
+                       .timed = is_original && i + 1 == passes && !delays && !graph,
+                       .deadline = deadline_,
+                       .trace = {}};
       if (is_original && i == 0 && options_.trace)
         pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);

@@ -27,7 +27,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds kConnectLimit{60};
-constexpr std::chrono::seconds kAbortLimit{2};
+constexpr std::chrono::milliseconds kAbortLimit{500};
 
 // NCCL's functions, found when the program runs: without NCCL it runs as well, on one GPU.
 struct Library {
