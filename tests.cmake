@@ -85,16 +85,24 @@ set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS "mpi;processes" ENVI
 set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
-          ${fuzz}/summary_test.cc ${fuzz}/canary_testing.cc)
+          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
 add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
 target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
 add_test(NAME supervisor_test COMMAND supervisor_test)
 add_executable(tpcheck_canary ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc)
 target_link_libraries(tpcheck_canary PRIVATE tp_cli)
 add_executable(commands_test ${fuzz}/commands_test.cc)
-target_link_libraries(commands_test PRIVATE fmt::fmt GTest::gtest_main)
+target_link_libraries(commands_test PRIVATE tp_flags GTest::gtest_main)
 target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:tpcheck_canary>")
 add_dependencies(commands_test tpcheck_canary)
+if(TP_BACKEND STREQUAL emulator)
+  # Two executors on a machine with one: a second canary says that it is a GPU's.
+  add_executable(tpcheck_canary_gpu ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc ${fuzz}/place_testing.cc)
+  target_link_libraries(tpcheck_canary_gpu PRIVATE tp_cli)
+  target_sources(commands_test PRIVATE ${fuzz}/executors_test.cc)
+  target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY_GPU="$<TARGET_FILE:tpcheck_canary_gpu>")
+  add_dependencies(commands_test tpcheck_canary_gpu)
+endif()
 add_test(NAME commands_test COMMAND commands_test)
 add_executable(hangs_test properties/run/hangs_test.cc properties/run/hangs_testing.cc
   properties/run/hangs_testing.cu)

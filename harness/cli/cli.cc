@@ -36,7 +36,7 @@ class Run {
     return replay_main(launched_world(), options);
   }
   int operator()(const ZooOptions& options) const { return zoo_main(launched_world(), options); }
-  int operator()(const WorkerOptions&) const { return worker_main(world_); }
+  int operator()(const WorkerOptions& options) const { return worker_main(world_, options.link); }
   int operator()(const ExplainOptions& options) const {
     return world_.is_root() ? explain_main(options) : 0;
   }
@@ -76,7 +76,7 @@ int guarded(const World& world, F f) {
   } catch (const Unavailable& e) {
     return say(e.what(), kUnavailable);
   } catch (const GaveUp& e) {
-    return say(e.what(), kGaveUp);
+    return say(e.what(), e.exit_code);
   } catch (const Interrupted&) {
     return say("interrupted", kInterrupted);
   } catch (const std::bad_alloc&) {

@@ -43,6 +43,8 @@ refuses "'no_op'" fuzz --ops no_op --cases 1
 refuses "'no-model'" fuzz --model no-model --cases 1
 refuses "'9999:none'" fuzz --mutant 9999:none --cases 1
 refuses '-n 0' fuzz -n 0 --cases 1
+refuses 'emulator, gpu, both' fuzz --on moon
+refuses 'best, mpi, nccl' replay --group tcp 'v1 rms_norm seed=1'
 refuses '--for' fuzz --for never
 refuses 'v9' replay 'v9 rms_norm seed=1'
 refuses 'no_op' replay 'v1 no_op seed=1'
@@ -88,6 +90,17 @@ fi
 # The launcher, before it touches anything.
 TPCHECK_PRESET=nonsense "$launcher" list ops >.out 2>.err </dev/null
 [[ $? == 2 && $(wc -l <.err) == 1 ]] || fail 'an unknown TPCHECK_PRESET is not refused in one sentence'
+
+tools=$dir/tools
+mkdir "$tools"
+for tool in bash env dirname readlink; do ln -s "$(command -v $tool)" "$tools/$tool"; done
+for arguments in 'fuzz --on gpu' 'replay x --on=both' 'zoo --on both --for 1s'; do
+  # shellcheck disable=SC2086  # several words
+  PATH=$tools "$launcher" $arguments >.out 2>.err </dev/null
+  [[ $? == 3 && $(wc -l <.err) == 1 && ! -s .out ]] || fail "launcher, $arguments without nvcc: not 3 with one sentence"
+  grep -qF 'nvcc' .err || fail "launcher, $arguments: no word of nvcc"
+done
+rm -r "$tools"
 
 # Under mpirun one process speaks, and all return the same code.
 if command -v mpirun >/dev/null; then

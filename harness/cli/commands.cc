@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "harness/base/case.h"
 #include "harness/base/check.h"
 #include "harness/cli/arguments.h"
@@ -21,8 +23,42 @@ std::optional<std::uint64_t> seed(const Flags& f) {
   return std::uint64_t(f.number("--seed", range.min, range.max, 0));
 }
 
-std::string on(const Flags& f) {
-  return one_of("--on", f.name_or("--on", "emulator"), {"emulator", "gpu", "both"});
+void group_flag(Flags& f) {
+  f.text("--group", "LINK",
+         "how collectives cross processes: best, mpi or nccl (default: best, which is NCCL between "
+         "GPUs, else MPI)");
+}
+Link link(const Flags& f) {
+  const std::vector<std::string> words(kLinkWords.begin(), kLinkWords.end());
+  const std::string word = one_of("--group", f.name_or("--group", words[0]), words);
+  return Link(std::find(words.begin(), words.end(), word) - words.begin());
+}
+
+// Where cases run: the same flags for every command that runs any.
+void where_flags(Flags& f) {
+  f.text("--on", "WHERE",
+         "emulator, gpu, or both with their answers compared (default: as this tpcheck was built)");
+  group_flag(f);
+  f.text("-n", "PROCESSES",
+         "MPI processes of one worker job (default: the cores, at most 4; on a GPU 1)");
+}
+void jobs_flag(Flags& f) {
+  f.text("--jobs", "J", "worker jobs (default: as many as fill the cores; on a GPU 1)");
+}
+Where where(const Flags& f, bool with_jobs) {
+  Where w;
+  w.on = one_of("--on", f.name_or("--on", w.on),
+                {std::string(kEmulator), std::string(kGpu), std::string(kBoth)});
+  w.link = link(f);
+  w.processes = int(f.number("-n", 1, kMaxProcesses, 0));
+  if (with_jobs) w.jobs = int(f.number("--jobs", 1, kMaxProcesses, 0));
+  return w;
+}
+
+void poison_flag(Flags& f) {
+  f.on_off("--no-poison",
+           "for compute-sanitizer: memory neither poisoned nor guarded, one pass only (the poison "
+           "and guard oracles are off)");
 }
 
 void fuzz_flags(Flags& f) {
@@ -33,11 +69,11 @@ void fuzz_flags(Flags& f) {
   f.text("--for", "TIME", "stop after 500ms, 90s, 10m, 2h (default: 60s)");
   f.text("--cases", "N", "stop after so many cases");
   f.text("--seed", "S", "of everything that is drawn (default: a new one, printed)");
-  f.text("-n", "PROCESSES", "MPI processes of one worker job (default: the cores, at most 4)");
-  f.text("--jobs", "J", "worker jobs (default: as many as fill the cores)");
-  f.text("--on", "WHERE", "emulator, gpu or both (default: emulator)");
+  where_flags(f);
+  jobs_flag(f);
   f.text("--timeout", "TIME",
          "deadline of a case (default: 2s, or 20 times the slowest passing one)");
+  poison_flag(f);
   f.text("--artifacts", "DIR", "where findings are written (default: findings)");
   f.on_off("--keep-going", "do not stop at the first finding");
   f.text("--mutant", "ID", "put this upstream mistake back (see tpcheck list mutants)");
@@ -51,21 +87,20 @@ Command fuzz_command(const Flags& f) {
                      .for_seconds = f.seconds("--for", 0),
                      .cases = f.number("--cases", 1, INT64_MAX, 0),
                      .seed = seed(f),
-                     .processes = int(f.number("-n", 1, kMaxProcesses, 0)),
-                     .jobs = int(f.number("--jobs", 1, kMaxProcesses, 0)),
+                     .where = where(f, true),
+                     .poison = !f.is_on("--no-poison"),
                      .timeout = f.seconds("--timeout", 0),
                      .artifacts = f.name_or("--artifacts", "findings"),
                      .keep_going = f.is_on("--keep-going"),
                      .mutant = f.name_or("--mutant", ""),
                      .each = f.is_on("--each"),
-                     .json = f.is_on("--json"),
-                     .on = on(f)};
+                     .json = f.is_on("--json")};
 }
 
 void replay_flags(Flags& f) {
   f.list("CASE", "CASE|FILE|DIR", "case lines in quotes, files of them, folders of *.case");
-  f.text("-n", "PROCESSES", "MPI processes (default: the cores, at most 4)");
-  f.text("--on", "WHERE", "emulator, gpu or both (default: emulator)");
+  where_flags(f);
+  poison_flag(f);
   f.text("--times", "K", "run each case so often (default: 1)");
   f.text("--timeout", "TIME", "deadline of a case (default: 30s)");
   f.on_off("--trace", "print each stage's values and each collective of every rank");
@@ -77,12 +112,12 @@ Command replay_command(const Flags& f) {
   // A case line pasted without its quotes.
   if (inputs[0] == "v1") inputs = {fmt::format("{}", fmt::join(inputs, " "))};
   return ReplayOptions{.inputs = inputs,
-                       .processes = int(f.number("-n", 1, kMaxProcesses, 0)),
+                       .where = where(f, false),
+                       .poison = !f.is_on("--no-poison"),
                        .times = int(f.number("--times", 1, 1'000'000, 1)),
                        .timeout = f.seconds("--timeout", 0),
                        .trace = f.is_on("--trace"),
-                       .mutant = f.name_or("--mutant", ""),
-                       .on = on(f)};
+                       .mutant = f.name_or("--mutant", "")};
 }
 
 void explain_flags(Flags& f) {
@@ -129,19 +164,16 @@ void zoo_flags(Flags& f) {
   f.list("ID", "ID", "mutants (default: all; see tpcheck list mutants)");
   f.text("--for", "TIME", "hunt each for so long (default: 30s)");
   f.text("--seed", "S", "of everything that is drawn (default: a new one)");
-  f.text("-n", "PROCESSES", "MPI processes of one worker job (default: the cores, at most 4)");
-  f.text("--jobs", "J", "worker jobs (default: as many as fill the cores)");
-  f.text("--on", "WHERE", "emulator, gpu or both (default: emulator)");
+  where_flags(f);
+  jobs_flag(f);
   f.on_off("--json", "as JSON");
 }
 Command zoo_command(const Flags& f) {
   return ZooOptions{.mutants = words("ID", f.list_of("ID")),
                     .for_seconds = f.seconds("--for", 30),
                     .seed = seed(f),
-                    .processes = int(f.number("-n", 1, kMaxProcesses, 0)),
-                    .jobs = int(f.number("--jobs", 1, kMaxProcesses, 0)),
-                    .json = f.is_on("--json"),
-                    .on = on(f)};
+                    .where = where(f, true),
+                    .json = f.is_on("--json")};
 }
 
 void list_flags(Flags& f) { f.list("WHAT", "ops|models|mutants|laws", "what to list"); }
@@ -152,8 +184,7 @@ Command list_command(const Flags& f) {
   return ListOptions{one_of("list", what[0], list_subjects())};
 }
 
-void no_flags(Flags&) {}
-Command worker_command(const Flags&) { return WorkerOptions{}; }
+Command worker_command(const Flags& f) { return WorkerOptions{link(f)}; }
 
 }  // namespace
 
@@ -171,7 +202,7 @@ const std::vector<CommandSpec>& commands() {
        false, zoo_flags, zoo_command},
       {"list", "what there is to name: ops, models, mutants, laws", "tpcheck list mutants", false,
        list_flags, list_command},
-      {"worker", "the processes that run cases", "mpirun -n 4 tpcheck worker", true, no_flags,
+      {"worker", "the processes that run cases", "mpirun -n 4 tpcheck worker", true, group_flag,
        worker_command},
   };
   return all;

@@ -23,7 +23,9 @@ struct ListOptions {
 struct BenchOptions {
   std::vector<std::string> arguments;  // Google Benchmark's
 };
-struct WorkerOptions {};
+struct WorkerOptions {
+  Link link = Link::best;
+};
 
 using Command = std::variant<HelpText, FuzzOptions, ReplayOptions, ExplainOptions, ZooOptions,
                              ListOptions, BenchOptions, WorkerOptions>;

@@ -38,6 +38,9 @@ TEST(Parse, EveryFlagOfFuzz) {
                                          "3",
                                          "--on",
                                          "gpu",
+                                         "--group",
+                                         "nccl",
+                                         "--no-poison",
                                          "--timeout",
                                          "500ms",
                                          "--artifacts",
@@ -54,9 +57,11 @@ TEST(Parse, EveryFlagOfFuzz) {
   EXPECT_EQ(o.for_seconds, 600);
   EXPECT_EQ(o.cases, 5);
   EXPECT_EQ(o.seed, 7u);
-  EXPECT_EQ(o.processes, 2);
-  EXPECT_EQ(o.jobs, 3);
-  EXPECT_EQ(o.on, "gpu");
+  EXPECT_EQ(o.where.processes, 2);
+  EXPECT_EQ(o.where.jobs, 3);
+  EXPECT_EQ(o.where.on, "gpu");
+  EXPECT_EQ(o.where.link, Link::nccl);
+  EXPECT_FALSE(o.poison);
   EXPECT_EQ(o.timeout, 0.5);
   EXPECT_EQ(o.artifacts, "out");
   EXPECT_TRUE(o.keep_going && o.each && o.json);
@@ -67,7 +72,9 @@ TEST(Parse, DefaultsAreThoseOfTheOptions) {
   const auto o = std::get<FuzzOptions>(parse_command({"fuzz"}));
   EXPECT_TRUE(o.ops.empty() && o.tp_sizes.empty() && o.models.empty() && !o.seed);
   EXPECT_EQ(o.artifacts, FuzzOptions{}.artifacts);
-  EXPECT_EQ(o.on, FuzzOptions{}.on);
+  EXPECT_EQ(o.where.on, executor_name());
+  EXPECT_TRUE(o.where.link == Link::best && o.poison);
+  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker", "--group", "mpi"})).link, Link::mpi);
   EXPECT_EQ(std::get<ZooOptions>(parse_command({"zoo"})).for_seconds, ZooOptions{}.for_seconds);
 }
 

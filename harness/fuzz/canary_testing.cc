@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <optional>
 #include <stdexcept>
 #include <utility>
@@ -15,6 +16,7 @@
 #include "harness/base/philox.h"
 #include "harness/device/scheduler.h"
 #include "harness/group/ledger.h"
+#include "harness/group/place.h"
 #include "harness/group/tp_group.h"
 #include "harness/group/world.h"
 
@@ -22,9 +24,22 @@ namespace tp {
 
 namespace {
 
-const std::vector<std::string> kFaults = {"none", "wrong", "segv",   "abort",
-                                          "exit", "loop",  "throw",  "skip_collective",
-                                          "once", "noise", "endless"};
+const std::vector<std::string> kFaults = {"none",
+                                          "wrong",
+                                          "segv",
+                                          "abort",
+                                          "exit",
+                                          "loop",
+                                          "throw",
+                                          "skip_collective",
+                                          "once",
+                                          "noise",
+                                          "endless",
+                                          "wrong_on_gpu",
+                                          "wrong_in_emulator",
+                                          "other_bits",
+                                          "needs_poison",
+                                          "gone"};
 
 int unique_shards(const ModelShape& model, int tp_size) {
   return std::min(model.num_kv_heads, tp_size);
@@ -50,6 +65,12 @@ void __attribute__((noinline)) do_fault(const std::string& fault) {
   if (fault == "noise" || fault == "endless") std::fputs("debug ", stdout);
   std::fflush(stdout);
   while (fault == "endless") std::fputs("x", stdout);
+  if (fault == "gone") {
+    // What the next worker finds (place_testing.cc).
+    if (const char* path = std::getenv("TPCHECK_TEST_CANNOT"))
+      std::ofstream(path) << "no GPU 0: it was there a moment ago\n";
+    std::_Exit(3);
+  }
 }
 
 // One rank: two barriers, and between them what is asked for.
@@ -100,12 +121,19 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
   int shards = fault == "wrong" ? unique_shards(c.model, c.tp_size) : right;
   static bool failed_before = false;
   if (fault == "once" && !std::exchange(failed_before, true)) shards = 0;
+  if (fault == "wrong_on_gpu" && executor_name() == "gpu") shards = 0;
+  if (fault == "wrong_in_emulator" && executor_name() != "gpu" && c.tp_size > 1) shards = 0;
   if (options.mutant) shards = options.mutant->rules.k_norm_shards(c.model, c.tp_size);
   Verdict v;
-  v.digest = stream_of(fmt::format("{} {}", shards, c.seed));
+  // As long as nothing is wrong, the same for every group size and executor.
+  const bool others = fault == "other_bits" && executor_name() == "gpu" && c.tp_size > 1;
+  v.digest = stream_of(fmt::format("{} {}{}", shards - right, c.seed, others ? " others" : ""));
   v.score = 0.5;
   v.threads = std::uint64_t(c.tp_size) * std::uint64_t(c.num_tokens);
-  if (shards != right) {
+  if (fault == "needs_poison" && options.poison) {
+    v.outcome = Outcome::Uninitialised;
+    v.detail = "two poisons give different bits";
+  } else if (shards != right) {
     v.outcome = Outcome::WrongValue;
     v.detail = fmt::format("tp_rank {}: got {} shards, accepted {}", fault_rank, shards, right);
   }

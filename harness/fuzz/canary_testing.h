@@ -8,7 +8,10 @@
 // `canary` draws no fault. `canary_<fault>` is the same operator, and about half of the cases that
 // it draws have that fault. `wrong` is the decision of the mutant "0:unique_shards", and so shows
 // only where tp_size > num_kv_heads; `once` fails the first time only; `noise` prints a word
-// without a newline and passes; `endless` never stops printing.
+// without a newline and passes; `endless` never stops printing; `wrong_on_gpu` and
+// `wrong_in_emulator` are wrong there only, the latter on one rank nowhere; `other_bits` passes
+// with bits of its own on a GPU with several ranks; `needs_poison` shows only in poisoned memory;
+// `gone` dies and takes the GPU along (place_testing.cc).
 
 #include <numeric>
 #include <vector>

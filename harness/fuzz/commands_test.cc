@@ -1,109 +1,12 @@
-// The commands end to end, as a person runs them: TPCHECK_CANARY is the path of tpcheck with the
-// canary for its operators.
-
-#include <fmt/format.h>
-#include <gtest/gtest.h>
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
+// The commands end to end, as a person runs them.
 
 #include <algorithm>
-#include <array>
-#include <chrono>
-#include <cstdio>
-#include <filesystem>
-#include <fstream>
-#include <functional>
-#include <regex>
 #include <set>
-#include <thread>
 
+#include "harness/fuzz/commands_testing.h"
+
+namespace tp {
 namespace {
-
-namespace fs = std::filesystem;
-
-bool mentions(const std::string& text, const std::string& word) {
-  return text.find(word) != std::string::npos;
-}
-
-struct Ran {
-  int code = -1;
-  std::string out;
-};
-
-// Runs a shell command in an empty folder.
-class CommandsTest : public testing::Test {
- protected:
-  void SetUp() override {
-    std::string path = "/tmp/tpcheck-test-XXXXXX";
-    ASSERT_NE(mkdtemp(path.data()), nullptr);
-    folder_ = path;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
-  Ran shell(const std::string& command) const {
-    Ran ran;
-    std::FILE* pipe = popen(fmt::format("cd {} && {}", folder_.string(), command).c_str(), "r");
-    std::array<char, 4096> buffer;
-    for (std::size_t n; (n = std::fread(buffer.data(), 1, buffer.size(), pipe)) > 0;)
-      ran.out.append(buffer.data(), n);
-    const int status = pclose(pipe);
-    ran.code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-    return ran;
-  }
-  Ran tpcheck(const std::string& arguments) const {
-    return shell(fmt::format("{} {} 2>stderr.txt", TPCHECK_CANARY, arguments));
-  }
-  std::string errors() const {
-    std::ifstream in(folder_ / "stderr.txt");
-    return {std::istreambuf_iterator<char>(in), {}};
-  }
-  // Starts a command, sends it a signal once `ready`, and returns its exit status. Its output goes
-  // to stdout.txt and stderr.txt, its temporary files to jobs/.
-  int interrupt(const std::string& arguments, int signal,
-                const std::function<bool()>& ready) const {
-    fs::create_directory(folder_ / "jobs");
-    const std::string command =
-        fmt::format("cd {0} && TPCHECK_TMPDIR={0}/jobs exec {1} {2} >stdout.txt 2>stderr.txt",
-                    folder_.string(), TPCHECK_CANARY, arguments);
-    const pid_t pid = fork();
-    if (pid == 0) {
-      setpgid(0, 0);
-      execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
-      _exit(127);
-    }
-    EXPECT_TRUE(soon(ready)) << errors();
-    kill(pid, signal);
-    int status = 0;
-    waitpid(pid, &status, 0);
-    return status;
-  }
-  static bool soon(const std::function<bool()>& condition) {
-    for (int i = 0; i < 200 && !condition(); ++i)
-      std::this_thread::sleep_for(std::chrono::milliseconds(100));
-    return condition();
-  }
-  std::string output() const {
-    std::ifstream in(folder_ / "stdout.txt");
-    return {std::istreambuf_iterator<char>(in), {}};
-  }
-  bool kept_a_case() const {
-    std::error_code none_yet;
-    for (const auto& entry : fs::directory_iterator(folder_ / "findings", none_yet)) {
-      if (entry.path().extension() == ".case") return true;
-    }
-    return false;
-  }
-
-  static std::string replay_arguments(const std::string& out) {
-    std::smatch match;
-    return std::regex_search(out, match, std::regex("\\./tpcheck (replay '[^']*'.*)"))
-               ? match[1].str()
-               : "";
-  }
-
-  fs::path folder_;
-};
 
 TEST_F(CommandsTest, ACleanRunIsZeroAndSaysWhatItDid) {
   const Ran ran = tpcheck("fuzz --ops canary --cases 200 --seed 3 -n 2");
@@ -384,3 +287,4 @@ TEST_F(CommandsTest, AKilledSupervisorTakesItsWorkersAlong) {
 }
 
 }  // namespace
+}  // namespace tp

@@ -3,12 +3,15 @@
 #include <fmt/format.h>
 
 #include <exception>
+#include <sstream>
 
 #include "harness/base/check.h"
+#include "harness/fuzz/both.h"
+#include "harness/fuzz/executor.h"
 #include "harness/fuzz/in_process.h"
 #include "harness/fuzz/interrupt.h"
-#include "harness/fuzz/supervisor.h"
 #include "harness/fuzz/worker.h"
+#include "harness/group/place.h"
 #include "harness/group/world.h"
 
 namespace tp {
@@ -20,14 +23,26 @@ int code_of(const std::function<int()>& body) {
     return body();
   } catch (const GaveUp& e) {
     fmt::print(stderr, "tpcheck: {}\n", e.what());
-    return 70;
+    return e.exit_code;
   } catch (const Interrupted&) {
     fmt::print(stderr, "tpcheck: interrupted\n");
     return 72;
   }
 }
 
-int in_process(World& world, const std::function<int(Runner&)>& body) {
+// tpcheck was started by mpirun: kernels run in the processes that there are.
+int in_process(World& world, Where where, const std::function<int(Runner&, const Where&)>& body) {
+  if (where.on != executor_name()) {
+    throw Unavailable(
+        where.on == kBoth
+            ? std::string("--on both starts worker jobs of its own, and cannot under mpirun")
+            : fmt::format("--on {}: mpirun has started the tpcheck of the {}; let it start {}",
+                          where.on, executor_name(),
+                          find_executor(where.on, where.link).binary.string()));
+  }
+  where.processes = world.processes();
+  where.jobs = 1;
+  const std::string place = take_place(world, where.link);
   catch_interrupts();  // on all processes: process 0 still has a summary to print
   name_crashes();
   if (!world.is_root()) {
@@ -38,8 +53,8 @@ int in_process(World& world, const std::function<int(Runner&)>& body) {
   std::exception_ptr failed;
   try {
     code = code_of([&] {
-      InProcess runner(world);
-      return body(runner);
+      InProcess runner(world, place);
+      return body(runner, where);
     });
   } catch (const BadInput&) {
     code = 2;
@@ -57,23 +72,54 @@ int in_process(World& world, const std::function<int(Runner&)>& body) {
 
 }  // namespace
 
-int processes_of(const World* world, const RunnerOptions& options) {
-  if (World::launched()) return world->processes();
-  return options.processes != 0 ? options.processes : default_processes();
+int with_runner(World* world, const Where& where,
+                const std::function<int(Runner&, const Where&)>& body) {
+  if (World::launched()) return in_process(*world, where, body);
+  if (where.on == kBoth) {
+    return with_both(where, [&](Supervisor& gpu, Supervisor& emulator) {
+      Both runner(gpu, emulator);
+      return body(runner, where);
+    });
+  }
+  return code_of([&] {
+    const Where filled = settled(where);
+    Supervisor runner(filled.jobs, filled.processes, find_executor(filled.on, filled.link));
+    runner.wait_until_ready();
+    return body(runner, filled);
+  });
 }
 
-int with_runner(World* world, const RunnerOptions& options,
-                const std::function<int(Runner&)>& body) {
-  if (options.on != "emulator") {
-    throw Unavailable(fmt::format("--on {}: this build has the emulator only", options.on));
-  }
-  if (World::launched()) return in_process(*world, body);
+int with_both(const Where& where,
+              const std::function<int(Supervisor& gpu, Supervisor& emulator)>& body) {
+  if (where.link == Link::nccl)
+    throw Unavailable("--group nccl with --on both: NCCL connects GPUs, and not emulators");
   return code_of([&] {
-    const int processes = processes_of(world, options);
-    const int jobs = options.jobs != 0 || processes < 1 ? options.jobs : default_jobs(processes);
-    Supervisor runner(jobs, processes);
-    return body(runner);
+    Where gpu_side = where, emulator_side = where;
+    gpu_side.on = kGpu;
+    emulator_side.on = kEmulator;
+    gpu_side = settled(gpu_side);
+    emulator_side = settled(emulator_side);
+    // Both binaries, before anything is started.
+    const Executor on_gpu = find_executor(kGpu, where.link);
+    const Executor in_emulator = find_executor(kEmulator, where.link);
+    Supervisor gpu(gpu_side.jobs, gpu_side.processes, on_gpu);
+    Supervisor emulator(emulator_side.jobs, emulator_side.processes, in_emulator);
+    gpu.wait_until_ready();
+    emulator.wait_until_ready();
+    return body(gpu, emulator);
   });
+}
+
+std::string header_text(const std::string& where, bool poison) {
+  std::string text = fmt::format("tpcheck {}", kTpcheckVersion);
+  const std::size_t column = text.size() + 2;
+  std::istringstream lines(where);
+  for (std::string line; std::getline(lines, line);) {
+    const std::size_t begin = text.rfind('\n') + 1;  // 0 where there is none
+    text += std::string(column - (text.size() - begin), ' ') + line + "\n";
+  }
+  if (!poison) text += fmt::format("{}\n", kNoPoison);
+  return text;
 }
 
 }  // namespace tp

@@ -7,6 +7,8 @@
 #include <string_view>
 
 #include "harness/fuzz/runner.h"
+#include "harness/fuzz/supervisor.h"
+#include "harness/fuzz/where.h"
 
 namespace tp {
 
@@ -14,20 +16,24 @@ class World;
 
 inline constexpr std::string_view kTpcheckVersion = TP_VERSION;  // CMake's
 
-struct RunnerOptions {
-  int processes = 0;  // of one worker job; 0: the cores, at most 4
-  int jobs = 0;       // 0: as many as fill the cores
-  std::string on = "emulator";
-};
+// Runs `body` with a runner that has its place and knows it (Runner::where): in-process where the
+// world was launched by mpirun (then on process 0, while the others serve it), else with one
+// supervisor or, for --on both, two. `settled` is what became of `where`. Returns body's code on
+// all processes; the runner's where it gave up, 72 where Ctrl-C came. BadInput and Unavailable
+// leave it on process 0 only; the other processes return 2 and 3.
+int with_runner(World* world, const Where& where,
+                const std::function<int(Runner&, const Where& settled)>& body);
 
-// How many processes one job has: of the launched world, or as the options say.
-int processes_of(const World* world, const RunnerOptions& options);
+// The same for --on both, with each side by itself. Never in-process.
+int with_both(const Where& where,
+              const std::function<int(Supervisor& gpu, Supervisor& emulator)>& body);
 
-// Runs `body` with a runner: in-process where the world was launched by mpirun (then on process 0,
-// while the others serve it), else with a supervisor. Returns body's code on all processes; 70
-// where the runner gave up, 72 where Ctrl-C came. BadInput and Unavailable leave it on process 0
-// only; the other processes return 2 and 3.
-int with_runner(World* world, const RunnerOptions& options,
-                const std::function<int(Runner&)>& body);
+// The lines that open a command's output on standard error: version, where cases run, and what is
+// not checked there.
+std::string header_text(const std::string& where, bool poison);
+
+// What --no-poison costs, in words.
+inline constexpr std::string_view kNoPoison =
+    "memory is neither poisoned nor guarded (--no-poison): the poison and guard oracles are off";
 
 }  // namespace tp

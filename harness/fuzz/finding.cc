@@ -5,7 +5,6 @@
 
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/interrupt.h"
-#include "harness/fuzz/supervisor.h"
 
 namespace tp {
 
@@ -38,19 +37,20 @@ std::string changed_keys(const Finding& f) {
 
 }  // namespace
 
-Finding not_replayed(const Answer& answer, int processes) {
+Finding not_replayed(const Answer& answer, const Where& where) {
   Finding finding;
   finding.original = finding.smallest = case_from_line(answer.request.line);
   finding.verdict = answer.verdict;
-  finding.processes = processes;
+  finding.where = where;
+  finding.poison = answer.request.poison;
   finding.mutant = answer.request.mutant;
   finding.log = answer.log;
   return finding;
 }
 
-Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
-                    const ShrinkLimits& limits) {
-  Finding finding = not_replayed(answer, processes);
+Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request,
+                    const Where& seen_in, const ShrinkLimits& limits) {
+  Finding finding = not_replayed(answer, seen_in);
   const auto fails_on = [&](Runner& where, const Case& c) -> std::optional<Verdict> {
     Answer again = where.run(request(c));
     if (!same_failure(answer.verdict, again.verdict)) return std::nullopt;
@@ -68,15 +68,15 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     }
     finding.replayed = true;
     if (!finding.reproduced) return finding;
-    if (where != &runner) finding.processes = 1;
+    if (where != &runner) finding.where.processes = 1;
     const auto fails = [&](const Case& c) -> std::optional<Verdict> {
-      if (finding.interrupted || !finding.gave_up.empty()) return std::nullopt;
+      if (finding.interrupted || finding.gave_up) return std::nullopt;
       try {
         return fails_on(*where, c);
       } catch (const Interrupted&) {
         finding.interrupted = true;
       } catch (const GaveUp& e) {
-        finding.gave_up = e.what();
+        finding.gave_up = e;
       }
       return std::nullopt;
     };
@@ -84,12 +84,12 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     finding.smallest = shrunk.smallest;
     finding.verdict = shrunk.verdict;
     finding.runs = shrunk.runs;
-    if (finding.mutant.empty() && !finding.interrupted && finding.gave_up.empty())
+    if (finding.mutant.empty() && !finding.interrupted && !finding.gave_up)
       finding.looks_like = look_alikes(*where, finding, request);
   } catch (const Interrupted&) {
     finding.interrupted = true;
   } catch (const GaveUp& e) {
-    finding.gave_up = e.what();
+    finding.gave_up = e;
   }
   return finding;
 }
@@ -101,8 +101,9 @@ std::string signature(const std::string& op, const Verdict& verdict) {
 std::string replay_command(const Finding& f) {
   std::string command = fmt::format("./tpcheck replay '{}'", to_line(f.smallest));
   if (!f.mutant.empty()) command += fmt::format(" --mutant {}", f.mutant);
-  if (f.processes != default_processes()) command += fmt::format(" -n {}", f.processes);
+  command += replay_flags(f.where);
   if (f.timeout > 0) command += fmt::format(" --timeout {}ms", milliseconds_of(f.timeout).count());
+  if (!f.poison) command += " --no-poison";
   return command;
 }
 

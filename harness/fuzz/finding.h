@@ -3,41 +3,44 @@
 // and printed with one line to paste.
 
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "harness/base/operator.h"
 #include "harness/fuzz/runner.h"
 #include "harness/fuzz/shrink.h"
+#include "harness/fuzz/where.h"
 
 namespace tp {
 
 struct Finding {
   Case original;
   Case smallest;
-  Verdict verdict;           // of `smallest`
-  int runs = 0;              // spent on shrinking
-  bool replayed = false;     // its own replay came to an end
-  bool reproduced = false;   // and failed again; if not, nothing else was tried
-  bool interrupted = false;  // Ctrl-C came while it was replayed or shrunk
-  std::string gave_up;       // why nothing can be run since; empty: it can
-  int processes = 0;         // of the job that it was seen in last
-  double timeout = 0;        // the case's deadline in seconds, where one was asked for; else 0
-  std::string mutant;        // id of the mutant that was run; empty: none
-  std::string looks_like;    // known bugs that give the same bits
-  std::string log;           // what the worker last said, if it died
+  Verdict verdict;                // of `smallest`
+  int runs = 0;                   // spent on shrinking
+  bool replayed = false;          // its own replay came to an end
+  bool reproduced = false;        // and failed again; if not, nothing else was tried
+  bool interrupted = false;       // Ctrl-C came while it was replayed or shrunk
+  std::optional<GaveUp> gave_up;  // why nothing can be run since
+  Where where;                    // it was seen last
+  bool poison = true;             // Request::poison
+  double timeout = 0;             // the case's deadline in seconds, where one was asked for; else 0
+  std::string mutant;             // id of the mutant that was run; empty: none
+  std::string looks_like;         // known bugs that give the same bits
+  std::string log;                // what the worker last said, if it died
 };
 
 using FindingReport = std::function<void(const Finding&)>;
 using MakeRequest = std::function<Request(const Case&)>;
 
 // Replays and shrinks the failing case of `answer`, and looks for the mutant that gives the same
-// output. `processes`: of the runner's jobs. Ctrl-C ends that and is noted, and so is a runner that
+// output. `where` is the runner's. Ctrl-C ends that and is noted, and so is a runner that
 // gives up.
-Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request, int processes,
-                    const ShrinkLimits& limits);
+Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request,
+                    const Where& where, const ShrinkLimits& limits);
 
 // The failing case of `answer` as it was seen.
-Finding not_replayed(const Answer& answer, int processes);
+Finding not_replayed(const Answer& answer, const Where& where);
 
 // One finding of each signature is enough.
 std::string signature(const std::string& op, const Verdict& verdict);

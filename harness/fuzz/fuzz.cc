@@ -29,11 +29,11 @@ constexpr std::chrono::milliseconds kHangDeadline{5000};
 
 class Fuzzer {
  public:
-  Fuzzer(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
+  Fuzzer(Runner& runner, const Where& where, const Domain& domain, const FuzzOptions& options,
          std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
          const FindingReport& report)
       : runner_(runner),
-        processes_(processes),
+        where_(where),
         options_(options),
         artifacts_(artifacts),
         progress_(progress),
@@ -66,11 +66,11 @@ class Fuzzer {
     } catch (const Interrupted&) {
       result_.interrupted = true;
     } catch (const GaveUp& e) {
-      result_.gave_up = e.what();
+      result_.gave_up = e;
     }
     progress_.clear();
     if (ended()) {
-      for (const Answer& failure : failures_) report(not_replayed(failure, processes_));
+      for (const Answer& failure : failures_) report(not_replayed(failure, where_));
     }
     if (pairs_) result_.summary.pairs_done = pairs_->done();
     result_.summary.seconds = elapsed();
@@ -83,7 +83,7 @@ class Fuzzer {
   }
 
   // Nothing can be run any more, or nothing shall.
-  bool ended() const { return result_.interrupted || !result_.gave_up.empty(); }
+  bool ended() const { return result_.interrupted || result_.gave_up; }
 
   bool wants_more() const {
     if (ended() || (!result_.findings.empty() && !options_.keep_going)) return false;
@@ -94,7 +94,10 @@ class Fuzzer {
   }
 
   Request request_for(const Case& c) const {
-    return {.line = to_line(c), .mutant = mutant_, .deadline = deadlines_.of(c.op)};
+    return {.line = to_line(c),
+            .mutant = mutant_,
+            .deadline = deadlines_.of(c.op),
+            .poison = options_.poison};
   }
 
   void submit() {
@@ -141,13 +144,13 @@ class Fuzzer {
         r.deadline = std::min(r.deadline, kHangDeadline);
       return r;
     };
-    Finding finding = investigate(runner_, failure, request, processes_, {});
+    Finding finding = investigate(runner_, failure, request, where_, {});
     if (finding.reproduced) {
       keep(finding.smallest, finding.log);
       signatures_.insert(signature(c.op, failure.verdict));
     }
     if (finding.interrupted) result_.interrupted = true;
-    if (!finding.gave_up.empty()) result_.gave_up = finding.gave_up;
+    if (finding.gave_up) result_.gave_up = finding.gave_up;
     report(std::move(finding));
   }
 
@@ -175,7 +178,7 @@ class Fuzzer {
   }
 
   Runner& runner_;
-  const int processes_;
+  const Where where_;
   const FuzzOptions& options_;
   const Artifacts* artifacts_;
   Progress& progress_;
@@ -198,16 +201,16 @@ class Fuzzer {
 int FuzzResult::exit_code() const {
   if (!findings.empty()) return 1;
   // What nothing was left to replay was seen nevertheless.
-  if (!gave_up.empty()) return not_replayed.empty() ? 70 : 1;
+  if (gave_up) return not_replayed.empty() ? gave_up->exit_code : 1;
   if (interrupted) return 72;
   if (!unstable.empty()) return 5;
   return summary.ran() == 0 || summary.pairs_done < summary.pairs_legal ? 4 : 0;
 }
 
-FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
-                std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
-                const FindingReport& report) {
-  return Fuzzer(runner, processes, domain, options, seed, artifacts, progress, report).run();
+FuzzResult fuzz(Runner& runner, const Where& where, const Domain& domain,
+                const FuzzOptions& options, std::uint64_t seed, const Artifacts* artifacts,
+                Progress& progress, const FindingReport& report) {
+  return Fuzzer(runner, where, domain, options, seed, artifacts, progress, report).run();
 }
 
 std::uint64_t random_seed() { return std::random_device{}(); }
@@ -220,11 +223,9 @@ int fuzz_main(World* world, const FuzzOptions& options) {
   }
   const Domain domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
   const std::uint64_t seed = options.seed.value_or(random_seed());
-  const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
-  return with_runner(world, where, [&](Runner& runner) {
+  return with_runner(world, options.where, [&](Runner& runner, const Where& where) {
     const Artifacts artifacts(options.artifacts);  // what cannot be written is all there is to say
-    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(),
-               seed);
+    fmt::print(stderr, "{}seed {}\n", header_text(runner.where(), options.poison), seed);
     Progress progress(Progress::Show::yes);
     int number = 0;
     std::FILE* to = options.json ? stderr : stdout;
@@ -232,12 +233,13 @@ int fuzz_main(World* world, const FuzzOptions& options) {
       fmt::print(to, "{}\n", finding_text(finding, number += finding.reproduced));
       std::fflush(to);
     };
-    const FuzzResult result = fuzz(runner, processes_of(world, where), domain, options, seed,
-                                   &artifacts, progress, report);
-    if (!result.gave_up.empty()) fmt::print(stderr, "tpcheck: {}\n", result.gave_up);
+    const FuzzResult result =
+        fuzz(runner, where, domain, options, seed, &artifacts, progress, report);
+    if (result.gave_up) fmt::print(stderr, "tpcheck: {}\n", result.gave_up->what());
     if (result.interrupted) fmt::print(stderr, "interrupted: what there is so far\n");
     fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary),
                options.json ? "\n" : "");
+    if (!options.poison && !options.json) fmt::print("  not checked {}\n", kNoPoison);
     std::fflush(stdout);
     return result.exit_code();
   });

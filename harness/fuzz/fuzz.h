@@ -15,6 +15,7 @@
 #include "harness/fuzz/progress.h"
 #include "harness/fuzz/runner.h"
 #include "harness/fuzz/summary.h"
+#include "harness/fuzz/where.h"
 
 namespace tp {
 
@@ -29,15 +30,14 @@ struct FuzzOptions {
   double for_seconds = 0;  // 0: no limit of time; 60 where there is no limit of cases either
   std::int64_t cases = 0;  // 0: no limit
   std::optional<std::uint64_t> seed;
-  int processes = 0;   // of one worker job; 0: the cores, at most 4
-  int jobs = 0;        // 0: as many as fill the cores
+  Where where;
+  bool poison = true;  // RunOptions::poison
   double timeout = 0;  // of a case, in seconds; 0: max(2, 20 x the operator's slowest passing case)
   std::string artifacts = "findings";
   bool keep_going = false;
   std::string mutant;  // id; empty: the operators as they are
   bool each = false;   // one case for each legal (model, tp_size) instead of drawing
   bool json = false;
-  std::string on = "emulator";  // where kernels run
 };
 
 struct FuzzResult {
@@ -47,19 +47,19 @@ struct FuzzResult {
   std::vector<Finding> not_replayed;
   double seconds_to_first = 0;  // until the first failure was seen; shrinking comes after
   bool interrupted = false;
-  std::string gave_up;  // why nothing could be run any more; empty: it could
+  std::optional<GaveUp> gave_up;  // why nothing could be run any more
 
-  // 0, 1, 4, 5, 70 or 72 (design.md section 6).
+  // 0, 1, 3, 4, 5, 70 or 72 (design.md section 6).
   int exit_code() const;
 };
 
 // Runs cases from `domain` until a limit of `options` is reached or something is found. `report` is
-// told of every finding as soon as it is shrunk. `processes`: of the runner's jobs. Ctrl-C, and a
-// runner that gives up, end it with what there is. `artifacts`: where failures are written before
+// told of every finding as soon as it is shrunk. `where` is the runner's. Ctrl-C, and a runner that
+// gives up, end it with what there is. `artifacts`: where failures are written before
 // anything else is tried with them; may be null.
-FuzzResult fuzz(Runner& runner, int processes, const Domain& domain, const FuzzOptions& options,
-                std::uint64_t seed, const Artifacts* artifacts, Progress& progress,
-                const FindingReport& report);
+FuzzResult fuzz(Runner& runner, const Where& where, const Domain& domain,
+                const FuzzOptions& options, std::uint64_t seed, const Artifacts* artifacts,
+                Progress& progress, const FindingReport& report);
 
 // A seed for whoever did not give one.
 std::uint64_t random_seed();

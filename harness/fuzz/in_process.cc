@@ -10,6 +10,7 @@
 #include "harness/base/check.h"
 #include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/interrupt.h"
+#include "harness/fuzz/where.h"
 #include "harness/fuzz/worker.h"
 #include "harness/group/world.h"
 
@@ -33,7 +34,7 @@ void crashed(int) { say_in_flight("Crash"); }
 
 void name_crashes() { on_fatal_signal(crashed); }
 
-InProcess::InProcess(World& world) : world_(world) {
+InProcess::InProcess(World& world, std::string place) : world_(world), place_(std::move(place)) {
   catch_interrupts();
   std::signal(SIGALRM, too_late);
 }
@@ -41,8 +42,9 @@ InProcess::InProcess(World& world) : world_(world) {
 InProcess::~InProcess() { end_everywhere(world_); }
 
 std::string InProcess::where() const {
-  return fmt::format("in the {} process{} it was started with, without crash recovery",
-                     world_.processes(), world_.processes() == 1 ? "" : "es");
+  return fmt::format("{}, in the {} process{} it was started with, without crash recovery",
+                     place_phrase(executor_name(), place_), world_.processes(),
+                     world_.processes() == 1 ? "" : "es");
 }
 
 Answer InProcess::wait() {

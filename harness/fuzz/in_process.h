@@ -3,6 +3,7 @@
 // the same loop as under the supervisor, but a crash ends it all.
 
 #include <deque>
+#include <string>
 
 #include "harness/fuzz/runner.h"
 
@@ -16,7 +17,8 @@ void name_crashes();
 // On process 0. The others are in serve() (worker.h) meanwhile.
 class InProcess : public Runner {
  public:
-  explicit InProcess(World& world);
+  // `place`: what take_place() said.
+  InProcess(World& world, std::string place);
   ~InProcess() override;
 
   std::string where() const override;
@@ -27,6 +29,7 @@ class InProcess : public Runner {
 
  private:
   World& world_;
+  const std::string place_;
   std::deque<Request> waiting_;
 };
 

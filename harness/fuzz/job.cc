@@ -35,13 +35,6 @@ constexpr std::size_t kMaxLine = 1 << 20;
 // What a pipe holds when its writers are gone, in reads.
 constexpr int kLastReads = 16;
 
-// This very binary, even if it was built anew since it started.
-std::string own_executable() {
-  std::error_code error;
-  const std::string path = std::filesystem::read_symlink("/proc/self/exe", error).string();
-  return !error && std::filesystem::exists(path) ? path : fmt::format("/proc/{}/exe", getpid());
-}
-
 // In memory if possible: the ledgers are written at every switch between ranks. TPCHECK_TMPDIR is
 // for whoever wants to know where.
 std::filesystem::path make_folder() {
@@ -144,9 +137,9 @@ bool LineReader::read_into(std::vector<std::string>& lines) {
   return true;
 }
 
-Job::Job(int processes) : processes_(processes), folder_(make_folder()) {
+Job::Job(const Executor& executor, int processes) : folder_(make_folder()) {
   try {
-    start();
+    start(executor, processes);
   } catch (...) {
     std::error_code ignored;
     std::filesystem::remove_all(folder_, ignored);
@@ -154,11 +147,15 @@ Job::Job(int processes) : processes_(processes), folder_(make_folder()) {
   }
 }
 
-void Job::start() {
-  std::vector<std::string> arguments = {own_executable(), "worker"};
-  if (processes_ > 1) {
+void Job::start(const Executor& executor, int processes) {
+  std::vector<std::string> arguments = {executor.binary.string(), "worker"};
+  if (executor.link != Link::best) {
+    arguments.insert(arguments.end(),
+                     {"--group", std::string(kLinkWords[std::size_t(executor.link)])});
+  }
+  if (processes > 1) {
     const std::vector<std::string> launcher = {"mpirun", "--bind-to", "none", "-n",
-                                               std::to_string(processes_)};
+                                               std::to_string(processes)};
     arguments.insert(arguments.begin(), launcher.begin(), launcher.end());
   }
   std::vector<std::string> environment = job_environment(folder_);

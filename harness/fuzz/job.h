@@ -1,7 +1,7 @@
 #pragma once
-// One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executable itself, which then
-// never starts MPI and is up in some 10 ms. It has its own process group and its own folder for
-// temporary files and ledgers. Both go with the Job; a supervisor that is killed takes the
+// One worker job: `mpirun -n P tpcheck worker`, or for P = 1 the executor's binary itself, which
+// then never starts MPI and is up in some 10 ms. It has its own process group and its own folder
+// for temporary files and ledgers. Both go with the Job; a supervisor that is killed takes the
 // processes along, but leaves the folder.
 
 #include <sys/types.h>
@@ -11,6 +11,8 @@
 #include <filesystem>
 #include <string>
 #include <vector>
+
+#include "harness/fuzz/executor.h"
 
 namespace tp {
 
@@ -34,7 +36,7 @@ class LineReader {
 class Job {
  public:
   // Throws GaveUp where the machine has no room for one more process.
-  explicit Job(int processes);
+  Job(const Executor& executor, int processes);
   ~Job();  // lets an idle job end, kills a busy one
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
@@ -56,9 +58,8 @@ class Job {
   std::string last_words() const;
 
  private:
-  void start();
+  void start(const Executor& executor, int processes);
 
-  int processes_;
   std::filesystem::path folder_;
   pid_t pid_ = -1;
   int in_ = -1;

@@ -6,13 +6,17 @@
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <functional>
 
 #include "harness/base/check.h"
 #include "harness/base/operator.h"
+#include "harness/fuzz/both.h"
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/driver.h"
 #include "harness/fuzz/finding.h"
 #include "harness/fuzz/interrupt.h"
+#include "harness/fuzz/three_answers.h"
+#include "harness/group/world.h"
 
 namespace tp {
 
@@ -69,29 +73,102 @@ void check_mutant(const Case& c, const std::string& id) {
   }
 }
 
-// Runs the case once and prints what came of it. `processes` and `timeout` are for the line that
-// does it again.
-Verdict replay_once(Runner& runner, const Request& request, int number, int processes,
-                    double timeout) {
-  const Answer answer = runner.run(request);
+// Prints what came of a case; `where` and `timeout` are for the line that runs it again.
+void print_answer(const Answer& answer, int number, const Where& where, double timeout) {
   const Verdict& v = answer.verdict;
-  for (const std::string& line : answer.trace) fmt::print("{}\n", line);
   if (!answer.log.empty()) fmt::print(stderr, "{}\n", answer.log);
   if (v.finding()) {
-    Finding finding = not_replayed(answer, processes);
+    Finding finding = not_replayed(answer, where);
     finding.replayed = finding.reproduced = true;
     finding.timeout = timeout;
     fmt::print("{}", finding_text(finding, number));
   } else {
     fmt::print("{}{}{}\n  case        {}\n", name_of(v.outcome), v.detail.empty() ? "" : "   ",
-               v.detail, request.line);
+               v.detail, answer.request.line);
   }
-  fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
-             v.seconds * 1e3);
+}
+
+void print_timing(const Verdict& v) {
   if (v.outcome == Outcome::Pass && v.timing.measured())
     fmt::print("  timing      {}\n", timing_text(v.timing));
-  std::fflush(stdout);
-  return v;
+}
+
+void print_trace(const Answer& answer, const std::string& prefix = "") {
+  for (const std::string& line : answer.trace) fmt::print("{}{}\n", prefix, line);
+}
+
+// Runs a case once, prints what came of it, and returns that. `number`: of the finding, if it is
+// one.
+using RunOnce = std::function<Verdict(const Request& request, int number)>;
+
+RunOnce one_answer(Runner& runner, const Where& where, double timeout) {
+  return [&runner, where, timeout](const Request& request, int number) {
+    const Answer answer = runner.run(request);
+    print_trace(answer);
+    print_answer(answer, number, where, timeout);
+    const Verdict& v = answer.verdict;
+    fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
+               v.seconds * 1e3);
+    print_timing(v);
+    return v;
+  };
+}
+
+RunOnce three_answers(Supervisor& gpu, Supervisor& emulator, const Where& where, double timeout) {
+  return [&gpu, &emulator, where, timeout](const Request& request, int number) {
+    Request whole = request;
+    Case c = case_from_line(request.line);
+    c.tp_size = 1;
+    whole.line = to_line(c);
+    const Answer on_gpu = gpu.run(request);
+    print_trace(on_gpu, "gpu       ");
+    const Answer in_emulator = emulator.run(request);
+    print_trace(in_emulator, "emulator  ");
+    const Answer one_rank = emulator.alone().run(whole);
+    print_trace(one_rank, "one rank  ");
+    const ThreeAnswers answers{on_gpu.verdict, in_emulator.verdict, one_rank.verdict};
+    Answer all = on_gpu;
+    all.verdict = overall(answers);
+    for (const std::string& log : {in_emulator.log, one_rank.log}) {
+      all.log += (all.log.empty() || log.empty() ? "" : "\n") + log;
+    }
+    print_answer(all, number, where, timeout);
+    fmt::print("{}", three_answers_text(answers));
+    print_timing(on_gpu.verdict);
+    return all.verdict;
+  };
+}
+
+int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, double deadline,
+               const RunOnce& run_once) {
+  int failed = 0, trusted = 0, done = 0;
+  const int runs = int(cases.size()) * options.times;
+  const auto run_all = [&] {
+    for (; done < runs; ++done) {
+      const Request request{.line = to_line(cases[std::size_t(done / options.times)]),
+                            .mutant = options.mutant,
+                            .deadline = milliseconds_of(deadline),
+                            .trace = options.trace,
+                            .poison = options.poison};
+      const Verdict v = run_once(request, failed + 1);
+      std::fflush(stdout);
+      failed += v.finding();
+      trusted += v.outcome < Outcome::Refused;
+    }
+  };
+  int cut_short = 0;  // the exit code that goes with it
+  try {
+    run_all();
+  } catch (const Interrupted&) {
+    cut_short = 72;
+    fmt::print(stderr, "interrupted: what there is so far\n");
+  } catch (const GaveUp& e) {
+    cut_short = failed > 0 ? 1 : e.exit_code;
+    fmt::print(stderr, "tpcheck: {}\n", e.what());
+  }
+  if (runs > 1) fmt::print("{} of {} runs failed\n", failed, done);
+  if (cut_short != 0) return cut_short;
+  return failed > 0 ? 1 : trusted == 0 ? 4 : 0;
 }
 
 }  // namespace
@@ -100,34 +177,22 @@ int replay_main(World* world, const ReplayOptions& options) {
   const std::vector<Case> cases = read_cases(options.inputs);
   if (options.times < 1) throw BadInput(fmt::format("--times {}: less than once", options.times));
   for (const Case& c : cases) check_mutant(c, options.mutant);
-  const double timeout = options.timeout > 0 ? options.timeout : kDefaultTimeout;
-  const RunnerOptions one_job{.processes = options.processes, .jobs = 1, .on = options.on};
-  return with_runner(world, one_job, [&](Runner& runner) {
-    int failed = 0, trusted = 0, done = 0;
-    const int runs = int(cases.size()) * options.times;
-    const auto run_all = [&] {
-      for (; done < runs; ++done) {
-        const Case& c = cases[std::size_t(done / options.times)];
-        const Request request{.line = to_line(c),
-                              .mutant = options.mutant,
-                              .deadline = milliseconds_of(timeout),
-                              .trace = options.trace};
-        const Verdict v =
-            replay_once(runner, request, failed + 1, processes_of(world, one_job), options.timeout);
-        failed += v.finding();
-        trusted += v.outcome < Outcome::Refused;
-      }
-    };
-    bool interrupted = false;
-    try {
-      run_all();
-    } catch (const Interrupted&) {
-      interrupted = true;
-      fmt::print(stderr, "interrupted: what there is so far\n");
-    }
-    if (runs > 1) fmt::print("{} of {} runs failed\n", failed, done);
-    if (interrupted) return 72;
-    return failed > 0 ? 1 : trusted == 0 ? 4 : 0;
+  const double deadline = options.timeout > 0 ? options.timeout : kDefaultTimeout;
+  Where one_job = options.where;
+  one_job.jobs = 1;
+  const auto say_where = [&](const std::string& where) {
+    fmt::print(stderr, "{}", header_text(where, options.poison));
+  };
+  if (one_job.on == kBoth && !World::launched()) {
+    return with_both(one_job, [&](Supervisor& gpu, Supervisor& emulator) {
+      say_where(Both(gpu, emulator).where());
+      return replay_all(cases, options, deadline,
+                        three_answers(gpu, emulator, one_job, options.timeout));
+    });
+  }
+  return with_runner(world, one_job, [&](Runner& runner, const Where& where) {
+    say_where(runner.where());
+    return replay_all(cases, options, deadline, one_answer(runner, where, options.timeout));
   });
 }
 

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "harness/fuzz/where.h"
+
 namespace tp {
 
 class World;
@@ -11,15 +13,16 @@ class World;
 struct ReplayOptions {
   std::vector<std::string>
       inputs;          // case lines, files of case lines ('#' starts a comment), folders of *.case
-  int processes = 0;   // of the worker job; 0: the cores, at most 4
+  Where where;         // one job of it
+  bool poison = true;  // RunOptions::poison
   int times = 1;       // how often each case is run
   double timeout = 0;  // of a case, in seconds; 0: 30
   bool trace = false;  // print each stage's values and each collective of every rank
   std::string mutant;
-  std::string on = "emulator";  // where kernels run
 };
 
-// Exit code 1 if a case still fails, 0 if all pass. Throws BadInput for a line or file that cannot
+// Exit code 1 if a case still fails, 0 if all pass. With --on both each case is run three times,
+// and what stands alone is named (three_answers.h). Throws BadInput for a line or file that cannot
 // be meant.
 int replay_main(World* world, const ReplayOptions& options);
 

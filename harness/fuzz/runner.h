@@ -11,9 +11,12 @@
 
 namespace tp {
 
-// Nothing can be run any more: workers die before they run anything. Exit code 70.
+// Nothing can be run any more: workers die before they run anything (exit code 70), or say that
+// this machine cannot run them (3).
 struct GaveUp : std::runtime_error {
-  using std::runtime_error::runtime_error;
+  explicit GaveUp(const std::string& sentence, int code = 70)
+      : std::runtime_error(sentence), exit_code(code) {}
+  int exit_code;
 };
 
 struct Answer {
@@ -27,7 +30,7 @@ class Runner {
  public:
   virtual ~Runner() = default;
 
-  // What runs where, as a phrase: "1 job of 2 processes".
+  // What runs where, a line for each executor: "emulator, 1 job of 2 processes on HOST".
   virtual std::string where() const = 0;
   // Whether submit() may be called.
   virtual bool has_room() const = 0;

@@ -5,9 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <thread>
+#include <utility>
 
 #include "harness/base/check.h"
+#include "harness/base/text.h"
 #include "harness/fuzz/interrupt.h"
 
 namespace tp {
@@ -19,15 +20,12 @@ constexpr auto kStartLimit = std::chrono::seconds(60);
 constexpr auto kGrace = std::chrono::seconds(1);
 constexpr auto kDyingTime = std::chrono::seconds(3);
 constexpr int kStartAttempts = 3;
+constexpr int kUnavailable = 3;  // the exit code
 
 }  // namespace
 
-int default_processes() { return std::clamp(int(std::thread::hardware_concurrency()), 1, 4); }
-int default_jobs(int processes) {
-  return std::max(1, int(std::thread::hardware_concurrency()) / processes);
-}
-
-Supervisor::Supervisor(int jobs, int processes) : processes_(processes) {
+Supervisor::Supervisor(int jobs, int processes, Executor executor)
+    : processes_(processes), executor_(std::move(executor)) {
   if (processes < 1) throw BadInput(fmt::format("a job of {} processes", processes));
   if (jobs < 1) throw BadInput(fmt::format("{} jobs", jobs));
   check_launcher(processes);
@@ -36,11 +34,19 @@ Supervisor::Supervisor(int jobs, int processes) : processes_(processes) {
   for (Slot& slot : slots_) start(slot);
 }
 
+void Supervisor::wait_until_ready() {
+  while (!place_) {
+    if (gave_up_) throw *gave_up_;
+    poll_once({this});
+  }
+}
+
 std::string Supervisor::where() const {
   char host[256] = "this machine";
   gethostname(host, sizeof(host) - 1);
-  return fmt::format("{} job{} of {} process{} on {}", slots_.size(), slots_.size() == 1 ? "" : "s",
-                     processes_, processes_ == 1 ? "" : "es", host);
+  return fmt::format("{}, {} job{} of {} process{} on {}",
+                     place_phrase(executor_.name, place_.value_or(executor_.name)), slots_.size(),
+                     slots_.size() == 1 ? "" : "s", processes_, processes_ == 1 ? "" : "es", host);
 }
 
 bool Supervisor::has_room() const {
@@ -48,10 +54,26 @@ bool Supervisor::has_room() const {
 }
 
 void Supervisor::start(Slot& slot) {
-  slot.job.reset();
-  slot.job = std::make_unique<Job>(processes_);
   slot.ready = slot.retires = false;
+  slot.job.reset();
+  slot.job = std::make_unique<Job>(executor_, processes_);
   slot.give_up = Clock::now() + kStartLimit;
+}
+
+// In the middle of it all: what was answered until now is not to be lost.
+void Supervisor::start_again(Slot& slot) {
+  if (gave_up_) return;
+  try {
+    start(slot);
+  } catch (const GaveUp& e) {
+    give_up(e);
+  } catch (const Unavailable& e) {
+    give_up(GaveUp(e.what(), kUnavailable));
+  }
+}
+
+void Supervisor::give_up(const GaveUp& why) {
+  if (!gave_up_) gave_up_ = why;
 }
 
 void Supervisor::submit(Request request) {
@@ -71,39 +93,58 @@ void Supervisor::send(Slot& slot) {
 }
 
 Answer Supervisor::wait() {
-  while (answers_.empty()) poll_once();
+  for (;;) {
+    if (std::optional<Answer> answer = take()) return std::move(*answer);
+    poll_once({this});
+  }
+}
+
+std::optional<Answer> Supervisor::take() {
+  if (answers_.empty()) {
+    if (gave_up_) throw *gave_up_;
+    return std::nullopt;
+  }
   Answer answer = std::move(answers_.front());
   answers_.pop_front();
   return answer;
 }
 
-void Supervisor::poll_once() {
+void Supervisor::poll_once(std::initializer_list<Supervisor*> all) {
   throw_if_interrupted();
   std::vector<pollfd> fds = {{interrupt_fd(), POLLIN, 0}};
   auto wake = Clock::now() + std::chrono::seconds(10);
   bool any = false;
-  for (const Slot& slot : slots_) {
-    fds.push_back({slot.job->out.fd(), POLLIN, 0});
-    fds.push_back({slot.job->errors_fd(), POLLIN, 0});
-    if (slot.current || !slot.ready) wake = std::min(wake, slot.give_up);
-    any |= slot.current.has_value();
+  for (const Supervisor* s : all) {
+    for (const Slot& slot : s->slots_) {
+      fds.push_back({slot.job->out.fd(), POLLIN, 0});
+      fds.push_back({slot.job->errors_fd(), POLLIN, 0});
+      if (slot.current || !slot.ready) {
+        wake = std::min(wake, slot.give_up);
+        any = true;
+      }
+    }
   }
   TP_CHECK(any, "waiting for nothing");
   const auto left = std::chrono::ceil<std::chrono::milliseconds>(wake - Clock::now()).count();
   poll(fds.data(), nfds_t(fds.size()), int(std::max<std::int64_t>(left, 0)));
   throw_if_interrupted();
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    Slot& slot = slots_[i];
-    if (fds[2 + 2 * i].revents) slot.job->read_errors();
-    if (fds[1 + 2 * i].revents) read(slot);
-    if ((slot.current || !slot.ready) && Clock::now() >= slot.give_up) {
-      const bool running = slot.ready;
-      died(slot, Outcome::Hang,
-           running ? fmt::format("no answer within {:.1f} s",
-                                 double(slot.current->request.deadline.count()) / 1e3)
-                   : "did not start");
+  auto fd = fds.begin() + 1;
+  for (Supervisor* s : all) {
+    for (Slot& slot : s->slots_) {
+      const bool said = (fd++)->revents != 0, erred = (fd++)->revents != 0;
+      if (erred) slot.job->read_errors();
+      if (said) s->read(slot);
+      const bool waits = (slot.current || !slot.ready) && !s->gave_up_;
+      if (waits && Clock::now() >= slot.give_up) s->late(slot);
     }
   }
+}
+
+void Supervisor::late(Slot& slot) {
+  died(slot, Outcome::Hang,
+       slot.ready ? fmt::format("no answer within {:.1f} s",
+                                double(slot.current->request.deadline.count()) / 1e3)
+                  : "did not start");
 }
 
 void Supervisor::read(Slot& slot) {
@@ -111,7 +152,7 @@ void Supervisor::read(Slot& slot) {
   const bool open = slot.job->out.read_into(lines);
   for (const std::string& line : lines) handle(slot, line);
   if (slot.retires && !slot.current) {
-    start(slot);
+    start_again(slot);
   } else if (!open) {
     died(slot, Outcome::Crash, "");
   }
@@ -120,8 +161,9 @@ void Supervisor::read(Slot& slot) {
 void Supervisor::handle(Slot& slot, const std::string& line) {
   const auto rest = [&](std::string_view prefix) { return line.substr(prefix.size()); };
   if (line.starts_with(kReady) && !slot.ready) {
-    slot.ready = true;
-    if (slot.current) send(slot);
+    ready(slot, rest(kReady));
+  } else if (line.starts_with(kCannot) && !slot.ready) {
+    give_up(GaveUp(rest(kCannot), kUnavailable));
   } else if (line.starts_with(kTrace) && slot.current) {
     slot.current->trace.push_back(rest(kTrace));
   } else if (line == kRetires) {
@@ -142,6 +184,20 @@ void Supervisor::handle(Slot& slot, const std::string& line) {
   }
 }
 
+void Supervisor::ready(Slot& slot, const std::string& executor_and_place) {
+  const std::size_t end = executor_and_place.find(' ');
+  const std::string executor = executor_and_place.substr(0, end);
+  if (executor != executor_.name) {
+    give_up(GaveUp(fmt::format("{} is a tpcheck of the {}, and not of the {} as it should be",
+                               executor_.binary.string(), printable(executor), executor_.name),
+                   kUnavailable));
+    return;
+  }
+  if (!place_) place_ = end == std::string::npos ? "" : executor_and_place.substr(end + 1);
+  slot.ready = true;
+  if (slot.current) send(slot);
+}
+
 // The job is dead, or is to be: blames the case in flight, if there is one, and starts a new job.
 void Supervisor::died(Slot& slot, Outcome outcome, const std::string& how) {
   // mpirun takes a moment to notice a dead rank and to end the others; what it then returns says
@@ -158,14 +214,16 @@ void Supervisor::died(Slot& slot, Outcome outcome, const std::string& how) {
     slot.current.reset();
     slot.failed_starts = 0;
   } else if (++slot.failed_starts >= kStartAttempts) {
-    throw GaveUp(fmt::format("a worker job of {} process{} died {} times before it ran a case: {}",
-                             processes_, processes_ == 1 ? "" : "es", kStartAttempts, detail));
+    give_up(GaveUp(fmt::format(
+        "a worker job of {} process{} ({}) died {} times before it ran a "
+        "case: {}",
+        processes_, processes_ == 1 ? "" : "es", executor_.name, kStartAttempts, detail)));
   }
-  start(slot);
+  start_again(slot);
 }
 
-Runner& Supervisor::alone() {
-  if (!alone_) alone_ = std::make_unique<Supervisor>(2, 1);
+Supervisor& Supervisor::alone() {
+  if (!alone_) alone_ = std::make_unique<Supervisor>(2, 1, executor_);
   return *alone_;
 }
 

@@ -5,10 +5,13 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <initializer_list>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
+#include "harness/fuzz/executor.h"
 #include "harness/fuzz/job.h"
 #include "harness/fuzz/runner.h"
 
@@ -17,13 +20,24 @@ namespace tp {
 class Supervisor : public Runner {
  public:
   // Starts the jobs without waiting for them. Throws Unavailable if there is no mpirun.
-  Supervisor(int jobs, int processes);
+  Supervisor(int jobs, int processes, Executor executor = this_executor());
+
+  // Until a worker has said where it runs: where() knows it from then on.
+  void wait_until_ready();
 
   std::string where() const override;
   bool has_room() const override;
   void submit(Request request) override;
   Answer wait() override;
-  Runner& alone() override;
+  Supervisor& alone() override;
+
+  // For whoever waits for several supervisors at once. Waits until any of their jobs has something
+  // to say or is late, and sees to it.
+  static void poll_once(std::initializer_list<Supervisor*> all);
+  // An answer that has come, if there is one. Throws GaveUp once there is none and there will be
+  // none.
+  std::optional<Answer> take();
+  int jobs() const { return int(slots_.size()); }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -37,21 +51,22 @@ class Supervisor : public Runner {
   };
 
   void start(Slot& slot);
+  void start_again(Slot& slot);
   void send(Slot& slot);
   void read(Slot& slot);
   void handle(Slot& slot, const std::string& line);
+  void ready(Slot& slot, const std::string& executor_and_place);
   void died(Slot& slot, Outcome outcome, const std::string& how);
-  void poll_once();
+  void late(Slot& slot);
+  void give_up(const GaveUp& why);
 
   int processes_;
+  Executor executor_;
+  std::optional<std::string> place_;  // what the first worker that was ready said of it
   std::vector<Slot> slots_;
   std::deque<Answer> answers_;
+  std::optional<GaveUp> gave_up_;  // nothing is polled any more; what was answered still counts
   std::unique_ptr<Supervisor> alone_;
 };
-
-// The processes of a job where none are asked for: the cores, at most 4. And the jobs that fill the
-// cores.
-int default_processes();
-int default_jobs(int processes);
 
 }  // namespace tp

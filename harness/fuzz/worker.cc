@@ -90,6 +90,7 @@ Verdict run_request(World& world, const std::string& text, const TraceLine& trac
   }
   set_in_flight(request->line);
   options.deadline = request->deadline;
+  options.poison = request->poison;
   if (request->trace) {
     options.trace = [&](const std::string& lines) {
       std::istringstream in(lines);
@@ -119,19 +120,24 @@ void serve(World& world) {
   }
 }
 
-int worker_main(World& world) {
+int worker_main(World& world, Link link) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // a worker stuck in a loop never sees the end of its input
   ledger = &ledger_page(world.process());
   on_fatal_signal(note_signal);
   const int answers = take_standard_output();
+  const auto say = [&](std::string_view kind, const std::string& text) {
+    if (world.is_root()) write_line(answers, fmt::format("{}{}\n", kind, text));
+  };
+  try {
+    say(kReady, fmt::format("{} {}", executor_name(), take_place(world, link)));
+  } catch (const Unavailable& e) {
+    say(kCannot, e.what());
+    return 3;
+  }
   if (!world.is_root()) {
     serve(world);
     return 0;
   }
-  const auto say = [&](std::string_view kind, const std::string& text) {
-    write_line(answers, fmt::format("{}{}\n", kind, text));
-  };
-  say(kReady, fmt::format("{} processes", world.processes()));
   for (std::string line; std::getline(std::cin, line);) {
     Verdict verdict;
     try {

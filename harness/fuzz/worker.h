@@ -8,6 +8,7 @@
 
 #include "harness/base/verdict.h"
 #include "harness/fuzz/protocol.h"
+#include "harness/group/place.h"
 
 namespace tp {
 
@@ -25,6 +26,7 @@ void end_everywhere(World& world);
 // On all processes but 0: runs what process 0 asks for, until it ends.
 void serve(World& world);
 
-int worker_main(World& world);
+// Takes its place (place.h) first, and says where that is, or why it cannot.
+int worker_main(World& world, Link link);
 
 }  // namespace tp

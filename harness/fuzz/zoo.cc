@@ -66,12 +66,10 @@ int zoo_main(World* world, const ZooOptions& options) {
   std::size_t id_width = 6;
   for (const std::string& id : ids) id_width = std::max(id_width, id.size());
   const std::uint64_t seed = options.seed.value_or(random_seed());
-  const RunnerOptions where{.processes = options.processes, .jobs = options.jobs, .on = options.on};
   std::vector<int> tp_sizes(16);
   std::iota(tp_sizes.begin(), tp_sizes.end(), 1);
-  return with_runner(world, where, [&](Runner& runner) {
-    fmt::print(stderr, "tpcheck {}  emulator, {}\nseed {}\n", kTpcheckVersion, runner.where(),
-               seed);
+  return with_runner(world, options.where, [&](Runner& runner, const Where& where) {
+    fmt::print(stderr, "{}seed {}\n", header_text(runner.where(), true), seed);
     if (!options.json) {
       fmt::print("{:<{}}  {:<9}  {:>7}  {:>7}  {:>6}  {}\n", "mutant", id_width, "", "cases",
                  "seconds", "shrink", "case");
@@ -84,11 +82,11 @@ int zoo_main(World* world, const ZooOptions& options) {
       hunting.mutant = id;
       Progress progress(Progress::Show::yes);
       const Domain domain = make_domain({}, tp_sizes, {}, id);
-      Hunt hunt{id, fuzz(runner, processes_of(world, where), domain, hunting, seed, nullptr,
-                         progress, [](const Finding&) {})};
-      if (!hunt.result.gave_up.empty()) {
-        fmt::print(stderr, "tpcheck: {}\n", hunt.result.gave_up);
-        cut_short = 70;
+      Hunt hunt{
+          id, fuzz(runner, where, domain, hunting, seed, nullptr, progress, [](const Finding&) {})};
+      if (hunt.result.gave_up) {
+        fmt::print(stderr, "tpcheck: {}\n", hunt.result.gave_up->what());
+        cut_short = hunt.result.gave_up->exit_code;
       } else if (hunt.result.interrupted) {
         fmt::print(stderr, "interrupted: what there is so far\n");
         cut_short = 72;

@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "harness/fuzz/where.h"
+
 namespace tp {
 
 class World;
@@ -14,13 +16,11 @@ struct ZooOptions {
   std::vector<std::string> mutants;  // ids; empty: all
   double for_seconds = 30;           // for each mutant
   std::optional<std::uint64_t> seed;
-  int processes = 0;  // of one worker job; 0: the cores, at most 4
-  int jobs = 0;       // 0: as many as fill the cores
+  Where where;
   bool json = false;
-  std::string on = "emulator";  // where kernels run
 };
 
-// Exit code 0 if every mutant was found, else 1.
+// Exit code 0 if every mutant was found, else 1; 3, 70 or 72 where the hunt was broken off.
 int zoo_main(World* world, const ZooOptions& options);
 
 }  // namespace tp

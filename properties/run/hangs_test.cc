@@ -1,6 +1,8 @@
 // Ranks that wait for each other for ever: each way of it is told within seconds, with the rank to
 // blame, and the next case runs. What it took is printed as a table; on the emulator and on GPUs.
-// This executable is its own worker, and so has a main of its own.
+// This executable is its own worker, and so has a main of its own:
+//
+//   hangs_test [--group best|mpi|nccl] [GoogleTest's flags]
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
@@ -24,6 +26,7 @@ namespace {
 constexpr std::chrono::milliseconds kDeadline(2000);
 constexpr double kSecondsToTell = 5, kSecondsToGoOn = 20;
 constexpr int kRanks = 8;
+constexpr int kUnavailable = 3;  // GaveUp's exit code where the machine lacks something
 
 Request request(int tp_size, const std::string& fault = "none", int fault_rank = 0, int seed = 1) {
   return {.line = fmt::format("v1 hang hidden_size={} tp_size={} num_tokens={} seed={} law={} "
@@ -49,6 +52,8 @@ Outcome expected(const std::string& fault) {
   if (fault == "spins" || fault == "lost_event") return Outcome::Hang;
   return fault == "killed" ? Outcome::Crash : Outcome::CollectiveMismatch;
 }
+
+Link group_link = Link::best;  // --group
 
 struct Row {
   int processes;
@@ -111,10 +116,10 @@ void expect_told(Runner& runner, int processes, const std::string& fault, int fa
 
 class HangsTest : public testing::TestWithParam<int> {
  protected:
-  // One that runs cases, or none, and then the test is skipped with the machine's reason.
+  // Throws Unavailable, or GaveUp with exit code 3, where the machine cannot do it.
   std::unique_ptr<Supervisor> started() {
-    auto runner = std::make_unique<Supervisor>(1, GetParam());
-    runner->run(request(1));
+    auto runner = std::make_unique<Supervisor>(1, GetParam(), this_executor(group_link));
+    runner->wait_until_ready();
     return runner;
   }
 };
@@ -124,6 +129,9 @@ TEST_P(HangsTest, AreToldInTimeBlamedOnTheirRankAndSurvived) {
   try {
     runner = started();
   } catch (const Unavailable& e) {
+    GTEST_SKIP() << e.what();
+  } catch (const GaveUp& e) {
+    if (e.exit_code != kUnavailable) throw;
     GTEST_SKIP() << e.what();
   }
   expect_no_false_alarm(*runner, 100);
@@ -140,9 +148,16 @@ INSTANTIATE_TEST_SUITE_P(Processes, HangsTest, testing::Values(1, 2, 4));
 
 int main(int argc, char** argv) {
   tp::add_hang_operator();
-  if (argc > 1 && std::strcmp(argv[1], "worker") == 0) {
+  const bool is_worker = argc > 1 && std::strcmp(argv[1], "worker") == 0;
+  for (int i = 1; i + 1 < argc; ++i) {
+    if (std::strcmp(argv[i], "--group") != 0) continue;
+    const auto word = std::find(tp::kLinkWords.begin(), tp::kLinkWords.end(), argv[i + 1]);
+    if (word == tp::kLinkWords.end()) return 2;
+    tp::group_link = tp::Link(word - tp::kLinkWords.begin());
+  }
+  if (is_worker) {
     tp::World world(&argc, &argv);
-    return tp::worker_main(world);
+    return tp::worker_main(world, tp::group_link);
   }
   testing::InitGoogleTest(&argc, argv);
   const int result = RUN_ALL_TESTS();

@@ -1,0 +1,75 @@
+#include "harness/fuzz/three_answers.h"
+
+#include <fmt/format.h>
+
+#include "harness/fuzz/both.h"
+
+namespace tp {
+
+namespace {
+
+constexpr const char* kOneRank = "one rank with the whole problem";
+
+bool ran(const Verdict& v) { return v.outcome == Outcome::Pass || v.finding(); }
+bool same_end(const Verdict& a, const Verdict& b) { return a.finding() == b.finding(); }
+bool same_bits(const Verdict& a, const Verdict& b) {
+  return same_end(a, b) && a.digest == b.digest;
+}
+
+std::string quarrel(const ThreeAnswers& t) {
+  if (!same_end(t.gpu, t.emulator)) {
+    return fmt::format("stands alone: {}",
+                       same_end(t.one_rank, t.gpu) ? "the emulator" : "the gpu");
+  }
+  if (same_bits(t.one_rank, t.emulator)) return "stands alone: the gpu";
+  if (same_bits(t.one_rank, t.gpu)) return "stands alone: the emulator";
+  return fmt::format("no two agree: gpu and emulator both {}, with different bits, and {} {}",
+                     t.gpu.finding() ? "fail" : "pass", kOneRank,
+                     same_end(t.one_rank, t.gpu) ? "has bits of its own"
+                     : t.one_rank.finding()      ? "fails"
+                                                 : "passes");
+}
+
+std::string row(const char* name, const Verdict& v) {
+  return fmt::format("  {:<31}  {:<18}  digest {:016x}  error/budget {:.3f}{}{}\n", name,
+                     name_of(v.outcome), v.digest, v.score, v.detail.empty() ? "" : "  ", v.detail);
+}
+
+}  // namespace
+
+Verdict overall(const ThreeAnswers& t) {
+  Verdict v = merged(t.gpu, t.emulator);
+  if (!v.finding() && t.one_rank.finding()) {
+    v = t.one_rank;
+    v.detail = fmt::format("on {} only: {}", kOneRank, t.one_rank.detail);
+  }
+  return v;
+}
+
+std::string stands_alone(const ThreeAnswers& t) {
+  for (const auto& [name, v] : {std::pair("the gpu", &t.gpu), {"the emulator", &t.emulator}}) {
+    if (!ran(*v)) return fmt::format("nothing to compare: {} says {}", name, name_of(v->outcome));
+  }
+  const bool agree = same_bits(t.gpu, t.emulator);
+  if (!ran(t.one_rank)) {
+    return fmt::format("gpu and emulator {}; {} says {}", agree ? "agree" : "do not agree",
+                       kOneRank, name_of(t.one_rank.outcome));
+  }
+  if (!agree) return quarrel(t);
+  if (same_end(t.one_rank, t.gpu)) {
+    return t.gpu.finding() ? "all three agree: neither the gpu nor the sharding makes it fail"
+                           : "all three agree";
+  }
+  return fmt::format("stands alone: {}: {}", kOneRank,
+                     t.one_rank.finding()
+                         ? "it fails where the ranks pass"
+                         : "the ranks agree with each other and not with it, which is a sharding "
+                           "mistake");
+}
+
+std::string three_answers_text(const ThreeAnswers& t) {
+  return row("gpu", t.gpu) + row("emulator", t.emulator) + row(kOneRank, t.one_rank) +
+         fmt::format("  {}\n", stands_alone(t));
+}
+
+}  // namespace tp

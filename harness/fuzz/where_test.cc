@@ -1,0 +1,154 @@
+// What two executors say, made one: verdicts, the answer that stands alone, the flags that bring a
+// case back to where it was seen.
+
+#include "harness/fuzz/where.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include "harness/fuzz/both.h"
+#include "harness/fuzz/driver.h"
+#include "harness/fuzz/fuzz.h"
+#include "harness/fuzz/three_answers.h"
+
+namespace tp {
+namespace {
+
+Verdict pass(std::uint64_t digest = 7) { return {.outcome = Outcome::Pass, .digest = digest}; }
+Verdict wrong(std::uint64_t digest = 8) {
+  return {.outcome = Outcome::WrongValue, .detail = "got 1, accepted 2", .digest = digest};
+}
+Verdict skipped() { return {.outcome = Outcome::Skipped, .detail = "no room"}; }
+
+std::string text(const Verdict& v) {
+  return v.detail.empty() ? std::string(name_of(v.outcome))
+                          : fmt::format("{}: {}", name_of(v.outcome), v.detail);
+}
+
+TEST(Merged, AFindingOfEitherSideIsOneAndSaysWhere) {
+  EXPECT_EQ(text(merged(wrong(), wrong())), "WrongValue: on both: got 1, accepted 2");
+  EXPECT_EQ(text(merged(wrong(), pass())), "WrongValue: on the gpu only: got 1, accepted 2");
+  EXPECT_EQ(text(merged(pass(), wrong())), "WrongValue: in the emulator only: got 1, accepted 2");
+  EXPECT_EQ(text(merged(wrong(), skipped())),
+            "WrongValue: on the gpu: got 1, accepted 2; in the emulator: Skipped: no room");
+  const Verdict hang{.outcome = Outcome::Hang, .detail = "no answer"};
+  EXPECT_EQ(text(merged(hang, wrong())),
+            "Hang: on the gpu: no answer; in the emulator: WrongValue: got 1, accepted 2");
+}
+
+TEST(Merged, TwoPassesWithOtherBitsAreAFinding) {
+  EXPECT_EQ(text(merged(pass(7), pass(7))), "Pass");
+  EXPECT_EQ(text(merged(pass(7), pass(10))),
+            "LawBroken: gpu and emulator give different bits: digests 0000000000000007 and "
+            "000000000000000a");
+}
+
+TEST(Merged, WhatOneSideCouldNotSayIsNoPass) {
+  EXPECT_EQ(text(merged(pass(), skipped())), "Skipped: in the emulator: no room");
+  EXPECT_EQ(text(merged(skipped(), pass())), "Skipped: on the gpu: no room");
+  EXPECT_EQ(text(merged(skipped(), skipped())), "Skipped: no room");
+  const Verdict mistrusted{.outcome = Outcome::Mistrusted, .detail = "blind"};
+  EXPECT_EQ(text(merged(mistrusted, skipped())), "Skipped: in the emulator: no room");
+  EXPECT_EQ(text(merged(mistrusted, pass())), "Mistrusted: on the gpu: blind");
+}
+
+TEST(Merged, TimeIsTheGpusAndTheLongerOne) {
+  Verdict gpu = pass(), emulator = pass();
+  gpu.seconds = 1;
+  gpu.timing = {.kernel_us = 5, .slowest_rank = 2};
+  emulator.seconds = 3;
+  emulator.threads = 64;
+  const Verdict v = merged(gpu, emulator);
+  EXPECT_EQ(v.seconds, 3);
+  EXPECT_EQ(v.threads, 64u);
+  EXPECT_EQ(v.timing.kernel_us, 5);
+  EXPECT_EQ(v.timing.slowest_rank, 2);
+}
+
+TEST(ThreeAnswers, EachThatCanStandAloneIsNamed) {
+  EXPECT_EQ(stands_alone({pass(), pass(), pass()}), "all three agree");
+  // Another order of rounding.
+  EXPECT_EQ(stands_alone({pass(7), pass(7), pass(9)}), "all three agree");
+  EXPECT_EQ(stands_alone({wrong(), wrong(), wrong()}),
+            "all three agree: neither the gpu nor the sharding makes it fail");
+  EXPECT_EQ(stands_alone({wrong(), pass(), pass()}), "stands alone: the gpu");
+  EXPECT_EQ(stands_alone({pass(), wrong(), pass()}), "stands alone: the emulator");
+  EXPECT_EQ(stands_alone({wrong(), pass(), wrong()}), "stands alone: the emulator");
+  EXPECT_EQ(stands_alone({wrong(), wrong(), pass()}),
+            "stands alone: one rank with the whole problem: the ranks agree with each other and "
+            "not with it, which is a sharding mistake");
+  EXPECT_EQ(stands_alone({pass(), pass(), wrong()}),
+            "stands alone: one rank with the whole problem: it fails where the ranks pass");
+}
+
+TEST(ThreeAnswers, BitsOfOneRankSettleAQuarrel) {
+  EXPECT_EQ(stands_alone({pass(7), pass(8), pass(8)}), "stands alone: the gpu");
+  EXPECT_EQ(stands_alone({pass(7), pass(8), pass(7)}), "stands alone: the emulator");
+  EXPECT_EQ(stands_alone({pass(7), pass(8), pass(9)}),
+            "no two agree: gpu and emulator both pass, with different bits, and one rank with the "
+            "whole problem has bits of its own");
+  EXPECT_EQ(stands_alone({wrong(7), wrong(8), pass(9)}),
+            "no two agree: gpu and emulator both fail, with different bits, and one rank with the "
+            "whole problem passes");
+}
+
+TEST(ThreeAnswers, WhoSaysNothingStandsNowhere) {
+  EXPECT_EQ(stands_alone({skipped(), pass(), pass()}), "nothing to compare: the gpu says Skipped");
+  EXPECT_EQ(stands_alone({pass(), skipped(), pass()}),
+            "nothing to compare: the emulator says Skipped");
+  EXPECT_EQ(stands_alone({pass(7), pass(8), skipped()}),
+            "gpu and emulator do not agree; one rank with the whole problem says Skipped");
+}
+
+TEST(ThreeAnswers, AnyOfThemFailsTheCase) {
+  EXPECT_FALSE(overall({pass(), pass(), pass(9)}).finding());
+  EXPECT_TRUE(overall({pass(7), pass(8), pass(7)}).finding());
+  EXPECT_TRUE(overall({wrong(), pass(), pass()}).finding());
+  EXPECT_EQ(text(overall({pass(), pass(), wrong()})),
+            "WrongValue: on one rank with the whole problem only: got 1, accepted 2");
+}
+
+TEST(GaveUp, SaysItsExitCodeUnlessSomethingWasSeen) {
+  FuzzResult result;
+  result.gave_up = GaveUp("no GPU", 3);
+  EXPECT_EQ(result.exit_code(), 3);
+  result.gave_up = GaveUp("died 3 times");
+  EXPECT_EQ(result.exit_code(), 70);
+  result.not_replayed.emplace_back();
+  EXPECT_EQ(result.exit_code(), 1);
+}
+
+TEST(Where, AReplayLineSaysWhatAPlainReplayWouldNotDo) {
+  const int usual = default_processes(kEmulator);
+  const auto flags = [](const char* on, int processes, Link link = Link::best) {
+    return replay_flags({.on = on, .link = link, .processes = processes});
+  };
+  EXPECT_EQ(flags("emulator", usual), "");
+  EXPECT_EQ(flags("emulator", usual + 1), fmt::format(" -n {}", usual + 1));
+  EXPECT_EQ(flags("emulator", usual, Link::mpi), " --group mpi");
+  EXPECT_EQ(flags("gpu", 1), " --on gpu");
+  EXPECT_EQ(flags("gpu", 4, Link::nccl), " --on gpu --group nccl -n 4");
+  EXPECT_EQ(flags("both", 0), " --on both");
+  EXPECT_EQ(flags("both", 2), " --on both -n 2");
+}
+
+TEST(Where, DefaultsAreTheExecutors) {
+  EXPECT_EQ(settled({.on = "gpu"}).processes, 1);
+  EXPECT_EQ(settled({.on = "gpu"}).jobs, 1);
+  EXPECT_EQ(settled({.on = "gpu", .processes = 8}).jobs, 1);
+  EXPECT_EQ(settled({.on = "both"}).processes, 0);
+  EXPECT_EQ(settled({.on = "emulator", .processes = 3, .jobs = 2}).jobs, 2);
+}
+
+TEST(Where, TheHeaderHasALineForEachExecutor) {
+  const std::string version(kTpcheckVersion);
+  const std::string indent(8 + version.size() + 2, ' ');
+  EXPECT_EQ(header_text("emulator, 1 job", true), "tpcheck " + version + "  emulator, 1 job\n");
+  EXPECT_EQ(header_text("gpu: G\nemulator", true),
+            "tpcheck " + version + "  gpu: G\n" + indent + "emulator\n");
+  EXPECT_EQ(header_text("gpu: G", false),
+            fmt::format("tpcheck {}  gpu: G\n{}\n", version, kNoPoison));
+}
+
+}  // namespace
+}  // namespace tp
