@@ -182,6 +182,13 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                          run.view<float>("sums").data, m, rules, float(eps), run.group, run.stream);
             });
           },
+      .cost = [=](int tp_rank) -> Cost {
+        const RankShape rank = partition(m, c.tp_size, tp_rank);
+        const double row = double(rank.heads.size + rank.kv_heads.size) * dim;
+        // q and k read and written, and the weights; a square, an addition, two products each.
+        return {.bytes = (2 * double(tokens) + 1) * row * double(size_of(c.dtype)),
+                .flops = 4 * double(tokens) * row};
+      },
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         reference::QkNorm r = reference::qk_norm(in["q"], in["k"], in["q_weight"], in["k_weight"],
                                                  eps, profiles.q, profiles.k);

@@ -32,6 +32,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules&, const Variation& 
                           run.view<T>("out").columns(0, cols), float(eps), run.stream);
             });
           },
+      .cost = [=](int) -> Cost {
+        // x read and out written, and the weight; a square, an addition, two products each.
+        return {.bytes = (2 * double(tokens) + 1) * double(cols) * double(size_of(c.dtype)),
+                .flops = 4 * double(tokens) * double(cols)};
+      },
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         return {
             reference::rms_norm(in["x"], in["weight"], eps, rms_norm_profile(cols), double(cols))};

@@ -46,7 +46,7 @@ void mask_without_caller(Stream& stream);
 void overlapping_masks(Stream& stream);
 void masks_in_a_circle(Stream& stream);
 void barriers(Stream& stream, int threads);  // nothing wrong but for lack of memory
-void half_warp_sum(Stream& stream);  // a block of 48 threads
+void half_warp_sum(Stream& stream);          // a block of 48 threads
 void read_outside_mask(Stream& stream);
 void misaligned_load(Stream& stream, const float* x, float* out);
 void write_shared(Stream& stream, int floats, int index);

@@ -62,8 +62,9 @@ int run(std::string_view mode) {
            bugs);
     std::vector<float> got(kBlocks * kThreads);
     to_host(stream, got.data(), out.data(), out.bytes());
+    out.check_guards(stream);
     stream.synchronize();
-    if (const auto overrun = out.check_guards()) throw Fault{Outcome::OutOfBounds, *overrun};
+    if (const auto overrun = out.damage()) throw Fault{Outcome::OutOfBounds, *overrun};
     const int blocks = bugs.block_race ? 1 : kBlocks;
     for (int i = 0; i < blocks * kThreads; ++i) wrong += !(got[i] == float((i + 1) % kThreads));
   });

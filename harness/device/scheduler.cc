@@ -81,7 +81,8 @@ Stream& Scheduler::add_rank(int tp_rank, std::function<void(Stream&)> body) {
 }
 
 Stream& Scheduler::add_stream(int tp_rank) {
-  return *streams_.emplace_back(std::make_unique<Stream>(*this, tp_rank));
+  const std::uint64_t number = streams_.size();
+  return *streams_.emplace_back(std::make_unique<Stream>(*this, tp_rank, number));
 }
 
 Report Scheduler::run(std::function<Idle()> idle) {
@@ -91,14 +92,7 @@ Report Scheduler::run(std::function<Idle()> idle) {
       for (const auto& rank : ranks_) complete = complete && rank->finished;
       if (complete) break;
       if (!step()) {
-        // Work that a GPU completes in this very moment makes something runnable again: only when
-        // all of it is complete and still nothing can run, this process has nothing of its own to
-        // do.
-        if (device_is_busy()) {
-          poll();
-        } else if (!step()) {
-          ask_idle(idle, false);
-        }
+        ask_idle(idle, false);
       } else {
         polls_ = 0;
         if (spins_ > 0 && spins_ % kSpinsPerIdle == 0) ask_idle(idle, true);
@@ -109,6 +103,11 @@ Report Scheduler::run(std::function<Idle()> idle) {
     for (const auto& stream : streams_) {
       try {
         stream->queue_->check();
+        if (options_.timed && !report_.fault) {
+          const DeviceTime time = stream->queue_->time();
+          report_.times[stream->tp_rank()].kernel_us += time.kernel_us;
+          report_.times[stream->tp_rank()].collective_us += time.collective_us;
+        }
       } catch (...) {
         fail_with_exception(*stream);
       }
@@ -211,8 +210,8 @@ void Scheduler::wait_until_empty(Stream& stream) {
   rank.waits_for = &stream;
   Fiber::switch_to(*rank.fiber, rank.home, Order::synchronised);
   if (cancelled_) throw Cancelled{};
-  stream.device_queue().host_joins();
   stream.device_queue().check();
+  stream.device_queue().host_joins();
 }
 
 void Scheduler::fail(Fault fault) {
@@ -224,7 +223,7 @@ void Scheduler::unwind() {
   // Kernels and calls go first: they may refer to what the ranks' stacks own.
   for (const auto& stream : streams_) {
     stream->operations_.clear();
-    stream->queue_->host_joins();
+    stream->queue_->abandon();
   }
   for (const auto& rank : ranks_) {
     if (rank->fiber) run_rank(*rank);
@@ -256,10 +255,11 @@ void Scheduler::ask_idle(const std::function<Idle()>& idle, bool spinning) {
   }
   if (answer == Idle::moved) {
     polls_ = 0;
-  } else if (answer == Idle::stuck) {
-    hang("nothing will ever go on");
-  } else {
+  } else if (answer == Idle::waiting || device_is_busy()) {
     poll();
+  } else if (!step()) {
+    // Nor did a GPU make anything runnable in this very moment.
+    hang("nothing will ever go on");
   }
 }
 
@@ -273,6 +273,13 @@ void Scheduler::poll() {
   }
 }
 
+bool Scheduler::settle(std::chrono::milliseconds patience) {
+  const auto until = std::chrono::steady_clock::now() + patience;
+  while (device_is_busy() && std::chrono::steady_clock::now() < until)
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  return !device_is_busy() && !device_is_lost();
+}
+
 bool Scheduler::past_deadline() const {
   return options_.deadline && std::chrono::steady_clock::now() >= *options_.deadline;
 }
@@ -282,15 +289,19 @@ void Scheduler::hang(const std::string& why) {
   std::string what = why;
   int waiting = 0;
   int first = -1;
-  // Who runs comes first: whoever waits for a gate may well wait for it.
-  for (const bool held : {false, true}) {
+  // Who runs comes first: whoever waits may well wait for it. And who waits for other ranks is the
+  // last to blame.
+  using At = DeviceQueue::At;
+  report_.waits_for_others = true;
+  for (const At at : {At::runs, At::waits, At::waits_for_others}) {
     for (const auto& stream : streams_) {
-      if (stream->empty() || stream->held() != held) continue;
+      if (stream->empty() || stream->at() != at) continue;
+      if (at != At::waits_for_others) report_.waits_for_others = false;
       if (waiting == 0) first = stream->tp_rank();
-      if (++waiting <= kNamed) {
-        what += fmt::format("{} rank {} {}", waiting == 1 ? ":" : ";", stream->tp_rank(),
-                            stream->describe());
-      }
+      if (++waiting > kNamed) continue;
+      const std::string who =
+          stream->tp_rank() < 0 ? "the group" : fmt::format("rank {}", stream->tp_rank());
+      what += fmt::format("{} {} {}", waiting == 1 ? ":" : ";", who, stream->describe());
     }
   }
   if (waiting > kNamed) what += fmt::format("; and {} more", waiting - kNamed);

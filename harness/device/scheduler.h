@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -23,6 +24,8 @@ struct SchedulerOptions {
   std::uint8_t poison = 0xFF;  // every byte of fresh shared memory; 0xFF: NaN in every format
   std::optional<std::chrono::steady_clock::time_point> deadline = {};
   RunningNow* running = nullptr;  // written at every switch, if given
+  bool delays = false;  // seeded ones before kernels, so that a missing event or barrier shows
+  bool timed = false;   // the device measures its kernels, where it can
 };
 
 // What a process that has nothing of its own to run finds out about the others.
@@ -36,6 +39,9 @@ struct Report {
   std::optional<Fault> fault;
   std::uint64_t threads = 0;  // emulated CUDA threads started
   std::uint64_t blocks = 0;
+  // Of a Hang: nothing here runs or waits for itself, all wait for ranks of other processes.
+  bool waits_for_others = false;
+  std::map<int, DeviceTime> times;  // of each rank, if it was timed and the device can tell
 };
 
 // At most one exists at a time. Made, run and destroyed on the process's own stack.
@@ -49,7 +55,7 @@ class Scheduler {
   // Adds a rank: `body` is its host code and gets the rank's stream, which is also returned. Host
   // code runs on a fiber's stack of 256 KiB: it must not call MPI; Stream::call can.
   Stream& add_rank(int tp_rank, std::function<void(Stream&)> body);
-  // One more stream of a rank, also while running.
+  // One more stream of a rank (-1: of all ranks together), also while running.
   Stream& add_stream(int tp_rank);
 
   // Runs until every body has returned and every stream is complete, or until a fault. Whatever
@@ -64,6 +70,9 @@ class Scheduler {
 
   // Ends the run with this fault (the first one counts). From `idle`, a call, or host code.
   void fail(Fault fault);
+
+  // Lets the device come to rest after a fault. False: it did not, and is lost to this process.
+  bool settle(std::chrono::milliseconds patience);
 
   const SchedulerOptions& options() const { return options_; }
   // The scheduler there is, or null.

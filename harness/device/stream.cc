@@ -2,27 +2,80 @@
 
 #include <utility>
 
+#include "harness/device/random.h"
 #include "harness/device/scheduler.h"
 
 namespace tp {
 
-Stream::Stream(Scheduler& scheduler, int tp_rank)
-    : scheduler_(scheduler), tp_rank_(tp_rank), queue_(make_device_queue(tp_rank)) {}
+namespace {
+
+constexpr int kDelayUnits = 64;
+
+// How long the n-th work of a stream is delayed: two of three not at all.
+int delay_of(std::uint64_t seed, std::uint64_t stream, std::uint64_t n) {
+  Random random(seed ^ (stream << 40) ^ (n << 20));
+  random.next();
+  return random.below(3) == 0 ? 1 + int(random.below(kDelayUnits)) : 0;
+}
+
+}  // namespace
+
+Stream::Stream(Scheduler& scheduler, int tp_rank, std::uint64_t number)
+    : scheduler_(scheduler),
+      tp_rank_(tp_rank),
+      queue_(make_device_queue(tp_rank, scheduler.options().timed)),
+      number_(number) {}
 
 Stream::~Stream() { operations_.clear(); }
 
 void Stream::push(Operation operation) {
-  if (!scheduler_.cancelled()) operations_.push_back(std::move(operation));
+  if (scheduler_.cancelled()) return;
+  flush_kernels();
+  operations_.push_back(std::move(operation));
 }
 
 void Stream::enqueue(std::unique_ptr<Work> work) { push(std::move(work)); }
-void Stream::call(std::function<void()> f) { push(Call{std::move(f)}); }
-void Stream::wait(Gate& gate) { push(Hold{&gate, nullptr}); }
-void Stream::wait(const Event& event) { push(Hold{event.gate.get(), event.gate}); }
-void Stream::record(const Event& event) {
-  call([gate = event.gate] { gate->is_open = true; });
+
+void Stream::enqueue_kernel(std::unique_ptr<Work> kernel) {
+  if (recording_ == nullptr) return push(std::move(kernel));
+  kernels_.push_back(std::move(kernel));
 }
+
+void Stream::call(std::function<void()> f) { push(Call{std::move(f), true}); }
+void Stream::pass(std::function<void()> f) { push(Call{std::move(f), false}); }
+void Stream::wait(Gate& gate) { push(Hold{&gate, nullptr}); }
+void Stream::wait(const Event& event) { push(Hold{&event.point->gate, event.point}); }
+void Stream::record(const Event& event) { push(Record{event.point}); }
 void Stream::synchronize() { scheduler_.wait_until_empty(*this); }
+
+void Stream::begin_recording(Recording& recording) {
+  recording_ = &recording;
+  recording.replays_ = !recording.graphs_.empty();
+  recording.next_ = 0;
+}
+
+void Stream::end_recording() {
+  flush_kernels();
+  const Recording& recording = *std::exchange(recording_, nullptr);
+  if (recording.replays_ && recording.next_ != recording.graphs_.size()) {
+    throw Fault{Outcome::BadLaunch, "the second time fewer kernels are launched than were recorded",
+                tp_rank_};
+  }
+}
+
+void Stream::flush_kernels() {
+  if (kernels_.empty()) return;
+  const std::size_t count = kernels_.size();
+  std::vector<std::shared_ptr<Graph>>& graphs = recording_->graphs_;
+  if (!recording_->replays_) graphs.push_back(queue_->make_graph(std::move(kernels_)));
+  kernels_.clear();
+  const std::size_t i = recording_->replays_ ? recording_->next_++ : graphs.size() - 1;
+  if (i >= graphs.size() || graphs[i]->size() != count) {
+    throw Fault{Outcome::BadLaunch, "the second time other kernels are launched than were recorded",
+                tp_rank_};
+  }
+  if (!scheduler_.cancelled()) operations_.push_back(queue_->launch(graphs[i]));
+}
 
 bool Stream::empty() { return operations_.empty() && queue_->finished(); }
 
@@ -30,7 +83,8 @@ bool Stream::runnable() {
   if (operations_.empty()) return false;
   const Operation& head = operations_.front();
   if (const auto* hold = std::get_if<Hold>(&head)) return hold->gate->is_open;
-  return std::holds_alternative<std::unique_ptr<Work>>(head) || queue_->finished();
+  if (const auto* call = std::get_if<Call>(&head)) return !call->waits || queue_->finished();
+  return true;
 }
 
 Progress Stream::step(Random& random) {
@@ -38,16 +92,31 @@ Progress Stream::step(Random& random) {
   Operation& head = operations_.front();
   Progress progress = Progress::done;
   if (auto* work = std::get_if<std::unique_ptr<Work>>(&head)) {
+    if (scheduler_.options().delays && !std::exchange(delayed_, true)) {
+      if (const int units = delay_of(scheduler_.options().seed, number_, begun_++))
+        delay_left_ = queue_->delay(units);
+    }
+    if (delay_left_ > 0) return --delay_left_, Progress::moved;
     progress = (*work)->step(random);
-  } else {
-    if (auto* call = std::get_if<Call>(&head)) {
+  } else if (auto* call = std::get_if<Call>(&head)) {
+    if (call->waits) {
       queue_->check();
       queue_->host_joins();
-      call->f();
     }
+    call->f();
+    if (call->waits) queue_->host_leaves();
+  } else if (auto* record = std::get_if<Record>(&head)) {
+    record->point->mark = queue_->mark();
+    record->point->gate.is_open = true;
+  } else if (const auto& [gate, point] = std::get<Hold>(head); point) {
+    queue_->follow(*point->mark, gate->what, gate->for_others);
+  } else {
     queue_->host_leaves();
   }
-  if (progress == Progress::done) operations_.pop_front();
+  if (progress == Progress::done) {
+    operations_.pop_front();
+    delayed_ = false;
+  }
   return progress;
 }
 
@@ -58,15 +127,20 @@ std::string_view Stream::running() const {
 }
 
 // What was handed to a GPU is no longer in the queue, but may run for ever.
-bool Stream::held() {
-  return !operations_.empty() && std::holds_alternative<Hold>(operations_.front()) &&
-         queue_->finished();
+DeviceQueue::At Stream::at() {
+  using At = DeviceQueue::At;
+  if (!queue_->finished()) return queue_->at();
+  if (operations_.empty()) return At::runs;
+  if (const auto* hold = std::get_if<Hold>(&operations_.front()))
+    return hold->gate->for_others ? At::waits_for_others : At::waits;
+  const auto* work = std::get_if<std::unique_ptr<Work>>(&operations_.front());
+  return work != nullptr && (*work)->waits_for_others() ? At::waits_for_others : At::runs;
 }
 
 std::string Stream::describe() {
-  if (held()) return "waits for " + std::get<Hold>(operations_.front()).gate->what;
-  if (operations_.empty()) return "waits for the device";
+  if (!queue_->finished() || operations_.empty()) return queue_->describe();
   const Operation& head = operations_.front();
+  if (const auto* hold = std::get_if<Hold>(&head)) return "waits for " + hold->gate->what;
   if (const auto* work = std::get_if<std::unique_ptr<Work>>(&head)) return (*work)->describe();
   return "waits for the device";
 }

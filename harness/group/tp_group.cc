@@ -9,23 +9,14 @@
 #include <string_view>
 
 #include "harness/base/check.h"
-#include "harness/device/buffer.h"
-#include "harness/device/larger.h"
+#include "harness/group/combine.h"
+#include "harness/group/device_link.h"
 
 namespace tp {
 
 namespace {
 
 constexpr std::string_view kNames[] = {"all_reduce_sum", "all_reduce_max", "all_gather", "barrier"};
-
-// acc[i] op= x[i], rounded to T each time.
-template <typename T>
-void fold(Collective what, T* acc, const T* x, std::int64_t count) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float a = to_float(acc[i]), b = to_float(x[i]);
-    acc[i] = from_float<T>(what == Collective::all_reduce_sum ? a + b : larger(a, b));
-  }
-}
 
 std::string values_of(DType t, const std::vector<std::byte>& data) {
   const std::int64_t count = std::int64_t(data.size()) / size_of(t);
@@ -51,16 +42,33 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   e.header.communicator = communicator_;
   e.what = what;
   e.dtype = dtype;
-  e.gate.what = describe(e.header);
-  e.in.resize(bytes);
-  e.out.resize(what == Collective::all_gather ? bytes * std::size_t(s.tp_size_) : bytes);
-  if (bytes > 0) to_host(stream, e.in.data(), in, bytes);
-  stream.call([&s, &e, rank = tp_rank_] {
+  e.stream = &stream;
+  e.in_data = in;
+  e.out_data = out;
+  e.gate.for_others = e.done.point->gate.for_others = true;
+  e.gate.what = e.done.point->gate.what = describe(e.header);
+  const std::size_t all_bytes =
+      what == Collective::all_gather ? bytes * std::size_t(s.tp_size_) : bytes;
+  const auto arrive = [&s, &e, rank = tp_rank_] {
     s.ledger_.enter(rank, e.header);
     s.ranks_[std::size_t(rank - s.local_.offset)].entered.emplace(e.header.sequence, &e);
-  });
-  stream.wait(e.gate);
-  if (bytes > 0) from_host_when_reached(stream, out, e.out.data(), e.out.size());
+  };
+  const bool staged = !s.direct();
+  if (staged || s.trace_) {
+    e.in.resize(bytes);
+    e.out.resize(all_bytes);
+    to_host(stream, e.in.data(), in, bytes);
+  }
+  if (staged) {
+    stream.call(arrive);
+    stream.wait(e.gate);
+    from_host_when_reached(stream, out, e.out.data(), all_bytes);
+  } else {
+    stream.record(e.ready);
+    stream.pass(arrive);
+    stream.wait(e.done);
+    if (s.trace_) to_host(stream, e.out.data(), out, all_bytes);
+  }
   if (s.trace_) {
     stream.call([&s, &e, rank = tp_rank_] {
       s.trace_(fmt::format("tp_rank {:2}  {}  in{}  out{}", rank, describe(e.header),
@@ -91,7 +99,7 @@ GroupSession::GroupSession(World& world, int tp_size, std::optional<Clock::time_
 }
 
 void GroupSession::end_rank(int tp_rank, Stream& stream) {
-  stream.call([this, tp_rank] { ranks_[std::size_t(tp_rank - local_.offset)].ended = true; });
+  stream.pass([this, tp_rank] { ranks_[std::size_t(tp_rank - local_.offset)].ended = true; });
 }
 
 // The entry of this rank into the collective that is next, if it is there.
@@ -100,7 +108,10 @@ GroupSession::Entry* GroupSession::at(const LocalRank& rank) const {
   return next == rank.entered.end() ? nullptr : next->second;
 }
 
-bool GroupSession::only_waits() const {
+bool GroupSession::direct() const { return processes_ == 1 || device_link() != nullptr; }
+
+// Whether every local rank is at the next collective, or at its end.
+bool GroupSession::all_wait() const {
   return std::all_of(ranks_.begin(), ranks_.end(),
                      [this](const LocalRank& rank) { return at(rank) || rank.ended; });
 }
@@ -170,6 +181,55 @@ void GroupSession::start_payload() {
   phase_ = Phase::payload;
 }
 
+Buffer& GroupSession::scratch(std::size_t bytes) {
+  return scratch_.emplace_back(*device_stream_, "a collective's", bytes, std::uint8_t{0});
+}
+
+// All ranks agree on the next collective: queues it on the device, after all local ranks'
+// contributions are ready and before any of them goes on.
+void GroupSession::issue() {
+  const Entry& first = *at(ranks_[0]);
+  if (device_stream_ == nullptr) device_stream_ = &first.stream->scheduler().add_stream(-1);
+  Stream& stream = *device_stream_;
+  std::vector<const void*> in;
+  std::vector<void*> out;
+  for (const LocalRank& rank : ranks_) {
+    stream.wait(at(rank)->ready);
+    in.push_back(at(rank)->in_data);
+    out.push_back(at(rank)->out_data);
+  }
+  const bool barrier = first.what == Collective::barrier;
+  const std::int64_t count = first.header.count;
+  const std::size_t each = std::size_t(count) * std::size_t(size_of(first.dtype));
+  if (processes_ > 1) {
+    std::vector<std::size_t> bytes;
+    for (int p = 0; p < processes_; ++p) {
+      bytes.push_back(std::max<std::size_t>(
+          1, each * std::size_t(ranks_of_process(tp_size_, processes_, p).size)));
+    }
+    const Buffer& mine = scratch(bytes[std::size_t(process_)]);
+    const Buffer& all = scratch(std::max(each * std::size_t(tp_size_), std::size_t(processes_)));
+    if (count > 0) gather_ranks(first.dtype, in, {mine.data()}, count, stream);
+    device_link()->all_gather(stream, mine.data(), all.data(), bytes, describe(first.header));
+    in.clear();
+    for (int r = 0; r < tp_size_; ++r) in.push_back(all.as<std::byte>() + std::size_t(r) * each);
+  }
+  if (count > 0 && first.what == Collective::all_gather) {
+    gather_ranks(first.dtype, in, out, count, stream);
+  } else if (count > 0 && !barrier) {
+    fold_ranks(first.what, first.dtype, in, out, count, stream);
+  }
+  for (const LocalRank& rank : ranks_) stream.record(at(rank)->done);
+  step_over();
+}
+
+// The next collective is behind all local ranks.
+void GroupSession::step_over() {
+  for (LocalRank& rank : ranks_) rank.entered.erase(completed_ + 1);
+  ++completed_;
+  phase_ = Phase::idle;
+}
+
 // All contributions are here, in tp_rank order: computes the result once and opens the ranks'
 // gates.
 void GroupSession::complete() {
@@ -182,10 +242,11 @@ void GroupSession::complete() {
     const std::size_t each = first.in.size();
     result.assign(received.begin(), received.begin() + std::ptrdiff_t(each));
     dispatch(first.dtype, [&]<typename T>(T) {
+      T* total = reinterpret_cast<T*>(result.data());
       for (int r = 1; r < tp_size_; ++r) {
-        fold(first.what, reinterpret_cast<T*>(result.data()),
-             reinterpret_cast<const T*>(received.data() + std::size_t(r) * each),
-             first.header.count);
+        const T* x = reinterpret_cast<const T*>(received.data() + std::size_t(r) * each);
+        for (std::int64_t i = 0; i < first.header.count; ++i)
+          total[i] = combine(first.what == Collective::all_reduce_sum, total[i], x[i]);
       }
     });
   }
@@ -193,10 +254,8 @@ void GroupSession::complete() {
     Entry& entry = *at(rank);
     entry.out = result;
     entry.gate.is_open = true;
-    rank.entered.erase(completed_ + 1);
   }
-  ++completed_;
-  phase_ = Phase::idle;
+  step_over();
 }
 
 // Polls the exchange for a short while: a process that shares its core must let the others run.
@@ -214,7 +273,7 @@ Idle GroupSession::progress() {
     const bool anyone =
         std::any_of(ranks_.begin(), ranks_.end(), [&](const LocalRank& r) { return at(r); });
     // A rank that is neither in a collective nor at its end is busy, or waits for something else.
-    if (!anyone || !only_waits()) return Idle::stuck;
+    if (!anyone || !all_wait()) return Idle::stuck;
     start_headers(local_message());
   }
   if (!poll()) return Idle::waiting;
@@ -224,6 +283,7 @@ Idle GroupSession::progress() {
       over_ = true;
       return Idle::stuck;
     }
+    if (direct()) return issue(), Idle::moved;
     start_payload();
     if (!poll()) return Idle::waiting;
   }
@@ -253,7 +313,11 @@ std::optional<Fault> GroupSession::finish(const std::optional<Fault>& fault) {
     if (!wait_to_the_end()) return gave_up();
     phase_ = Phase::idle;
     if ((fault_ = disagreement())) return fault_;
-    start_payload();
+    if (direct()) {
+      step_over();  // the others find out below
+    } else {
+      start_payload();
+    }
   }
   if (phase_ == Phase::payload) {
     if (!wait_to_the_end()) return gave_up();

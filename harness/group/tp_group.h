@@ -4,9 +4,10 @@
 // of consecutive ranks, meets them in memory, and meets the other processes through a Channel.
 //
 // Sums are folded in tp_rank order, 0 first, one rank's contribution at a time and never as partial
-// sums of a process, so the bits do not depend on how many processes there are. Every message
-// between processes starts with the collective's header, and so does the end of a case: ranks that
-// disagree on what comes next are a CollectiveMismatch at once, never a hang.
+// sums of a process, so the bits do not depend on how many processes there are, nor on what moves
+// the data: kernels of one device, NCCL (which then gathers, and a kernel folds), or MPI. Before
+// any data move, processes exchange the collective's header, and so they do at the end of a case:
+// ranks that disagree on what comes next are a CollectiveMismatch at once, never a hang.
 
 #include <chrono>
 #include <cstdint>
@@ -19,14 +20,14 @@
 
 #include "harness/base/dtype.h"
 #include "harness/base/shape.h"
+#include "harness/device/buffer.h"
 #include "harness/device/scheduler.h"
 #include "harness/device/stream.h"
+#include "harness/group/collectives.h"
 #include "harness/group/ledger.h"
 #include "harness/group/world.h"
 
 namespace tp {
-
-enum class Collective : std::uint8_t { all_reduce_sum, all_reduce_max, all_gather, barrier };
 
 class GroupSession;
 
@@ -100,16 +101,20 @@ class GroupSession {
   std::optional<Fault> finish(const std::optional<Fault>& fault);
   // Whether the processes parted within an exchange, which MPI cannot take back: no further case.
   bool broken() const { return phase_ != Phase::idle; }
-  // Whether every local rank has ended or waits for others in a collective: a Hang is not theirs.
-  bool only_waits() const;
 
  private:
   friend class TpGroup;
-  // One rank's entry into one collective. Contributions and results are staged in host memory.
+  // One rank's entry into one collective.
   struct Entry {
     CollectiveHeader header;
     Collective what = Collective::barrier;
     DType dtype = DType::f32;
+    Stream* stream = nullptr;       // the rank's
+    const void* in_data = nullptr;  // device memory
+    void* out_data = nullptr;
+    // Moved by the device: when `in_data` is there, and when `out_data` is.
+    Event ready, done;
+    // Staged by the host, or traced.
     std::vector<std::byte> in, out;
     Gate gate;  // opens when `out` is there
   };
@@ -127,11 +132,17 @@ class GroupSession {
   };
   enum class Phase : std::uint8_t { idle, headers, payload };
 
+  // Whether the data of collectives move without the host: inside one process, or through a link.
+  bool direct() const;
+  bool all_wait() const;
   Entry* at(const LocalRank& rank) const;
   Message local_message() const;
   void start_headers(const Message& mine);
   void start_payload();
   void complete();
+  void step_over();
+  void issue();
+  Buffer& scratch(std::size_t bytes);
   bool poll();
   bool wait_to_the_end();
   std::optional<Fault> disagreement() const;
@@ -145,6 +156,9 @@ class GroupSession {
   LedgerPage& ledger_;
 
   std::deque<Entry> entries_;  // of this case; addresses are stable
+  // Where collectives between ranks of this process run: after all of them, before all of them.
+  Stream* device_stream_ = nullptr;
+  std::deque<Buffer> scratch_;
   std::vector<LocalRank> ranks_;
   std::int64_t completed_ = 0;  // collectives that all ranks have behind them
   Phase phase_ = Phase::idle;

@@ -40,7 +40,7 @@ Outcomes run_ranks(int tp_size, std::uint64_t seed,
     });
   }
   const Report report = scheduler.run([&] { return session.progress(); });
-  Outcomes outcomes{report.fault, false, session.only_waits()};
+  Outcomes outcomes{report.fault, false, report.waits_for_others};
   if (auto fault = session.finish(report.fault)) outcomes.fault = fault;
   outcomes.broken = session.broken();
   return outcomes;

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <set>
 
 #include "harness/base/check.h"
+#include "harness/group/device_link.h"
 
 namespace tp {
 
@@ -20,9 +22,9 @@ struct Image {
   std::vector<bool> owned;  // by column: some piece covers it
 };
 
-Image blank_image(const LocalBuffer& local, Poison poison) {
-  const std::size_t size = std::size_t(local.rows * local.cols) * std::size_t(size_of(local.dtype));
-  Image image{local, std::vector<std::byte>(size, std::byte(poison)),
+Image blank_image(const LocalBuffer& local, std::optional<Poison> poison) {
+  Image image{local,
+              std::vector<std::byte>(buffer_bytes(local), std::byte(poison.value_or(Poison::nan))),
               std::vector<bool>(std::size_t(local.cols))};
   for (const Piece& p : local.pieces) {
     for (std::int64_t j = 0; j < p.cols.size; ++j) image.owned[std::size_t(p.at + j)] = true;
@@ -51,6 +53,40 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
   TP_CHECK(tensor.rows == local.rows && tensor.dtype == local.dtype &&
                piece.at + piece.cols.size <= local.cols,
            "piece does not fit buffer " + local.name);
+}
+
+// Calls f(offset, bytes) for whatever of a buffer some piece covers.
+template <typename F>
+void for_each_piece(const LocalBuffer& local, F f) {
+  const std::int64_t width = size_of(local.dtype);
+  for (const Piece& piece : local.pieces) {
+    for (std::int64_t i = 0; i < local.rows; ++i)
+      f(std::size_t((i * local.cols + piece.at) * width), std::size_t(piece.cols.size * width));
+  }
+}
+
+// Without poison, what nobody owns is neither written nor read: compute-sanitizer would rightly say
+// that it was never initialised.
+void upload(Stream& stream, const Image& image, const Buffer& buffer, bool whole) {
+  std::byte* to = buffer.as<std::byte>();
+  if (whole) {
+    from_host_when_reached(stream, to, image.bytes.data(), image.bytes.size());
+  } else if (image.local.use == Use::input) {
+    for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
+      from_host_when_reached(stream, to + at, image.bytes.data() + at, bytes);
+    });
+  }
+}
+
+void download(Stream& stream, Image& image, const Buffer& buffer, bool whole) {
+  const std::byte* from = buffer.as<std::byte>();
+  if (whole) {
+    to_host(stream, image.bytes.data(), from, image.bytes.size());
+  } else if (image.local.use != Use::workspace) {
+    for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
+      to_host(stream, image.bytes.data() + at, from + at, bytes);
+    });
+  }
 }
 
 // What an input must still hold, and what an output's padding must still hold.
@@ -99,6 +135,8 @@ struct RankMemory {
 // stages as they were left.
 std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
                               const PassOptions& options, InputData& data, RankMemory& memory) {
+  const std::optional<std::uint8_t> poison =
+      options.poison ? std::optional(std::uint8_t(*options.poison)) : std::nullopt;
   std::vector<Image> images;
   for (const LocalBuffer& local : stage.buffers(tp_rank)) {
     for (const Piece& piece : local.pieces) check_piece(stage, local, piece, tp_rank);
@@ -118,9 +156,8 @@ std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
         place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
       }
     }
-    Buffer buffer(local.name, image.bytes.size(), std::uint8_t(options.poison));
-    from_host_when_reached(stream, buffer.data(), image.bytes.data(), image.bytes.size());
-    memory.buffers.emplace(local.name, Resident{local, std::move(buffer)});
+    memory.buffers.emplace(local.name,
+                           Resident{local, Buffer(stream, local.name, image.bytes.size(), poison)});
   }
   return images;
 }
@@ -136,23 +173,64 @@ void take_pieces(const Image& image, std::vector<std::byte>& outputs) {
   }
 }
 
+// Whether the buffer is new in this stage: later ones find it as it was left.
+bool is_new(const RankMemory& memory, const LocalBuffer& local) {
+  return !memory.latest.contains(local.name);
+}
+
+// Runs a stage with its new buffers as `images` say, the recorded way if there is a recording.
+void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const RankMemory& memory,
+                  const std::vector<Image>& images, bool whole, Recording* recording) {
+  for (const Image& image : images) {
+    if (is_new(memory, image.local))
+      upload(stream, image, memory.buffers.at(image.local.name).buffer, whole);
+  }
+  RankRun run(group, stream, memory.buffers);
+  if (recording != nullptr) stream.begin_recording(*recording);
+  stage.run(run);
+  if (recording != nullptr) stream.end_recording();
+}
+
+// Other data for the same buffers: what is recorded over them must not stick to it.
+std::vector<Image> decoys(const Stage& stage, std::vector<Image> images, InputData& data,
+                          const RankMemory& memory) {
+  for (Image& image : images) {
+    if (image.local.use != Use::input || !is_new(memory, image.local)) continue;
+    for (const Piece& piece : image.local.pieces)
+      place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
+  }
+  return images;
+}
+
 // The life of one rank: all stages, one after another, on its own device memory.
 void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
-              const PassOptions& options, InputData& data, std::vector<std::byte>& outputs) {
+              const PassOptions& options, InputData& data, InputData& decoy_data,
+              std::vector<std::byte>& outputs) {
   const int tp_rank = group.tp_rank();
+  const bool whole = options.poison.has_value();
   RankMemory memory;
+  std::deque<Recording> recordings;  // they outlive the streams' use of them
   for (const Stage& stage : stages) {
     const std::vector<Image> before = load_stage(stage, stream, tp_rank, options, data, memory);
-    RankRun run(group, stream, memory.buffers);
-    stage.run(run);
-    std::vector<Image> after = before;
-    for (Image& image : after) {
-      const Buffer& buffer = memory.buffers.at(image.local.name).buffer;
-      to_host(stream, image.bytes.data(), buffer.data(), image.bytes.size());
+    std::vector<Image> other;
+    Recording* recording = nullptr;
+    // Only a stage whose buffers are all new can be run twice: others would start from what the
+    // first run left.
+    if (options.graph && std::all_of(before.begin(), before.end(), [&](const Image& image) {
+          return is_new(memory, image.local);
+        })) {
+      recording = &recordings.emplace_back();
+      other = decoys(stage, before, decoy_data, memory);
+      launch_stage(stage, group, stream, memory, other, whole, recording);
     }
+    launch_stage(stage, group, stream, memory, before, whole, recording);
+    std::vector<Image> after = before;
+    for (Image& image : after)
+      download(stream, image, memory.buffers.at(image.local.name).buffer, whole);
+    for (const auto& [name, resident] : memory.buffers) resident.buffer.check_guards(stream);
     stream.synchronize();
     for (const auto& [name, resident] : memory.buffers) {
-      if (auto damage = resident.buffer.check_guards()) {
+      if (auto damage = resident.buffer.damage()) {
         throw Fault{Outcome::OutOfBounds, *damage, tp_rank};
       }
     }
@@ -169,6 +247,10 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
 }
 
 }  // namespace
+
+std::size_t buffer_bytes(const LocalBuffer& buffer) {
+  return std::size_t(buffer.rows * buffer.cols) * std::size_t(size_of(buffer.dtype));
+}
 
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece) {
   return std::size_t(buffer.rows * piece.cols.size) * std::size_t(size_of(buffer.dtype));
@@ -217,28 +299,42 @@ std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard loc
 
 PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stages, InputData& data,
                     const PassOptions& options) {
+  // What a GPU needs to end what it has begun, and what an aborted exchange needs.
+  constexpr std::chrono::milliseconds kPatience{500};
   GroupSession session(world, c.tp_size, options.deadline, options.trace);
   const Shard local = session.local_ranks();
   Scheduler scheduler({.seed = c.seed,
-                       .poison = std::uint8_t(options.poison),
+                       .poison = std::uint8_t(options.poison.value_or(Poison::nan)),
                        .deadline = options.deadline,
-                       .running = &ledger_page(world.process()).running});
+                       .running = &ledger_page(world.process()).running,
+                       .delays = options.delays,
+                       .timed = options.timed});
+  DataRegime decoy = data.regime();
+  ++decoy.seed;
+  InputData decoy_data(decoy);
   std::vector<TpGroup> groups;
   std::vector<std::vector<std::byte>> outputs(static_cast<std::size_t>(local.size));
   for (std::int64_t i = 0; i < local.size; ++i)
     groups.push_back(session.group(int(local.offset + i)));
   for (std::int64_t i = 0; i < local.size; ++i) {
     scheduler.add_rank(int(local.offset + i), [&, i](Stream& stream) {
-      run_rank(groups[std::size_t(i)], stream, stages, options, data, outputs[std::size_t(i)]);
+      run_rank(groups[std::size_t(i)], stream, stages, options, data, decoy_data,
+               outputs[std::size_t(i)]);
       session.end_rank(int(local.offset + i), stream);
     });
   }
-  const Report report = scheduler.run([&] { return session.progress(); });
+  Report report = scheduler.run([&] { return session.progress(); });
   PassResult result{.fault = report.fault, .threads = report.threads};
-  result.only_waits = session.only_waits();
+  result.times = std::move(report.times);
   // A disagreement in the group is the cause, a rank that then waits in vain its effect.
   if (auto group_fault = session.finish(report.fault)) result.fault = group_fault;
+  result.only_waits = !report.fault || report.waits_for_others;
   result.broken = session.broken();
+  if (result.fault && !scheduler.settle(kPatience)) {
+    if (DeviceLink* link = device_link()) link->abort();
+    scheduler.settle(kPatience);
+    result.broken = true;
+  }
   ledger_page(world.process()).begin_case(0, 0);
   for (const auto& rank : outputs)
     result.outputs.insert(result.outputs.end(), rank.begin(), rank.end());

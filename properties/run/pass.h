@@ -23,7 +23,13 @@ namespace tp {
 enum class Poison : std::uint8_t { large = 0x7B, tiny = 0x01, nan = 0xFF };
 
 struct PassOptions {
-  Poison poison = Poison::large;
+  // Nothing: memory is left as it is, and has no guards.
+  std::optional<Poison> poison = Poison::large;
+  // The kernels are recorded over other data first, and launched again over the case's (CUDA
+  // graphs).
+  bool graph = false;
+  bool delays = false;  // seeded ones, before kernels
+  bool timed = false;
   std::optional<std::chrono::steady_clock::time_point> deadline;
   std::function<void(const std::string&)> trace;
 };
@@ -33,9 +39,10 @@ struct PassResult {
   std::uint64_t threads = 0;
   // Pieces of outputs, dense, in the order of local ranks, stages, buffers, pieces.
   std::vector<std::byte> outputs;
-  bool only_waits =
-      false;            // every local rank has ended or waits in a collective: a Hang is not theirs
-  bool broken = false;  // processes parted within an exchange: this job cannot run another case
+  std::map<int, DeviceTime> times;  // of each local rank, if the device could tell
+  bool only_waits = false;          // for ranks of other processes: a Hang is not this one's
+  bool broken = false;              // this job cannot run another case: processes parted within an
+                                    // exchange, or the device is lost
 };
 
 // The filled input tensors of a case. Each block of columns is made once, for all passes and all
@@ -59,6 +66,9 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
 // Which element byte `at` of PassResult::outputs belongs to: "tp_rank 1, y[0, 3]", in global
 // coordinates.
 std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard local_ranks);
+
+// Bytes of a buffer's payload.
+std::size_t buffer_bytes(const LocalBuffer& buffer);
 
 // Bytes of one piece in `outputs`.
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);

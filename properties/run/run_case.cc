@@ -5,10 +5,14 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <map>
+#include <sstream>
 #include <utility>
 
 #include "harness/base/check.h"
 #include "harness/base/partition_law.h"
+#include "harness/device/ceilings.h"
+#include "harness/device/memory.h"
 #include "properties/run/judge.h"
 #include "properties/run/laws.h"
 #include "properties/run/pass.h"
@@ -25,7 +29,8 @@ struct Share {
   std::optional<Fault> fault;
   bool only_waits = false;
   std::uint64_t threads = 0;
-  std::string trace;  // lines
+  std::string trace;                // lines
+  std::map<int, DeviceTime> times;  // of the process's ranks
   std::vector<std::byte> outputs;
 };
 
@@ -39,9 +44,13 @@ int weight_of(const Share& share) {
 
 std::string pack(const Share& share) {
   const Fault fault = share.fault.value_or(Fault{Outcome::Pass, "", -1});
-  std::string text = fmt::format("{:d} {:d} {} {} {} {} {}\n{}{}", share.fault.has_value(),
-                                 share.only_waits, int(fault.outcome), fault.tp_rank, share.threads,
-                                 fault.what.size(), share.trace.size(), fault.what, share.trace);
+  std::string times;
+  for (const auto& [rank, time] : share.times)
+    times += fmt::format("{} {:.9g} {:.9g}\n", rank, time.kernel_us, time.collective_us);
+  std::string text =
+      fmt::format("{:d} {:d} {} {} {} {} {} {}\n{}{}{}", share.fault.has_value(), share.only_waits,
+                  int(fault.outcome), fault.tp_rank, share.threads, fault.what.size(),
+                  share.trace.size(), times.size(), fault.what, share.trace, times);
   text.append(reinterpret_cast<const char*>(share.outputs.data()), share.outputs.size());
   return text;
 }
@@ -50,10 +59,11 @@ Share unpack(const std::string& text) {
   Share share;
   Fault fault;
   int has_fault = 0, only_waits = 0, outcome = 0;
-  unsigned long long threads = 0, what_size = 0, trace_size = 0;
-  TP_CHECK(std::sscanf(text.c_str(), "%d %d %d %d %llu %llu %llu", &has_fault, &only_waits,
-                       &outcome, &fault.tp_rank, &threads, &what_size, &trace_size) == 7,
-           "a process's share is garbled");
+  unsigned long long threads = 0, what_size = 0, trace_size = 0, times_size = 0;
+  TP_CHECK(
+      std::sscanf(text.c_str(), "%d %d %d %d %llu %llu %llu %llu", &has_fault, &only_waits,
+                  &outcome, &fault.tp_rank, &threads, &what_size, &trace_size, &times_size) == 8,
+      "a process's share is garbled");
   std::size_t at = text.find('\n') + 1;
   const auto take = [&](std::size_t size) {
     return text.substr(std::exchange(at, at + size), size);
@@ -61,6 +71,9 @@ Share unpack(const std::string& text) {
   fault.outcome = Outcome(outcome);
   fault.what = take(what_size);
   share.trace = take(trace_size);
+  std::istringstream times(take(times_size));
+  int rank = 0;
+  for (DeviceTime t; times >> rank >> t.kernel_us >> t.collective_us;) share.times[rank] = t;
   if (has_fault) share.fault = fault;
   share.only_waits = only_waits;
   share.threads = threads;
@@ -86,21 +99,34 @@ class CaseRun {
     InputData data;
     std::optional<Fault> fault = {};
     std::vector<std::byte> outputs = {};  // of all ranks, on process 0
+    std::map<int, DeviceTime> times = {};
   };
 
   // The same data over each of the poisons: the outputs must not know the difference.
-  Gathering run(const Case& c, const Variation& variation, const std::vector<Poison>& poisons,
-                bool traced) {
+  Gathering run(const Case& c, const Variation& variation, std::vector<Poison> poisons,
+                bool is_original) {
     Gathering all{spec_.stages(c, rules_, variation), InputData(spec_.regime(c, variation))};
+    const std::size_t passes = options_.poison ? poisons.size() : 1;
+    const bool delays = c.options.at("delays") == 1;
     Share mine;
-    for (std::size_t i = 0; i < poisons.size() && !mine.fault; ++i) {
-      PassOptions pass{.poison = poisons[i], .deadline = deadline_, .trace = {}};
-      if (traced && i == 0 && options_.trace)
+    mine.fault = shortage_of_memory(c, all.stages);
+    bool stop = world_.max(mine.fault.has_value()) != 0;
+    for (std::size_t i = 0; i < passes && !stop; ++i) {
+      PassOptions pass{
+          .poison = options_.poison ? std::optional(poisons[i]) : std::nullopt,
+          .graph = c.options.at("graph") == 1,
+          .delays = delays,
+          // Not the first: by then the kernels are loaded. Nor what is slow on purpose.
+          .timed = is_original && i + 1 == passes && !delays,
+          .deadline = deadline_,
+          .trace = {}};
+      if (is_original && i == 0 && options_.trace)
         pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);
       mine.threads += result.threads;
       mine.fault = result.fault;
       mine.only_waits = result.only_waits;
+      mine.times = std::move(result.times);
       if (result.broken) world_.retire();
       if (i == 0) {
         mine.outputs = std::move(result.outputs);
@@ -117,12 +143,13 @@ class CaseRun {
                   -1};
       }
       // Whether to go on is decided by all processes or by none.
-      if (world_.max(mine.fault.has_value()) != 0) break;
+      stop = world_.max(mine.fault.has_value()) != 0;
     }
     int weight = -1;
     for (const std::string& text : world_.gather(pack(mine))) {
       const Share share = unpack(text);
       threads_ += share.threads;
+      all.times.insert(share.times.begin(), share.times.end());
       for (std::size_t at = 0; at < share.trace.size();) {
         const std::size_t end = share.trace.find('\n', at);
         options_.trace(share.trace.substr(at, end - at));
@@ -140,6 +167,28 @@ class CaseRun {
   std::uint64_t threads() const { return threads_; }
 
  private:
+  // What the device lacks for this process's ranks, as the reason why the case is skipped.
+  std::optional<Fault> shortage_of_memory(const Case& c, const std::vector<Stage>& stages) const {
+    constexpr std::size_t kAlwaysThere = std::size_t{64} << 20;  // to ask costs more than to have
+    std::size_t needed = 0;
+    const Shard local = ranks_of_process(c.tp_size, world_.processes(), world_.process());
+    for (std::int64_t r = local.offset; r < local.end(); ++r) {
+      for (const Stage& stage : stages) {
+        for (const LocalBuffer& buffer : stage.buffers(int(r)))
+          needed += buffer_bytes(buffer) + 2 * Buffer::kGuard;
+      }
+    }
+    if (needed <= kAlwaysThere) return std::nullopt;
+    const std::size_t available = device_memory::available();
+    if (needed <= available) return std::nullopt;
+    return Fault{
+        Outcome::Skipped,
+        fmt::format("the {} ranks of process {} need {:.3g} GB of device memory, of which "
+                    "{:.3g} GB are free",
+                    local.size, world_.process(), double(needed) / 1e9, double(available) / 1e9),
+        -1};
+  }
+
   World& world_;
   const OperatorSpec& spec_;
   ShardingRules rules_;
@@ -151,6 +200,28 @@ class CaseRun {
 Verdict verdict_of(const Fault& fault) {
   const std::string rank = fault.tp_rank >= 0 ? fmt::format("tp_rank {}, ", fault.tp_rank) : "";
   return {.outcome = fault.outcome, .detail = rank + fault.what};
+}
+
+// What the devices measured, beside the least that they could have taken. Process 0's device stands
+// for all of them.
+Timing timing_of(const std::map<int, DeviceTime>& times, const std::vector<Stage>& stages) {
+  Timing timing;
+  if (!ceilings()) return timing;
+  for (const auto& [rank, time] : times) {
+    timing.collective_us = std::max(timing.collective_us, time.collective_us);
+    if (rank < 0 || time.kernel_us <= timing.kernel_us) continue;
+    timing.kernel_us = time.kernel_us;
+    timing.slowest_rank = rank;
+  }
+  if (!timing.measured()) return timing;
+  for (const Stage& stage : stages) {
+    if (!stage.cost) continue;
+    const Cost cost = stage.cost(timing.slowest_rank);
+    timing.bytes += cost.bytes;
+    timing.flops += cost.flops;
+    timing.floor_us += ceilings()->floor_us(cost.bytes, cost.flops);
+  }
+  return timing;
 }
 
 bool wants_discrimination(const Case& c) {
@@ -178,6 +249,7 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     if (judgement->finding) verdict = *judgement->finding;
     verdict.digest = judgement->digest;
     verdict.score = judgement->score;
+    verdict.timing = timing_of(all.times, all.stages);
   }
   if (const std::int64_t number = c.options.at("law"); number > 0) {
     // Process 0 decides whether there is anything left to find, and all follow.
@@ -233,6 +305,21 @@ Operator make_operator(OperatorSpec spec) {
        .max = 1,
        .words = {"finite", "nan"},
        .weights = {80, 20}});
+  op.keys.push_back({.name = "graph",
+                     .help =
+                         "1: the kernels are recorded over other data, then launched again over "
+                         "these (CUDA graphs)",
+                     .min = 0,
+                     .max = 1,
+                     .words = {"0", "1"},
+                     .weights = {85, 15}});
+  op.keys.push_back({.name = "delays",
+                     .help = "1: seeded delays before kernels, so that a missing event or barrier "
+                             "shows",
+                     .min = 0,
+                     .max = 1,
+                     .words = {"0", "1"},
+                     .weights = {85, 15}});
   if (!spec.mutants.empty()) {
     op.keys.push_back({.name = "discriminate",
                        .help = "1: mistrust data that could not have shown the known mistakes",

@@ -78,12 +78,19 @@ class WholeInputs {
   virtual const Matrix& operator[](const std::string& name) const = 0;
 };
 
+// The least that a rank's kernels must do: each input read once, each output written once.
+struct Cost {
+  double bytes = 0;
+  double flops = 0;
+};
+
 struct Stage {
   std::string name;
   std::vector<TensorSpec> inputs;   // global; filled from the case, or an earlier stage's outputs
   std::vector<TensorSpec> outputs;  // global; gathered from the ranks
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
+  std::function<Cost(int tp_rank)> cost;
   // Budgets of the outputs, in their order.
   std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;
   // Names a mistake that this shape allows and that these data could not have shown; nothing if

@@ -6,25 +6,46 @@
 
 #include "harness/base/check.h"
 #include "harness/device/fault.h"
+#include "harness/device/work.h"
 
-namespace tp::cuda {
+namespace tp {
 
-void check(cudaError_t error, std::string_view what, int tp_rank) {
-  const auto say = [&] { return fmt::format("{}: {}", what, cudaGetErrorString(error)); };
+namespace {
+bool lost = false;
+}
+
+bool device_is_lost() noexcept { return lost; }
+
+namespace cuda {
+
+bool breaks_device(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
-      return;
+    case cudaErrorNotReady:
     case cudaErrorNoDevice:
     case cudaErrorInsufficientDriver:
-      throw Unavailable(say());
     case cudaErrorMemoryAllocation:
-      throw std::bad_alloc();
     case cudaErrorInvalidConfiguration:
     case cudaErrorLaunchOutOfResources:
-      throw Fault{Outcome::BadLaunch, say(), tp_rank};
+      return false;
     default:
-      throw Fault{Outcome::Crash, say(), tp_rank};
+      return true;
   }
 }
 
-}  // namespace tp::cuda
+void lose_device() { lost = true; }
+
+void check(cudaError_t error, std::string_view what, int tp_rank) {
+  if (error == cudaSuccess) return;
+  const std::string said = fmt::format("{}: {}", what, cudaGetErrorString(error));
+  if (breaks_device(error)) {
+    lose_device();
+    throw Fault{Outcome::Crash, said, tp_rank};
+  }
+  if (error == cudaErrorMemoryAllocation) throw std::bad_alloc();
+  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) throw Unavailable(said);
+  throw Fault{Outcome::BadLaunch, said, tp_rank};
+}
+
+}  // namespace cuda
+}  // namespace tp

@@ -32,7 +32,8 @@ void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim
     std::apply([&](const Parameters&... p) { kernel<<<grid, block, shared_bytes, to>>>(p...); },
                held);
   };
-  stream.enqueue(std::make_unique<cuda::Submission>("kernel " + std::string(name), stream, submit));
+  stream.enqueue_kernel(std::make_unique<cuda::Submission>("kernel " + std::string(name),
+                                                           cuda::Kind::kernel, stream, submit));
 }
 
 }  // namespace tp

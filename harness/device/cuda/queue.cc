@@ -1,45 +1,236 @@
 #include "harness/device/cuda/queue.h"
 
-#include <utility>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
 
 #include "harness/device/cuda/check.h"
 
 namespace tp {
 
-std::unique_ptr<DeviceQueue> make_device_queue(int tp_rank) {
-  return std::make_unique<cuda::Queue>(tp_rank);
+std::unique_ptr<DeviceQueue> make_device_queue(int tp_rank, bool timed) {
+  return std::make_unique<cuda::Queue>(tp_rank, timed);
 }
 
 namespace cuda {
 
-Queue::Queue(int tp_rank) : tp_rank_(tp_rank) {
-  cuda::check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate",
-              tp_rank);
+namespace {
+
+constexpr unsigned kAsksPerQuery = 256;  // looks at the counter, for one question to the driver
+
+// A device that is broken says so to every stream, and not who did it: all queues there are.
+std::vector<Queue*>& queues() {
+  static auto& all = *new std::vector<Queue*>;
+  return all;
 }
 
-Queue::~Queue() { cudaStreamDestroy(stream_); }
+struct EventMark final : Mark {
+  std::shared_ptr<CUevent_st> event;
+};
+
+class LaunchGraph final : public Graph {
+ public:
+  explicit LaunchGraph(std::vector<std::unique_ptr<Work>> kernels) : kernels_(std::move(kernels)) {}
+  ~LaunchGraph() override {
+    if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
+  }
+
+  std::size_t size() const override { return kernels_.size(); }
+  std::string name() const {
+    return fmt::format("graph of {} kernels from {} on", size(), kernels_[0]->name());
+  }
+
+  void launch(cudaStream_t stream, int tp_rank) {
+    if (graph_ == nullptr) capture(stream, tp_rank);
+    cuda::check(cudaGraphLaunch(graph_, stream), "cudaGraphLaunch", tp_rank);
+  }
+
+ private:
+  void capture(cudaStream_t stream, int tp_rank) {
+    cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
+                "cudaStreamBeginCapture", tp_rank);
+    for (const auto& kernel : kernels_) static_cast<Submission&>(*kernel).hand_over(stream);
+    cudaGraph_t captured = nullptr;
+    const cudaError_t error = cudaStreamEndCapture(stream, &captured);
+    cuda::check(cudaGetLastError(), name(), tp_rank);  // of a launch that was refused
+    cuda::check(error, "cudaStreamEndCapture", tp_rank);
+    cuda::check(cudaGraphInstantiate(&graph_, captured, 0), "cudaGraphInstantiate", tp_rank);
+    cudaGraphDestroy(captured);
+  }
+
+  std::vector<std::unique_ptr<Work>> kernels_;
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+// One launch of a graph, which it keeps alive.
+class GraphLaunch final : public Work {
+ public:
+  GraphLaunch(std::shared_ptr<LaunchGraph> graph, Queue& queue)
+      : graph_(std::move(graph)), name_(graph_->name()), queue_(queue) {}
+
+  Progress step(Random&) override {
+    queue_.submit(name_, Kind::kernel,
+                  [&](cudaStream_t stream) { graph_->launch(stream, queue_.tp_rank()); });
+    return Progress::done;
+  }
+  std::string_view name() const override { return name_; }
+  std::string describe() const override { return "is about to run the " + name_; }
+
+ private:
+  std::shared_ptr<LaunchGraph> graph_;
+  std::string name_;
+  Queue& queue_;
+};
+
+}  // namespace
+
+Queue::Queue(int tp_rank, bool timed) : tp_rank_(tp_rank), timed_(timed), counted_(take_stream()) {
+  queues().push_back(this);
+}
+
+Queue::~Queue() {
+  std::erase(queues(), this);
+  if (error_ == cudaSuccess && counted_->seen() == counted_->submitted) {
+    give_stream(std::move(counted_));
+    return;
+  }
+  // It still runs, or never will again: whatever it may use is never used for anything else.
+  lose_device();
+  (void)counted_.release();
+  new std::vector(std::move(kept_));
+  new std::vector(std::move(deliveries_));
+}
 
 bool Queue::finished() noexcept {
-  if (error_ != cudaSuccess) return true;
-  const cudaError_t state = cudaStreamQuery(stream_);
-  if (state == cudaErrorNotReady) return false;
-  error_ = state;
-  return true;
+  if (error_ != cudaSuccess || counted_->seen() == counted_->submitted) return true;
+  if (++asked_ % kAsksPerQuery != 0) return false;
+  const cudaError_t state = cudaStreamQuery(counted_->stream);
+  if (state != cudaErrorNotReady) error_ = state;
+  return error_ != cudaSuccess;
 }
 
-void Queue::check() { cuda::check(error_, last_, tp_rank_); }
+void Queue::check() {
+  if (error_ == cudaSuccess) return;
+  if (breaks_device(error_)) lose_device();
+  throw fault_of(error_);
+}
 
-Submission::Submission(std::string name, Stream& stream, std::function<void(cudaStream_t)> submit)
-    : name_(std::move(name)),
-      queue_(static_cast<Queue&>(stream.device_queue())),
-      submit_(std::move(submit)) {}
+// Whoever was at work when the device broke; a kernel of the code under test, if there is one.
+Fault Queue::fault_of(cudaError_t error) {
+  Fault fault{Outcome::Crash, "", -1};
+  int others = 0;
+  for (const Kind kind : {Kind::kernel, Kind::harness}) {
+    for (Queue* queue : queues()) {
+      const InFlight* at = queue->first_in_flight();
+      if (at == nullptr || at->kind != kind) continue;
+      if (fault.what.empty()) {
+        fault.tp_rank = queue->tp_rank_;
+        fault.what = fmt::format("{}: {}", at->name, cudaGetErrorString(error));
+      } else if (kind == Kind::kernel) {
+        constexpr int kNamed = 3;
+        if (++others <= kNamed)
+          fault.what += fmt::format("; or {} on rank {}", at->name, queue->tp_rank_);
+      }
+    }
+  }
+  if (fault.what.empty()) fault.what = fmt::format("the GPU: {}", cudaGetErrorString(error));
+  return fault;
+}
 
-Progress Submission::step(Random&) {
-  queue_.check();
-  queue_.blame(name_);
-  submit_(queue_.stream());
-  cuda::check(cudaGetLastError(), name_, queue_.tp_rank());
-  return Progress::done;
+const Queue::InFlight* Queue::first_in_flight() {
+  const std::size_t open = counted_->submitted - counted_->seen();
+  while (in_flight_.size() > open) in_flight_.pop_front();
+  return in_flight_.empty() ? nullptr : &in_flight_.front();
+}
+
+void Queue::submit(std::string name, Kind kind,
+                   const std::function<void(cudaStream_t)>& hand_over) {
+  check();
+  const bool measure = timed_ && (kind == Kind::kernel || kind == Kind::waits_for_others);
+  const auto record = [&] {
+    std::shared_ptr<CUevent_st> event = take_event(true);
+    cuda::check(cudaEventRecord(event.get(), stream()), "cudaEventRecord", tp_rank_);
+    return event;
+  };
+  Span span;
+  if (measure) span = {record(), nullptr, kind == Kind::waits_for_others};
+  hand_over(stream());
+  cuda::check(cudaGetLastError(), name, tp_rank_);
+  if (measure) {
+    span.end = record();
+    spans_.push_back(std::move(span));
+  }
+  counted_->count();
+  if (in_flight_.size() >= 64) first_in_flight();
+  in_flight_.push_back({std::move(name), kind});
+}
+
+void Queue::deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes) {
+  deliveries_.push_back({std::move(pinned), destination, bytes});
+}
+
+void Queue::host_joins() {
+  for (const Delivery& d : deliveries_) std::memcpy(d.destination, d.pinned.get(), d.bytes);
+  deliveries_.clear();
+  kept_.clear();
+}
+
+void Queue::abandon() {
+  for (Delivery& d : deliveries_) kept_.push_back(std::move(d.pinned));
+  deliveries_.clear();
+}
+
+std::shared_ptr<Mark> Queue::mark() {
+  auto mark = std::make_shared<EventMark>();
+  mark->event = take_event(false);
+  cuda::check(cudaEventRecord(mark->event.get(), stream()), "cudaEventRecord", tp_rank_);
+  return mark;
+}
+
+void Queue::follow(const Mark& mark, const std::string& what, bool for_others) {
+  submit(what, for_others ? Kind::waits_for_others : Kind::waits, [&](cudaStream_t stream) {
+    cudaStreamWaitEvent(stream, static_cast<const EventMark&>(mark).event.get(), 0);
+  });
+}
+
+int Queue::delay(int units) {
+  submit("a delay", Kind::harness, [&](cudaStream_t stream) { launch_delay(units, stream); });
+  return 0;
+}
+
+std::shared_ptr<Graph> Queue::make_graph(std::vector<std::unique_ptr<Work>> kernels) {
+  return std::make_shared<LaunchGraph>(std::move(kernels));
+}
+
+std::unique_ptr<Work> Queue::launch(std::shared_ptr<Graph> graph) {
+  return std::make_unique<GraphLaunch>(std::static_pointer_cast<LaunchGraph>(std::move(graph)),
+                                       *this);
+}
+
+DeviceQueue::At Queue::at() {
+  const InFlight* first = first_in_flight();
+  if (first == nullptr) return At::runs;
+  return first->kind == Kind::waits_for_others ? At::waits_for_others
+         : first->kind == Kind::waits          ? At::waits
+                                               : At::runs;
+}
+
+std::string Queue::describe() {
+  const InFlight* first = first_in_flight();
+  if (first == nullptr) return "waits for the device";
+  return (at() == At::runs ? "runs " : "waits for ") + first->name;
+}
+
+DeviceTime Queue::time() {
+  DeviceTime time;
+  for (const Span& span : spans_) {
+    float milliseconds = 0;
+    cuda::check(cudaEventElapsedTime(&milliseconds, span.begin.get(), span.end.get()),
+                "cudaEventElapsedTime", tp_rank_);
+    (span.collective ? time.collective_us : time.kernel_us) += double(milliseconds) * 1e3;
+  }
+  return time;
 }
 
 }  // namespace cuda

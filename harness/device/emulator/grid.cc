@@ -32,9 +32,9 @@ std::vector<std::unique_ptr<Block>>& spare_blocks() {
 
 }  // namespace
 
-void enqueue_kernel(Launch launch, Stream& stream) {
+void enqueue_launch(Launch launch, Stream& stream) {
   check_launch(launch.name, launch.size, stream.tp_rank());
-  stream.enqueue(std::make_unique<Grid>(std::move(launch), stream));
+  stream.enqueue_kernel(std::make_unique<Grid>(std::move(launch), stream));
 }
 
 Grid::Grid(Launch launch, Stream& stream)
@@ -129,6 +129,8 @@ void Grid::end_block(std::size_t resident) {
   (kTsan ? ended_ : spare_blocks()).push_back(std::move(block));
   if (overrun) throw Fault{Outcome::OutOfBounds, where + " " + *overrun, stream_.tp_rank()};
 }
+
+std::unique_ptr<Grid> Grid::again() const { return std::make_unique<Grid>(launch_, stream_); }
 
 std::string Grid::describe() const {
   if (resident_.empty()) {

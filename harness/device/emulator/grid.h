@@ -23,6 +23,8 @@ class Grid final : public Work {
   Progress step(Random& random) override;
   std::string_view name() const override { return launch_.name; }
   std::string describe() const override;
+  // The same launch, not yet begun.
+  std::unique_ptr<Grid> again() const;
 
  private:
   bool has_room() const;

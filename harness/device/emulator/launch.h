@@ -24,7 +24,7 @@ class Kernel {
 struct Launch {
   std::string name;
   LaunchSize size;
-  std::unique_ptr<Kernel> kernel;
+  std::shared_ptr<const Kernel> kernel;
 };
 
 template <typename... Parameters>
@@ -42,7 +42,7 @@ class KernelCall final : public Kernel {
 };
 
 // Throws Fault if CUDA would refuse the launch.
-void enqueue_kernel(Launch launch, Stream& stream);
+void enqueue_launch(Launch launch, Stream& stream);
 
 }  // namespace tp::emulator
 
@@ -53,9 +53,9 @@ template <typename... Parameters, typename... Arguments>
 void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
   using Call = emulator::KernelCall<Parameters...>;
-  emulator::enqueue_kernel({std::string(name),
+  emulator::enqueue_launch({std::string(name),
                             {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
-                            std::make_unique<Call>(kernel, std::forward<Arguments>(arguments)...)},
+                            std::make_shared<Call>(kernel, std::forward<Arguments>(arguments)...)},
                            stream);
 }
 

@@ -4,26 +4,72 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <new>
+#include <vector>
 
 #include "harness/device/buffer.h"
+#include "harness/device/sanitizer.h"
 
 namespace tp {
 namespace device_memory {
 
-void* allocate(std::size_t bytes) { return ::operator new (bytes, std::align_val_t{256}); }
-void free(void* memory) { ::operator delete (memory, std::align_val_t{256}); }
-void fill(void* memory, std::uint8_t value, std::size_t bytes) {
-  std::memset(memory, value, bytes);
-}
-void read(void* destination, const void* source, std::size_t bytes) {
-  if (bytes > 0) std::memcpy(destination, source, bytes);
-}
-void write(void* destination, const void* source, std::size_t bytes) {
-  if (bytes > 0) std::memcpy(destination, source, bytes);
+namespace {
+
+// guard[0] is next to the payload, and so on in steps.
+Damage damage_of(const std::byte* nearest, std::ptrdiff_t step, const Layout& layout) {
+  Damage damage;
+  for (std::size_t i = 0; i < layout.guard_bytes; ++i, nearest += step) {
+    if (*nearest == std::byte(layout.guard)) continue;
+    if (damage.bytes++ == 0) damage.nearest = std::uint32_t(i + 1);
+  }
+  return damage;
 }
 
+}  // namespace
+
+void* allocate(std::size_t bytes, bool) { return ::operator new (bytes, std::align_val_t{256}); }
+void free(void* memory, std::size_t, bool) { ::operator delete (memory, std::align_val_t{256}); }
+
+void fill_now(const Layout& layout) {
+  std::memset(layout.front, layout.guard, layout.guard_bytes);
+  std::memset(layout.payload(), layout.poison, layout.payload_bytes);
+  std::memset(layout.payload() + layout.payload_bytes, layout.guard, layout.guard_bytes);
+}
+
+// Nobody can tell that it is not asynchronous.
+void fill(Stream&, const Layout& layout) { fill_now(layout); }
+
+void inspect(Stream& stream, const Layout& layout, std::shared_ptr<Damages> damages) {
+  stream.call([layout, damages = std::move(damages)] {
+    const std::byte* end = layout.payload() + layout.payload_bytes;
+    open_up(layout.front, layout.guard_bytes);
+    open_up(end, layout.guard_bytes);
+    *damages = {damage_of(layout.payload() - 1, -1, layout), damage_of(end, 1, layout)};
+    fence_off(layout.front, layout.guard_bytes);
+    fence_off(end, layout.guard_bytes);
+  });
+}
+
+std::size_t available() { return std::numeric_limits<std::size_t>::max(); }
+
 }  // namespace device_memory
+
+void from_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
+  const auto* first = static_cast<const std::byte*>(source);
+  stream.call([destination, copy = std::vector<std::byte>(first, first + bytes)] {
+    if (!copy.empty()) std::memcpy(destination, copy.data(), copy.size());
+  });
+}
+
+void from_host_when_reached(Stream& stream, void* destination, const void* source,
+                            std::size_t bytes) {
+  if (bytes > 0) stream.call([=] { std::memcpy(destination, source, bytes); });
+}
+
+void to_host(Stream& stream, void* destination, const void* source, std::size_t bytes) {
+  if (bytes > 0) stream.call([=] { std::memcpy(destination, source, bytes); });
+}
 
 void poison(Stream& stream, Buffer& buffer, std::uint8_t value) {
   stream.call(

@@ -1,11 +1,16 @@
 #include "harness/device/emulator/queue.h"
 
 #include "harness/device/emulator/block.h"
+#include "harness/device/emulator/grid.h"
 #include "harness/device/sanitizer.h"
 
 namespace tp {
 
-std::unique_ptr<DeviceQueue> make_device_queue(int) { return std::make_unique<emulator::Queue>(); }
+std::unique_ptr<DeviceQueue> make_device_queue(int, bool) {
+  return std::make_unique<emulator::Queue>();
+}
+
+bool device_is_lost() noexcept { return false; }
 
 namespace emulator {
 namespace {
@@ -15,6 +20,39 @@ namespace {
   static auto& pools = *new std::vector<FiberPool*>;
   return pools;
 }
+
+// For TSan: what happened before it.
+struct Clock final : Mark {
+  mutable char clock = 0;
+};
+
+struct RecordedKernels final : Graph {
+  std::vector<std::unique_ptr<Work>> kernels;
+  std::size_t size() const override { return kernels.size(); }
+};
+
+// Runs recorded kernels one after another, each as a new launch with the arguments of the old one.
+class Rerun final : public Work {
+ public:
+  explicit Rerun(std::shared_ptr<RecordedKernels> recorded) : recorded_(std::move(recorded)) {}
+
+  Progress step(Random& random) override {
+    if (!grid_) grid_ = static_cast<Grid&>(*recorded_->kernels[at_]).again();
+    const Progress progress = grid_->step(random);
+    if (progress != Progress::done) return progress;
+    grid_.reset();
+    return ++at_ == recorded_->size() ? Progress::done : Progress::moved;
+  }
+  std::string_view name() const override { return recorded_->kernels[at_]->name(); }
+  std::string describe() const override {
+    return (grid_ ? *grid_ : *recorded_->kernels[at_]).describe();
+  }
+
+ private:
+  std::shared_ptr<RecordedKernels> recorded_;
+  std::size_t at_ = 0;
+  std::unique_ptr<Work> grid_;
+};
 
 }  // namespace
 
@@ -53,6 +91,31 @@ void Queue::host_leaves() {
   release(&clock_);
   AsStream as_stream(*this);
   acquire(&clock_);
+}
+
+std::shared_ptr<Mark> Queue::mark() {
+  auto mark = std::make_shared<Clock>();
+  if (kTsan) {
+    AsStream as_stream(*this);
+    release(&mark->clock);
+  }
+  return mark;
+}
+
+void Queue::follow(const Mark& mark, const std::string&, bool) {
+  if (!kTsan) return;
+  AsStream as_stream(*this);
+  acquire(&static_cast<const Clock&>(mark).clock);
+}
+
+std::shared_ptr<Graph> Queue::make_graph(std::vector<std::unique_ptr<Work>> kernels) {
+  auto graph = std::make_shared<RecordedKernels>();
+  graph->kernels = std::move(kernels);
+  return graph;
+}
+
+std::unique_ptr<Work> Queue::launch(std::shared_ptr<Graph> graph) {
+  return std::make_unique<Rerun>(std::static_pointer_cast<RecordedKernels>(std::move(graph)));
 }
 
 Queue::AsStream::AsStream([[maybe_unused]] Queue& queue) {

@@ -1,10 +1,13 @@
 #include "harness/group/place.h"
 
 #include "harness/base/check.h"
+#include "harness/group/device_link.h"
 
 namespace tp {
 
 std::string_view executor_name() { return "emulator"; }
+
+DeviceLink* device_link() { return nullptr; }
 
 std::string take_place(World&, Link link) {
   if (link == Link::nccl)

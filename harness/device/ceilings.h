@@ -1,0 +1,21 @@
+#pragma once
+// The limits of this process's device, as far as anybody measured them: what a kernel's time is
+// compared with.
+
+#include <optional>
+
+namespace tp {
+
+struct Ceilings {
+  double launch_us = 0;     // the smallest kernel that reads and writes something
+  double bytes_per_us = 0;  // of device memory, a copy's bytes read plus bytes written
+  double flops_per_us = 0;  // fp32, outside the tensor cores; by the device's own figures
+
+  // The least time that this device could take.
+  double floor_us(double bytes, double flops) const;
+};
+
+// Measured once, in the first call. Nothing where kernels run on the emulator.
+const std::optional<Ceilings>& ceilings();
+
+}  // namespace tp

@@ -1,0 +1,97 @@
+// t0 and the copy bandwidth, as shared measurements of this project take them: a graph of dependent
+// small kernels, and a copy that fills the GPU.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "harness/device/ceilings.h"
+#include "harness/device/cuda/check.h"
+
+namespace tp {
+
+namespace {
+
+constexpr int kNodes = 100, kRepeats = 7;
+constexpr std::size_t kCopied = std::size_t{256} << 20;
+
+__global__ void next(float4* cell) {
+  float4 value = *cell;
+  value.x += 1.0f;
+  *cell = value;
+}
+
+// The fastest of some repeats, in microseconds.
+template <typename F>
+double fastest_us(cudaStream_t stream, F submit) {
+  cudaEvent_t begin = nullptr, end = nullptr;
+  cuda::check(cudaEventCreate(&begin), "cudaEventCreate");
+  cuda::check(cudaEventCreate(&end), "cudaEventCreate");
+  float fastest = 0;
+  for (int i = 0; i <= kRepeats; ++i) {  // one to warm up
+    cudaEventRecord(begin, stream);
+    submit();
+    cudaEventRecord(end, stream);
+    cuda::check(cudaStreamSynchronize(stream), "measuring the ceilings");
+    float milliseconds = 0;
+    cuda::check(cudaEventElapsedTime(&milliseconds, begin, end), "cudaEventElapsedTime");
+    if (i > 0) fastest = i == 1 ? milliseconds : std::min(fastest, milliseconds);
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  return double(fastest) * 1e3;
+}
+
+double launch_us(cudaStream_t stream) {
+  float4* cell = nullptr;
+  cuda::check(cudaMalloc(&cell, sizeof(float4)), "cudaMalloc");
+  cuda::check(cudaMemset(cell, 0, sizeof(float4)), "cudaMemset");
+  cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < kNodes; ++i) next<<<1, 1, 0, stream>>>(cell);
+  cudaGraph_t captured = nullptr;
+  cudaGraphExec_t graph = nullptr;
+  cuda::check(cudaStreamEndCapture(stream, &captured), "capture");
+  cuda::check(cudaGraphInstantiate(&graph, captured, 0), "cudaGraphInstantiate");
+  const double us = fastest_us(stream, [&] { cudaGraphLaunch(graph, stream); });
+  cudaGraphExecDestroy(graph);
+  cudaGraphDestroy(captured);
+  cudaFree(cell);
+  return us / kNodes;
+}
+
+double bytes_per_us(cudaStream_t stream) {
+  std::byte* memory = nullptr;
+  cuda::check(cudaMalloc(&memory, 2 * kCopied), "cudaMalloc");
+  cuda::check(cudaMemset(memory, 1, 2 * kCopied), "cudaMemset");
+  const double us = fastest_us(stream, [&] {
+    cudaMemcpyAsync(memory + kCopied, memory, kCopied, cudaMemcpyDeviceToDevice, stream);
+  });
+  cudaFree(memory);
+  return 2 * double(kCopied) / us;
+}
+
+double flops_per_us() {
+  int device = 0, processors = 0, kilohertz = 0;
+  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
+  cuda::check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
+              "cudaDeviceGetAttribute");
+  cuda::check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device),
+              "cudaDeviceGetAttribute");
+  constexpr double kLanes = 128;  // fp32 of a multiprocessor from sm_86 on, a fused step in each
+  return processors * kLanes * 2 * double(kilohertz) * 1e-3;
+}
+
+}  // namespace
+
+const std::optional<Ceilings>& ceilings() {
+  static const std::optional<Ceilings> measured = [] {
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    const Ceilings c{launch_us(stream), bytes_per_us(stream), flops_per_us()};
+    cudaStreamDestroy(stream);
+    return std::optional(c);
+  }();
+  return measured;
+}
+
+}  // namespace tp
