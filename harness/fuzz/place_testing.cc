@@ -8,12 +8,15 @@
 #include <string>
 
 #include "harness/base/check.h"
+#include "harness/group/device_link.h"
 #include "harness/group/place.h"
 #include "harness/group/world.h"
 
 namespace tp {
 
 std::string_view executor_name() { return "gpu"; }
+
+DeviceLink* device_link() { return nullptr; }
 
 std::string take_place(World& world, Link link) {
   std::string why;
