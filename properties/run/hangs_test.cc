@@ -29,13 +29,14 @@ constexpr int kRanks = 8;
 constexpr int kUnavailable = 3;  // GaveUp's exit code where the machine lacks something
 
 Request request(int tp_size, const std::string& fault = "none", int fault_rank = 0, int seed = 1) {
-  return {.line = fmt::format("v1 hang hidden_size={} tp_size={} num_tokens={} seed={} law={} "
-                              "fault={} fault_rank={}",
-                              12 * tp_size, tp_size, 1 + seed % 5, seed,
-                              seed % 3 == 0 ? "tp1" : "none", fault, fault_rank),
-          .mutant = "",
-          .deadline = kDeadline,
-          .trace = false};
+  return {
+      .line = fmt::format("v1 hang hidden_size={} tp_size={} num_tokens={} seed={} law={} "
+                          "graph={} delays={} fault={} fault_rank={}",
+                          12 * tp_size, tp_size, 1 + seed % 5, seed, seed % 3 == 0 ? "tp1" : "none",
+                          seed / 2 % 2, seed / 4 % 2, fault, fault_rank),
+      .mutant = "",
+      .deadline = kDeadline,
+      .trace = false};
 }
 
 // The ranks that a detail names, in its order.
