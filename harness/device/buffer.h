@@ -68,6 +68,6 @@ void from_host_when_reached(Stream& stream, void* destination, const void* sourc
                             std::size_t bytes);
 void to_host(Stream& stream, void* destination, const void* source, std::size_t bytes);
 // Fills the payload with `value` again; asynchronous.
-void poison(Stream& stream, Buffer& buffer, std::uint8_t value);
+void poison(Stream& stream, const Buffer& buffer, std::uint8_t value);
 
 }  // namespace tp

@@ -48,23 +48,17 @@ Verdict two_passes(const Verdict& gpu, const Verdict& emulator) {
 
 // No finding, and not two passes: the case counts for nothing, for the stronger reason of the two.
 Verdict no_result(const Verdict& gpu, const Verdict& emulator) {
-  const auto rank = [](const Verdict& v) {
-    switch (v.outcome) {
-      case Outcome::Refused:
-        return 3;
-      case Outcome::Skipped:
-        return 2;
-      case Outcome::Mistrusted:
-        return 1;
-      default:
-        return 0;
-    }
-  };
   if (gpu.outcome == emulator.outcome && gpu.detail == emulator.detail) return gpu;
-  const bool on_gpu = rank(gpu) >= rank(emulator);
-  Verdict v = on_gpu ? gpu : emulator;
-  v.detail = fmt::format("{}: {}", on_gpu ? "on the gpu" : "in the emulator", v.detail);
-  return v;
+  for (const Outcome reason : {Outcome::Refused, Outcome::Skipped, Outcome::Mistrusted}) {
+    for (const auto& [where, side] :
+         {std::pair("on the gpu", &gpu), {"in the emulator", &emulator}}) {
+      if (side->outcome != reason) continue;
+      Verdict v = *side;
+      v.detail = fmt::format("{}: {}", where, v.detail);
+      return v;
+    }
+  }
+  return gpu;
 }
 
 Answer joined(Answer gpu, Answer emulator) {

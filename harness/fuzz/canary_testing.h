@@ -11,7 +11,7 @@
 // without a newline and passes; `endless` never stops printing; `wrong_on_gpu` and
 // `wrong_in_emulator` are wrong there only, the latter on one rank nowhere; `other_bits` passes
 // with bits of its own on a GPU with several ranks; `needs_poison` shows only in poisoned memory;
-// `gone` dies and takes the GPU along (place_testing.cc).
+// `gone` dies on a GPU and takes that along (place_testing.cc).
 
 #include <numeric>
 #include <vector>

@@ -63,6 +63,8 @@ class CommandsTest : public testing::Test {
   int interrupt(const std::string& arguments, int signal,
                 const std::function<bool()>& ready) const {
     fs::create_directory(folder_ / "jobs");
+    // `ready` is not to see what an earlier command said.
+    for (const char* file : {"stdout.txt", "stderr.txt"}) fs::remove(folder_ / file);
     const std::string command =
         fmt::format("cd {0} && TPCHECK_TMPDIR={0}/jobs exec {1} {2} >stdout.txt 2>stderr.txt",
                     folder_.string(), TPCHECK_CANARY, arguments);

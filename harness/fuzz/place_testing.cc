@@ -1,5 +1,5 @@
 // A place (harness/group/place.h) for the canary that pretends to be a GPU's: linked in, it stands
-// in for the build's own. Its name and its room are the test's:
+// in for the build's own, and so defines whatever that does. Its name and its room are the test's:
 //
 //   TPCHECK_TEST_CANNOT=FILE   a worker cannot run once FILE exists; one line of FILE says why
 

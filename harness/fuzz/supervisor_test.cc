@@ -122,6 +122,15 @@ TEST_P(SupervisorTest, ARankThatThrowsIsAFinding) {
   expect_alive(runner);
 }
 
+TEST_P(SupervisorTest, ItSaysWhereItsWorkersAre) {
+  Supervisor runner(1, GetParam());
+  runner.wait_until_ready();
+  EXPECT_TRUE(runner.where().starts_with(executor_name())) << runner.where();
+  EXPECT_TRUE(mentions(runner.where(), fmt::format(", 1 job of {} process", GetParam())))
+      << runner.where();
+  expect_alive(runner);
+}
+
 TEST_P(SupervisorTest, LinesThatCannotBeMeantAreRefused) {
   Supervisor runner(1, GetParam());
   for (const char* line :

@@ -12,8 +12,9 @@ constexpr const char* kOneRank = "one rank with the whole problem";
 
 bool ran(const Verdict& v) { return v.outcome == Outcome::Pass || v.finding(); }
 bool same_end(const Verdict& a, const Verdict& b) { return a.finding() == b.finding(); }
+// Who crashed has no bits, and is like whoever ended alike.
 bool same_bits(const Verdict& a, const Verdict& b) {
-  return same_end(a, b) && a.digest == b.digest;
+  return same_end(a, b) && a.digest == b.digest && (a.digest != 0 || a.outcome == b.outcome);
 }
 
 std::string quarrel(const ThreeAnswers& t) {
@@ -23,9 +24,10 @@ std::string quarrel(const ThreeAnswers& t) {
   }
   if (same_bits(t.one_rank, t.emulator)) return "stands alone: the gpu";
   if (same_bits(t.one_rank, t.gpu)) return "stands alone: the emulator";
-  return fmt::format("no two agree: gpu and emulator both {}, with different bits, and {} {}",
-                     t.gpu.finding() ? "fail" : "pass", kOneRank,
-                     same_end(t.one_rank, t.gpu) ? "has bits of its own"
+  return fmt::format("no two agree: gpu and emulator {}, and {} {}",
+                     t.gpu.finding() ? "fail each in its own way" : "pass with different bits",
+                     kOneRank,
+                     same_end(t.one_rank, t.gpu) ? "agrees with neither"
                      : t.one_rank.finding()      ? "fails"
                                                  : "passes");
 }

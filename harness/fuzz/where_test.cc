@@ -85,11 +85,22 @@ TEST(ThreeAnswers, BitsOfOneRankSettleAQuarrel) {
   EXPECT_EQ(stands_alone({pass(7), pass(8), pass(8)}), "stands alone: the gpu");
   EXPECT_EQ(stands_alone({pass(7), pass(8), pass(7)}), "stands alone: the emulator");
   EXPECT_EQ(stands_alone({pass(7), pass(8), pass(9)}),
-            "no two agree: gpu and emulator both pass, with different bits, and one rank with the "
-            "whole problem has bits of its own");
+            "no two agree: gpu and emulator pass with different bits, and one rank with the whole "
+            "problem agrees with neither");
   EXPECT_EQ(stands_alone({wrong(7), wrong(8), pass(9)}),
-            "no two agree: gpu and emulator both fail, with different bits, and one rank with the "
-            "whole problem passes");
+            "no two agree: gpu and emulator fail each in its own way, and one rank with the whole "
+            "problem passes");
+}
+
+TEST(ThreeAnswers, WhoCrashedHasNoBits) {
+  const Verdict crash{.outcome = Outcome::Crash}, hang{.outcome = Outcome::Hang};
+  EXPECT_EQ(stands_alone({crash, crash, crash}),
+            "all three agree: neither the gpu nor the sharding makes it fail");
+  EXPECT_EQ(stands_alone({crash, pass(), pass()}), "stands alone: the gpu");
+  EXPECT_EQ(stands_alone({crash, hang, hang}), "stands alone: the gpu");
+  EXPECT_EQ(stands_alone({crash, hang, pass()}),
+            "no two agree: gpu and emulator fail each in its own way, and one rank with the whole "
+            "problem passes");
 }
 
 TEST(ThreeAnswers, WhoSaysNothingStandsNowhere) {

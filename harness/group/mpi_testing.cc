@@ -5,6 +5,9 @@
 
 #include <cstdio>
 
+#include "harness/base/check.h"
+#include "harness/group/place.h"
+
 namespace tp {
 
 namespace {
@@ -28,9 +31,27 @@ World& test_world() { return *world; }
 
 }  // namespace tp
 
+// On a GPU of its own if there are enough, else with the others on one.
+void take_any_place(tp::World& world) {
+  std::string where;
+  try {
+    where = tp::take_place(world, tp::Link::best);
+  } catch (const tp::Unavailable& e) {
+    if (world.processes() == 1) throw;
+    where = tp::take_place(world, tp::Link::mpi);
+  }
+  if (world.is_root()) fmt::print("{}\n", where);
+}
+
 int main(int argc, char** argv) {
   tp::World world(&argc, &argv);
   tp::world = &world;
+  try {
+    take_any_place(world);
+  } catch (const tp::Unavailable& e) {
+    fmt::print(stderr, "{}\n", e.what());
+    return 3;
+  }
   testing::InitGoogleTest(&argc, argv);
   if (!world.is_root()) {
     auto& listeners = testing::UnitTest::GetInstance()->listeners();

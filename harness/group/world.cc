@@ -52,11 +52,19 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
   if (starts_and_ends_mpi_) CHECK_MPI(MPI_Init(argc, argv));
   CHECK_MPI(MPI_Comm_size(MPI_COMM_WORLD, &processes_));
   CHECK_MPI(MPI_Comm_rank(MPI_COMM_WORLD, &process_));
+  MPI_Comm host = MPI_COMM_NULL;
+  CHECK_MPI(
+      MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process_, MPI_INFO_NULL, &host));
+  CHECK_MPI(MPI_Comm_size(host, &local_processes_));
+  CHECK_MPI(MPI_Comm_rank(host, &local_process_));
+  CHECK_MPI(MPI_Comm_free(&host));
 }
 
 World::~World() {
+  // MPI_Finalize would wait for an exchange that was given up, and the end of the process for a
+  // kernel that never ends.
+  if (retired_) abort(70);
   if (!starts_and_ends_mpi_) return;
-  if (retired_) abort(70);  // MPI_Finalize would wait for the exchange that was given up
   MPI_Finalize();
 }
 
@@ -89,6 +97,15 @@ std::vector<std::string> World::gather(const std::string& text) {
 int World::max(int value) {
   if (mpi_) CHECK_MPI(MPI_Allreduce(MPI_IN_PLACE, &value, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD));
   return value;
+}
+
+void World::agree(const std::string& why) {
+  std::string first;
+  for (const std::string& reason : gather(why)) {
+    if (first.empty()) first = reason;
+  }
+  first = broadcast(first);
+  if (!first.empty()) throw Unavailable(first);
 }
 
 void World::abort(int exit_code) {

@@ -24,6 +24,9 @@ class World {
 
   int processes() const { return processes_; }
   int process() const { return process_; }
+  // Among the processes of this host: which one it is, and how many there are.
+  int local_process() const { return local_process_; }
+  int local_processes() const { return local_processes_; }
   bool is_root() const { return process_ == 0; }
 
   // What process 0 passes, on all processes. Everybody calls it.
@@ -33,8 +36,13 @@ class World {
   // The largest value over all processes, on each of them. Everybody calls it.
   int max(int value);
 
-  // After an exchange that was given up halfway the processes cannot run another case together: the
-  // job says what it has to say and ends (the supervisor starts another one).
+  // Everybody passes why it cannot go on, or nothing. Throws Unavailable on all of them, with the
+  // first reason there is.
+  void agree(const std::string& why);
+
+  // After an exchange that was given up halfway, or where a device is lost, the processes cannot
+  // run another case together: the job says what it has to say and ends (the supervisor starts
+  // another one).
   void retire() { retired_ = true; }
   bool retired() const { return retired_; }
 
@@ -44,6 +52,8 @@ class World {
  private:
   int processes_ = 1;
   int process_ = 0;
+  int local_processes_ = 1;
+  int local_process_ = 0;
   bool mpi_ = false;
   bool starts_and_ends_mpi_ = false;
   bool retired_ = false;

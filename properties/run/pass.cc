@@ -65,13 +65,13 @@ void for_each_piece(const LocalBuffer& local, F f) {
   }
 }
 
-// Without poison, what nobody owns is neither written nor read: compute-sanitizer would rightly say
-// that it was never initialised.
+// Gives an input its data. Without poison, what nobody owns is neither written nor read:
+// compute-sanitizer would rightly say that it was never initialised.
 void upload(Stream& stream, const Image& image, const Buffer& buffer, bool whole) {
   std::byte* to = buffer.as<std::byte>();
   if (whole) {
     from_host_when_reached(stream, to, image.bytes.data(), image.bytes.size());
-  } else if (image.local.use == Use::input) {
+  } else {
     for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
       from_host_when_reached(stream, to + at, image.bytes.data() + at, bytes);
     });
@@ -80,9 +80,10 @@ void upload(Stream& stream, const Image& image, const Buffer& buffer, bool whole
 
 void download(Stream& stream, Image& image, const Buffer& buffer, bool whole) {
   const std::byte* from = buffer.as<std::byte>();
+  if (image.local.use == Use::workspace) return;
   if (whole) {
     to_host(stream, image.bytes.data(), from, image.bytes.size());
-  } else if (image.local.use != Use::workspace) {
+  } else {
     for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
       to_host(stream, image.bytes.data() + at, from + at, bytes);
     });
@@ -178,11 +179,11 @@ bool is_new(const RankMemory& memory, const LocalBuffer& local) {
   return !memory.latest.contains(local.name);
 }
 
-// Runs a stage with its new buffers as `images` say, the recorded way if there is a recording.
+// Runs a stage with its new inputs as `images` say, the recorded way if there is a recording.
 void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const RankMemory& memory,
                   const std::vector<Image>& images, bool whole, Recording* recording) {
   for (const Image& image : images) {
-    if (is_new(memory, image.local))
+    if (image.local.use == Use::input && is_new(memory, image.local))
       upload(stream, image, memory.buffers.at(image.local.name).buffer, whole);
   }
   RankRun run(group, stream, memory.buffers);
@@ -222,6 +223,10 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
       recording = &recordings.emplace_back();
       other = decoys(stage, before, decoy_data, memory);
       launch_stage(stage, group, stream, memory, other, whole, recording);
+      for (const Image& image : before) {
+        if (image.local.use == Use::input || !options.poison) continue;
+        poison(stream, memory.buffers.at(image.local.name).buffer, std::uint8_t(*options.poison));
+      }
     }
     launch_stage(stage, group, stream, memory, before, whole, recording);
     std::vector<Image> after = before;

@@ -186,7 +186,7 @@ void to_host(Stream& stream, void* destination, const void* source, std::size_t 
   });
 }
 
-void poison(Stream& stream, Buffer& buffer, std::uint8_t value) {
+void poison(Stream& stream, const Buffer& buffer, std::uint8_t value) {
   enqueue(stream, "poison", [value, data = buffer.data(), bytes = buffer.bytes()](cudaStream_t to) {
     cudaMemsetAsync(data, value, bytes, to);
   });

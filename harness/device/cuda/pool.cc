@@ -161,10 +161,12 @@ std::shared_ptr<std::byte> take_pinned(std::size_t bytes) {
           [size](std::byte* memory) { pinned_parts().give(memory, size); }};
 }
 
-void CountedStream::count() {
+cudaError_t CountedStream::count() noexcept {
   const CUresult result = write_value()(stream, reinterpret_cast<CUdeviceptr>(completed),
                                         ++submitted, CU_STREAM_WRITE_VALUE_DEFAULT);
-  check(result == CUDA_SUCCESS ? cudaSuccess : cudaErrorUnknown, "cuStreamWriteValue32");
+  if (result == CUDA_SUCCESS) return cudaSuccess;
+  const cudaError_t broken = cudaStreamQuery(stream);  // what it was, in the runtime's own words
+  return broken == cudaSuccess || broken == cudaErrorNotReady ? cudaErrorUnknown : broken;
 }
 
 std::uint32_t CountedStream::seen() const { return __atomic_load_n(completed, __ATOMIC_ACQUIRE); }
@@ -176,6 +178,7 @@ std::unique_ptr<CountedStream> take_stream() {
     free.pop_back();
     return stream;
   }
+  write_value();  // or say now that there is none
   auto stream = std::make_unique<CountedStream>();
   check(cudaStreamCreateWithFlags(&stream->stream, cudaStreamNonBlocking), "cudaStreamCreate");
   stream->completed = static_cast<std::uint32_t*>(pinned_parts().take(kSmallest));

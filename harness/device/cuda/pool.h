@@ -26,8 +26,8 @@ struct CountedStream {
   std::uint32_t submitted = 0;
   std::uint32_t* completed = nullptr;  // pinned
 
-  // Counts what was submitted last.
-  void count();
+  // Counts what was submitted so far.
+  cudaError_t count() noexcept;
   std::uint32_t seen() const;  // completed so far
 };
 std::unique_ptr<CountedStream> take_stream();

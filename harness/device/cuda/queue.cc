@@ -103,7 +103,12 @@ Queue::~Queue() {
 }
 
 bool Queue::finished() noexcept {
-  if (error_ != cudaSuccess || counted_->seen() == counted_->submitted) return true;
+  if (error_ != cudaSuccess) return true;
+  if (uncounted_) {
+    count();
+  } else if (counted_->seen() == counted_->submitted) {
+    return true;
+  }
   if (++asked_ % kAsksPerQuery != 0) return false;
   const cudaError_t state = cudaStreamQuery(counted_->stream);
   if (state != cudaErrorNotReady) error_ = state;
@@ -139,6 +144,7 @@ Fault Queue::fault_of(cudaError_t error) {
 }
 
 const Queue::InFlight* Queue::first_in_flight() {
+  if (uncounted_) count();
   const std::size_t open = counted_->submitted - counted_->seen();
   while (in_flight_.size() > open) in_flight_.pop_front();
   return in_flight_.empty() ? nullptr : &in_flight_.front();
@@ -161,9 +167,19 @@ void Queue::submit(std::string name, Kind kind,
     span.end = record();
     spans_.push_back(std::move(span));
   }
-  counted_->count();
   if (in_flight_.size() >= 64) first_in_flight();
-  in_flight_.push_back({std::move(name), kind});
+  if (uncounted_) {
+    in_flight_.back() = {std::move(name), kind};
+  } else {
+    in_flight_.push_back({std::move(name), kind});
+  }
+  uncounted_ = true;
+  if (kind != Kind::harness) count();
+}
+
+void Queue::count() {
+  uncounted_ = false;
+  error_ = counted_->count();
 }
 
 void Queue::deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes) {

@@ -68,13 +68,17 @@ class Queue final : public DeviceQueue {
     bool collective;
   };
 
+  void count();
   const InFlight* first_in_flight();
   Fault fault_of(cudaError_t error);
 
   int tp_rank_;
   bool timed_;
   std::unique_ptr<CountedStream> counted_;
-  std::deque<InFlight> in_flight_;  // the last of what was submitted; some may be complete
+  // The last of what was submitted and counted; some may be complete. Our own work is counted
+  // together with what comes next: it costs a call, and is seldom to blame.
+  std::deque<InFlight> in_flight_;
+  bool uncounted_ = false;
   std::vector<Delivery> deliveries_;
   std::vector<std::shared_ptr<std::byte>> kept_;
   std::vector<Span> spans_;

@@ -71,7 +71,7 @@ void to_host(Stream& stream, void* destination, const void* source, std::size_t 
   if (bytes > 0) stream.call([=] { std::memcpy(destination, source, bytes); });
 }
 
-void poison(Stream& stream, Buffer& buffer, std::uint8_t value) {
+void poison(Stream& stream, const Buffer& buffer, std::uint8_t value) {
   stream.call(
       [value, data = buffer.data(), bytes = buffer.bytes()] { std::memset(data, value, bytes); });
 }

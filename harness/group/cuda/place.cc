@@ -1,13 +1,77 @@
 #include "harness/group/place.h"
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <unistd.h>
+
+#include <vector>
+
+#include "harness/base/check.h"
+#include "harness/device/cuda/gpu.h"
+#include "harness/group/cuda/nccl.h"
 #include "harness/group/device_link.h"
+#include "harness/group/world.h"
 
 namespace tp {
 
+namespace {
+
+std::unique_ptr<DeviceLink>& link_of_process() {
+  static auto& link = *new std::unique_ptr<DeviceLink>;  // the GPU may still be at work at exit
+  return link;
+}
+
+// This process's GPU: its local rank's, or with --group mpi whichever there is.
+int choose_gpu(const World& world, Link link) {
+  const int gpus = cuda::gpu_count();
+  if (link != Link::mpi && world.processes() > 1 && world.local_processes() > gpus) {
+    char host[256] = "this machine";
+    gethostname(host, sizeof(host) - 1);
+    throw Unavailable(
+        fmt::format("{} processes on {}, which has {} GPU{}, and NCCL needs one for each: start "
+                    "fewer, or let collectives go through the host with --group mpi",
+                    world.local_processes(), host, gpus, gpus == 1 ? "" : "s"));
+  }
+  return world.local_process() % gpus;
+}
+
+}  // namespace
+
 std::string_view executor_name() { return "gpu"; }
 
-DeviceLink* device_link() { return nullptr; }
+DeviceLink* device_link() { return link_of_process().get(); }
 
-std::string take_place(World&, Link) { return "gpu"; }
+std::string take_place(World& world, Link link) {
+  std::string why, here;
+  cuda::Gpu gpu;
+  try {
+    const int index = choose_gpu(world, link);
+    gpu = cuda::open_gpu(index);
+    here = fmt::format("GPU {}", index);
+  } catch (const Unavailable& e) {
+    why = e.what();
+  }
+  world.agree(why);
+  std::string through;
+  if (world.processes() > 1 && link != Link::mpi) {
+    Nccl nccl = connect_nccl(world);
+    link_of_process() = std::move(nccl.link);
+    through = "; NCCL " + nccl.version;
+  } else if (world.processes() > 1) {
+    through = "; through the host by MPI";
+  }
+  const std::vector<std::string> names = world.gather(gpu.name), places = world.gather(here);
+  std::string said;
+  if (world.is_root()) {
+    std::vector<std::string> parts;
+    for (std::size_t p = 0; p < names.size(); ++p) {
+      parts.push_back(names.size() == 1 ? places[p]
+                                        : fmt::format("process {} on {}", p, places[p]));
+      if (names[p] != names[0]) parts.back() += ", " + names[p];
+    }
+    said = fmt::format("{}, {}: {}{}", names[0], gpu.built, fmt::join(parts, ", "), through);
+  }
+  return world.broadcast(said);
+}
 
 }  // namespace tp

@@ -1,0 +1,20 @@
+#pragma once
+// Which GPU this process uses.
+
+#include <string>
+
+namespace tp::cuda {
+
+// GPUs that this process may use. Throws Unavailable, saying why, if there is none.
+int gpu_count();
+
+struct Gpu {
+  std::string name;   // "NVIDIA H100 80GB HBM3 (sm_90)"
+  std::string built;  // "CUDA 13.0, driver 13.0"
+};
+
+// Makes it the one that this process uses from now on. Throws Unavailable, saying why, if this
+// build's kernels cannot run there.
+Gpu open_gpu(int index);
+
+}  // namespace tp::cuda
