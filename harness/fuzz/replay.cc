@@ -88,6 +88,11 @@ void print_answer(const Answer& answer, int number, const Where& where, double t
   }
 }
 
+void print_timing(const Verdict& v) {
+  if (v.outcome == Outcome::Pass && v.timing.measured())
+    fmt::print("  timing      {}\n", timing_text(v.timing));
+}
+
 void print_trace(const Answer& answer, const std::string& prefix = "") {
   for (const std::string& line : answer.trace) fmt::print("{}{}\n", prefix, line);
 }
@@ -104,8 +109,7 @@ RunOnce one_answer(Runner& runner, const Where& where, double timeout) {
     const Verdict& v = answer.verdict;
     fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
                v.seconds * 1e3);
-    if (v.outcome == Outcome::Pass && v.timing.measured())
-      fmt::print("  timing      {}\n", timing_text(v.timing));
+    print_timing(v);
     return v;
   };
 }
@@ -130,6 +134,7 @@ RunOnce three_answers(Supervisor& gpu, Supervisor& emulator, const Where& where,
     }
     print_answer(all, number, where, timeout);
     fmt::print("{}", three_answers_text(answers));
+    print_timing(on_gpu.verdict);
     return all.verdict;
   };
 }
