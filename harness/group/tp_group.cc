@@ -116,17 +116,26 @@ bool GroupSession::all_wait() const {
                      [this](const LocalRank& rank) { return at(rank) || rank.ended; });
 }
 
-// What the local ranks agree on, or the first one that does not.
+// Where most of the local ranks are, and the first one that is not there.
 GroupSession::Message GroupSession::local_message() const {
-  Message m;
-  for (std::size_t r = 0; r < ranks_.size(); ++r) {
+  const auto place_of = [&](std::size_t r) {
     const Entry* entry = at(ranks_[r]);
-    const CollectiveHeader h = entry ? entry->header : make_header(completed_ + 1, kEnd, 0, "");
-    if (r == 0) m.header = h;
-    if (h != m.header && m.bad_rank < 0) {
-      m.bad_rank = int(local_.offset) + int(r);
-      m.bad_header = h;
-    }
+    return entry ? entry->header : make_header(completed_ + 1, kEnd, 0, "");
+  };
+  Message m;
+  for (std::size_t r = 0; r < ranks_.size() && 2 * std::size_t(m.ranks) < ranks_.size(); ++r) {
+    const CollectiveHeader header = place_of(r);
+    int ranks = 0;
+    for (std::size_t other = 0; other < ranks_.size(); ++other) ranks += place_of(other) == header;
+    if (ranks <= m.ranks) continue;
+    m.header = header;
+    m.ranks = ranks;
+    m.first_rank = int(local_.offset) + int(r);
+  }
+  for (std::size_t r = 0; r < ranks_.size() && m.other_rank < 0; ++r) {
+    if (place_of(r) == m.header) continue;
+    m.other_rank = int(local_.offset) + int(r);
+    m.other_header = place_of(r);
   }
   return m;
 }
@@ -142,25 +151,32 @@ void GroupSession::start_headers(const Message& mine) {
 std::optional<Fault> GroupSession::disagreement() const {
   std::vector<Message> messages(static_cast<std::size_t>(processes_));
   std::memcpy(messages.data(), channel_.received().data(), channel_.received().size());
-  const auto first_rank = [&](std::size_t p) {
-    return int(ranks_of_process(tp_size_, processes_, int(p)).offset);
-  };
   for (std::size_t p = 0; p < messages.size(); ++p) {
     // Only that there is one: its own process says which.
     if (messages[p].fault)
       return Fault{Outcome::Pass, fmt::format("process {} reports a fault", p), -1};
   }
-  const auto mismatch = [](int a, const CollectiveHeader& ha, int b, const CollectiveHeader& hb) {
+  // The majority is right, as far as anybody can tell from here.
+  const Message* right = &messages[0];
+  int with_right = 0;
+  for (const Message& candidate : messages) {
+    int ranks = 0;
+    for (const Message& m : messages) ranks += m.header == candidate.header ? m.ranks : 0;
+    if (ranks <= with_right) continue;
+    right = &candidate;
+    with_right = ranks;
+  }
+  const std::string others =
+      2 * with_right > tp_size_ ? "most others" : fmt::format("tp_rank {}", right->first_rank);
+  for (const Message& m : messages) {
+    const bool at_right = m.header == right->header;
+    if (at_right && m.other_rank < 0) continue;
     return Fault{
         Outcome::CollectiveMismatch,
-        fmt::format("tp_rank {} is at {}, tp_rank {} at {}", a, describe(ha), b, describe(hb)), -1};
-  };
-  for (std::size_t p = 0; p < messages.size(); ++p) {
-    const Message& m = messages[p];
-    if (m.header != messages[0].header) {
-      return mismatch(0, messages[0].header, first_rank(p), m.header);
-    }
-    if (m.bad_rank >= 0) return mismatch(first_rank(p), m.header, m.bad_rank, m.bad_header);
+        fmt::format("tp_rank {} is at {}, {} at {}", at_right ? m.other_rank : m.first_rank,
+                    describe(at_right ? m.other_header : m.header), others,
+                    describe(right->header)),
+        -1};
   }
   return std::nullopt;
 }

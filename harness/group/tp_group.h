@@ -124,11 +124,13 @@ class GroupSession {
     std::int64_t issued = 0;  // collectives that its host code has called for
     bool ended = false;
   };
-  struct Message {  // what processes exchange before anything else
-    CollectiveHeader header;
-    std::int32_t bad_rank = -1;  // a local rank that disagrees with the first one
+  struct Message {                 // what processes exchange before anything else
+    CollectiveHeader header;       // where most local ranks are
+    std::int32_t ranks = 0;        // how many are there
+    std::int32_t first_rank = -1;  // the first of them
+    std::int32_t other_rank = -1;  // the first local rank that is not
     std::int32_t fault = 0;
-    CollectiveHeader bad_header;
+    CollectiveHeader other_header;  // where that one is
   };
   enum class Phase : std::uint8_t { idle, headers, payload };
 

@@ -150,7 +150,7 @@ TEST(Oracles, ASkippedCollectiveIsAMismatch) {
   Plan plan;
   plan.bad_rank = 3;
   plan.skip_collective = true;
-  expect(run(plan), Outcome::CollectiveMismatch, "tp_rank 3 at end of case");
+  expect(run(plan), Outcome::CollectiveMismatch, "tp_rank 3 is at end of case");
 }
 
 // The second stage reads what the first one really produced, where it lies.
