@@ -18,7 +18,7 @@ target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}"
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
-  set(device_tests harness/device/kernels_test.cc)
+  set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc)
 endif()
 tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
 
@@ -86,29 +86,30 @@ set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
           ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
-add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
-target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
-add_test(NAME supervisor_test COMMAND supervisor_test)
-add_executable(tpcheck_canary ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc)
-target_link_libraries(tpcheck_canary PRIVATE tp_cli)
-add_executable(commands_test ${fuzz}/commands_test.cc)
-target_link_libraries(commands_test PRIVATE tp_flags GTest::gtest_main)
-target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:tpcheck_canary>")
-add_dependencies(commands_test tpcheck_canary)
-if(TP_BACKEND STREQUAL emulator)
+if(TP_BACKEND STREQUAL emulator)  # about processes, of which a machine may have more than GPUs
+  add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
+  target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
+  add_test(NAME supervisor_test COMMAND supervisor_test)
+  add_executable(tpcheck_canary ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc)
+  target_link_libraries(tpcheck_canary PRIVATE tp_cli)
+  add_executable(commands_test ${fuzz}/commands_test.cc)
+  target_link_libraries(commands_test PRIVATE tp_flags GTest::gtest_main)
+  target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY="$<TARGET_FILE:tpcheck_canary>")
+  add_dependencies(commands_test tpcheck_canary)
   # Two executors on a machine with one: a second canary says that it is a GPU's.
   add_executable(tpcheck_canary_gpu ${fuzz}/canary_main_testing.cc ${fuzz}/canary_testing.cc ${fuzz}/place_testing.cc)
   target_link_libraries(tpcheck_canary_gpu PRIVATE tp_cli)
   target_sources(commands_test PRIVATE ${fuzz}/executors_test.cc)
   target_compile_definitions(commands_test PRIVATE TPCHECK_CANARY_GPU="$<TARGET_FILE:tpcheck_canary_gpu>")
   add_dependencies(commands_test tpcheck_canary_gpu)
+  add_test(NAME commands_test COMMAND commands_test)
+  set(process_tests supervisor_test commands_test)
 endif()
-add_test(NAME commands_test COMMAND commands_test)
 add_executable(hangs_test properties/run/hangs_test.cc properties/run/hangs_testing.cc
   properties/run/hangs_testing.cu)
 target_link_libraries(hangs_test PRIVATE tp_run tp_fuzz GTest::gtest)  # its own worker, too
 add_test(NAME hangs_test COMMAND hangs_test)
 # They watch processes, folders and deadlines: nothing may run beside them.
-set_tests_properties(supervisor_test commands_test hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
+set_tests_properties(${process_tests} hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
   # A crash on purpose shall be a crash under the sanitizers, too.
   "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")

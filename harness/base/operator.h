@@ -39,6 +39,8 @@ struct RunOptions {
   // false: memory is neither poisoned nor guarded, so that compute-sanitizer sees it as it is. One
   // run instead of two, and what depends on poison or guards is not checked.
   bool poison = true;
+  // One kernel at a time, so that the one that breaks a device is known.
+  bool serial = false;
   std::function<void(const std::string&)> trace;  // if set: a line for each value and collective
 };
 

@@ -100,6 +100,7 @@ Command fuzz_command(const Flags& f) {
 void replay_flags(Flags& f) {
   f.list("CASE", "CASE|FILE|DIR", "case lines in quotes, files of them, folders of *.case");
   where_flags(f);
+  f.on_off("--serial", "one kernel at a time: who breaks a GPU is known");
   poison_flag(f);
   f.text("--times", "K", "run each case so often (default: 1)");
   f.text("--timeout", "TIME", "deadline of a case (default: 30s)");
@@ -114,6 +115,7 @@ Command replay_command(const Flags& f) {
   return ReplayOptions{.inputs = inputs,
                        .where = where(f, false),
                        .poison = !f.is_on("--no-poison"),
+                       .serial = f.is_on("--serial"),
                        .times = int(f.number("--times", 1, 1'000'000, 1)),
                        .timeout = f.seconds("--timeout", 0),
                        .trace = f.is_on("--trace"),

@@ -91,7 +91,9 @@ Report Scheduler::run(std::function<Idle()> idle) {
       bool complete = streams_are_empty();
       for (const auto& rank : ranks_) complete = complete && rank->finished;
       if (complete) break;
-      if (!step()) {
+      if (options_.serial && device_is_busy()) {
+        poll();
+      } else if (!step()) {
         ask_idle(idle, false);
       } else {
         polls_ = 0;

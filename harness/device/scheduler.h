@@ -25,6 +25,7 @@ struct SchedulerOptions {
   std::optional<std::chrono::steady_clock::time_point> deadline = {};
   RunningNow* running = nullptr;  // written at every switch, if given
   bool delays = false;  // seeded ones before kernels, so that a missing event or barrier shows
+  bool serial = false;  // nothing is begun before the device has ended what it has
   bool timed = false;   // the device measures its kernels, where it can
 };
 

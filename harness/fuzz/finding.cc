@@ -3,6 +3,8 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <utility>
+
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/interrupt.h"
 
@@ -51,8 +53,11 @@ Finding not_replayed(const Answer& answer, const Where& where) {
 Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& request,
                     const Where& seen_in, const ShrinkLimits& limits) {
   Finding finding = not_replayed(answer, seen_in);
+  bool serial = false;
   const auto fails_on = [&](Runner& where, const Case& c) -> std::optional<Verdict> {
-    Answer again = where.run(request(c));
+    Request r = request(c);
+    r.serial = serial;
+    Answer again = where.run(std::move(r));
     if (!same_failure(answer.verdict, again.verdict)) return std::nullopt;
     if (!again.log.empty()) finding.log = again.log;
     return again.verdict;
@@ -60,14 +65,19 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
   const bool ends_job =
       answer.verdict.outcome == Outcome::Crash || answer.verdict.outcome == Outcome::Hang;
   Runner* where = ends_job ? &runner.alone() : &runner;
+  // Of the kernels that run at the same time, a GPU does not say which one broke it.
+  serial = answer.verdict.outcome == Outcome::Crash;
   try {
-    finding.reproduced = fails_on(*where, finding.original).has_value();
-    if (!finding.reproduced && where != &runner) {
+    std::optional<Verdict> again = fails_on(*where, finding.original);
+    if (!again && std::exchange(serial, false)) again = fails_on(*where, finding.original);
+    if (!again && where != &runner) {
       where = &runner;  // it takes several processes
-      finding.reproduced = fails_on(*where, finding.original).has_value();
+      again = fails_on(*where, finding.original);
     }
     finding.replayed = true;
-    if (!finding.reproduced) return finding;
+    if (!again) return finding;
+    finding.reproduced = true;
+    finding.verdict = *again;
     if (where != &runner) finding.where.processes = 1;
     const auto fails = [&](const Case& c) -> std::optional<Verdict> {
       if (finding.interrupted || finding.gave_up) return std::nullopt;

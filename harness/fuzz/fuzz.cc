@@ -111,6 +111,8 @@ class Fuzzer {
     --in_flight_;
     ++answers_;
     const Case c = case_from_line(answer.request.line);
+    // Of several jobs on one GPU nobody can say whose kernels took the time.
+    if (options_.where.jobs > 1) answer.verdict.timing = {};
     const Verdict& v = answer.verdict;
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
@@ -233,8 +235,9 @@ int fuzz_main(World* world, const FuzzOptions& options) {
       fmt::print(to, "{}\n", finding_text(finding, number += finding.reproduced));
       std::fflush(to);
     };
-    const FuzzResult result =
-        fuzz(runner, where, domain, options, seed, &artifacts, progress, report);
+    FuzzResult result = fuzz(runner, where, domain, options, seed, &artifacts, progress, report);
+    result.where = runner.where();
+    result.poison = options.poison;
     if (result.gave_up) fmt::print(stderr, "tpcheck: {}\n", result.gave_up->what());
     if (result.interrupted) fmt::print(stderr, "interrupted: what there is so far\n");
     fmt::print("{}{}", options.json ? to_json(result) : summary_text(result.summary),

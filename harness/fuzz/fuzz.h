@@ -47,6 +47,8 @@ struct FuzzResult {
   std::vector<Finding> not_replayed;
   double seconds_to_first = 0;  // until the first failure was seen; shrinking comes after
   bool interrupted = false;
+  std::string where;              // every rank ran
+  bool poison = true;             // and guards: whether their oracles were on
   std::optional<GaveUp> gave_up;  // why nothing could be run any more
 
   // 0, 1, 3, 4, 5, 70 or 72 (design.md section 6).

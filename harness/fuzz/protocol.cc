@@ -9,8 +9,8 @@
 namespace tp {
 
 std::string to_line(const Request& r) {
-  return fmt::format("run {} {} {:d} {:d} {}", r.deadline.count(),
-                     r.mutant.empty() ? "-" : r.mutant, r.trace, r.poison, r.line);
+  return fmt::format("run {} {} {:d} {:d} {:d} {}", r.deadline.count(),
+                     r.mutant.empty() ? "-" : r.mutant, r.trace, r.poison, r.serial, r.line);
 }
 
 Request request_from_line(std::string_view line) {
@@ -23,19 +23,20 @@ Request request_from_line(std::string_view line) {
     return w;
   };
   const std::string_view verb = word(), deadline = word(), mutant = word(), trace = word(),
-                         poison = word();
+                         poison = word(), serial = word();
   std::int64_t ms = -1;
   const auto [end, error] = std::from_chars(deadline.data(), deadline.data() + deadline.size(), ms);
   const bool number = error == std::errc{} && end == deadline.data() + deadline.size() && ms >= 0;
   const auto flag = [](std::string_view w) { return w == "0" || w == "1"; };
-  if (verb != "run" || !number || !flag(trace) || !flag(poison)) {
+  if (verb != "run" || !number || !flag(trace) || !flag(poison) || !flag(serial)) {
     throw BadInput(fmt::format("not a request: '{}'", whole));
   }
   return {.line = std::string(line),
           .mutant = mutant == "-" ? "" : std::string(mutant),
           .deadline = std::chrono::milliseconds(ms),
           .trace = trace == "1",
-          .poison = poison == "1"};
+          .poison = poison == "1",
+          .serial = serial == "1"};
 }
 
 }  // namespace tp

@@ -1,7 +1,8 @@
 #pragma once
 // What supervisor and worker say to each other, a line at a time.
 //
-//   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <poison 0|1> <case line>
+//   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <poison 0|1> <serial 0|1>
+//                    <case line>
 //   back, at start   tpcheck-ready <executor> <where it runs>    (place.h)
 //   or               tpcheck-cannot <why>            (and it ends)
 //   back             tpcheck-trace <text>             (any number, only if asked for)
@@ -29,6 +30,7 @@ struct Request {
   std::chrono::milliseconds deadline{0};
   bool trace = false;
   bool poison = true;    // RunOptions::poison
+  bool serial = false;   // RunOptions::serial
   std::uint64_t id = 0;  // the sender's own: it stays with the answer and is not sent
 };
 

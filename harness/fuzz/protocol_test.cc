@@ -18,6 +18,7 @@ TEST(Protocol, ARequestComesBackAsItWasSent) {
     EXPECT_EQ(back.deadline, sent.deadline);
     EXPECT_EQ(back.trace, sent.trace);
     EXPECT_EQ(back.poison, sent.poison);
+    EXPECT_EQ(back.serial, sent.serial);
   }
 }
 

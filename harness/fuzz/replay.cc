@@ -149,7 +149,8 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
                             .mutant = options.mutant,
                             .deadline = milliseconds_of(deadline),
                             .trace = options.trace,
-                            .poison = options.poison};
+                            .poison = options.poison,
+                            .serial = options.serial};
       const Verdict v = run_once(request, failed + 1);
       std::fflush(stdout);
       failed += v.finding();

@@ -12,12 +12,13 @@ class World;
 
 struct ReplayOptions {
   std::vector<std::string>
-      inputs;          // case lines, files of case lines ('#' starts a comment), folders of *.case
-  Where where;         // one job of it
-  bool poison = true;  // RunOptions::poison
-  int times = 1;       // how often each case is run
-  double timeout = 0;  // of a case, in seconds; 0: 30
-  bool trace = false;  // print each stage's values and each collective of every rank
+      inputs;           // case lines, files of case lines ('#' starts a comment), folders of *.case
+  Where where;          // one job of it
+  bool poison = true;   // RunOptions::poison
+  bool serial = false;  // RunOptions::serial
+  int times = 1;        // how often each case is run
+  double timeout = 0;   // of a case, in seconds; 0: 30
+  bool trace = false;   // print each stage's values and each collective of every rank
   std::string mutant;
 };
 

@@ -45,6 +45,8 @@ Json to_json(const Map& map, Name name) {
 std::string to_json(const FuzzResult& result) {
   const Summary& s = result.summary;
   Json out = {{"exit_code", result.exit_code()},
+              {"where", result.where},
+              {"poison", result.poison},
               {"seed", s.seed},
               {"seconds", s.seconds},
               {"cases", s.ran()},

@@ -91,6 +91,7 @@ Verdict run_request(World& world, const std::string& text, const TraceLine& trac
   set_in_flight(request->line);
   options.deadline = request->deadline;
   options.poison = request->poison;
+  options.serial = request->serial;
   if (request->trace) {
     options.trace = [&](const std::string& lines) {
       std::istringstream in(lines);

@@ -41,7 +41,8 @@ std::string describe(const CollectiveHeader& h) {
     return fmt::format("end of case after {} collectives", h.sequence - 1);
   const std::string on =
       h.communicator == 0 ? "" : fmt::format(" on communicator {}", h.communicator);
-  return fmt::format("#{} {} of {} {}{}", h.sequence, h.operation, h.count, h.dtype, on);
+  const std::string of = h.dtype[0] == 0 ? "" : fmt::format(" of {} {}", h.count, h.dtype);
+  return fmt::format("#{} {}{}{}", h.sequence, h.operation, of, on);
 }
 
 void LedgerPage::begin_case(int first, int count) {

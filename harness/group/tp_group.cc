@@ -47,6 +47,7 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   e.out_data = out;
   e.gate.for_others = e.done.point->gate.for_others = true;
   e.gate.what = e.done.point->gate.what = describe(e.header);
+  e.ready.point->gate.what = fmt::format("tp_rank {} in {}", tp_rank_, e.gate.what);
   const std::size_t all_bytes =
       what == Collective::all_gather ? bytes * std::size_t(s.tp_size_) : bytes;
   const auto arrive = [&s, &e, rank = tp_rank_] {

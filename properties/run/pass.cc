@@ -323,6 +323,7 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
                        .deadline = options.deadline,
                        .running = &ledger_page(world.process()).running,
                        .delays = options.delays,
+                       .serial = options.serial,
                        .timed = options.timed});
   DataRegime decoy = data.regime();
   ++decoy.seed;

@@ -29,6 +29,7 @@ struct PassOptions {
   // graphs).
   bool graph = false;
   bool delays = false;  // seeded ones, before kernels
+  bool serial = false;  // one kernel at a time
   bool timed = false;
   std::optional<std::chrono::steady_clock::time_point> deadline;
   std::function<void(const std::string&)> trace;

@@ -112,14 +112,16 @@ class CaseRun {
     mine.fault = shortage_of_memory(c, all.stages);
     bool stop = world_.max(mine.fault.has_value()) != 0;
     for (std::size_t i = 0; i < passes && !stop; ++i) {
-      PassOptions pass{.poison = options_.poison ? std::optional(poisons[i]) : std::nullopt,
-                       .graph = graph,
-                       .delays = delays,
-                       // Not the first: by then the kernels are loaded. Nor what is slow on purpose
-                       // or runs twice.
-                       .timed = is_original && i + 1 == passes && !delays && !graph,
-                       .deadline = deadline_,
-                       .trace = {}};
+      PassOptions pass{
+          .poison = options_.poison ? std::optional(poisons[i]) : std::nullopt,
+          .graph = graph,
+          .delays = delays,
+          .serial = options_.serial,
+          // Not the first: by then the kernels are loaded. Nor what is slow on purpose
+          // or runs twice.
+          .timed = is_original && i + 1 == passes && !delays && !graph && !options_.serial,
+          .deadline = deadline_,
+          .trace = {}};
       if (is_original && i == 0 && options_.trace)
         pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);

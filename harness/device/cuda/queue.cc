@@ -136,7 +136,7 @@ Fault Queue::fault_of(cudaError_t error) {
       } else if (kind == Kind::kernel) {
         constexpr int kNamed = 3;
         if (++others <= kNamed)
-          fault.what += fmt::format("; or {} on rank {}", at->name, queue->tp_rank_);
+          fault.what += fmt::format("; or {} on tp_rank {}", at->name, queue->tp_rank_);
       }
     }
   }
