@@ -11,6 +11,7 @@
 
 #include "harness/device/kernels_testing.h"
 #include "harness/device/larger.h"
+#include "harness/device/sanitizer.h"
 #include "harness/device/testing.h"
 
 namespace tp::testing {
@@ -208,6 +209,7 @@ bool order_holds(bool event, bool delays, std::uint64_t seed) {
 }
 
 TEST(Delays, ShowAMissingEvent) {
+  if (kTsan) GTEST_SKIP() << "ThreadSanitizer itself sees the race, and fails the test for it";
   int shown = 0;
   for (std::uint64_t seed = 0; seed < 30; ++seed) {
     EXPECT_TRUE(order_holds(true, true, seed)) << seed;

@@ -1,8 +1,10 @@
 // Kernels with a mistake planted, so that it can be seen that each build finds its kind: run with
-// none, missing_barrier, shared_overrun, block_race, missing_fence or buffer_overrun. Exit code 0:
+// none, missing_barrier, shared_overrun, block_race, missing_fence or buffer_overrun; and for
+// compute-sanitizer, in memory without poison and guards, bare_overrun or unwritten. Exit code 0:
 // nothing was found, 1: something was.
 
 #include <cstdio>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -21,13 +23,14 @@ struct Bugs {
   bool block_race;
   bool missing_fence;
   bool buffer_overrun;
+  bool unwritten;
 };
 
 // out[block * kThreads + i] = i + 1: what the thread's neighbour wrote into shared memory.
-__global__ void rotate(float* out, Bugs bugs) {
+__global__ void rotate(const float* zeros, float* out, Bugs bugs) {
   float* shared = dynamic_shared<float>();
   const int i = int(threadIdx.x);
-  shared[i] = float(i);
+  shared[i] = float(i) + (bugs.unwritten ? zeros[i] : 0.0f);
   if (i == 0 && bugs.shared_overrun) shared[kThreads] = 0.0f;
   if (!bugs.missing_barrier) __syncthreads();
   const float neighbour = shared[(i + 1) % kThreads];
@@ -50,16 +53,23 @@ __global__ void take_over(const int* data, const int* flag, int* out) {
 }
 
 int run(std::string_view mode) {
-  const Bugs bugs{mode == "missing_barrier", mode == "shared_overrun", mode == "block_race",
-                  mode == "missing_fence", mode == "buffer_overrun"};
+  const Bugs bugs{mode == "missing_barrier",
+                  mode == "shared_overrun",
+                  mode == "block_race",
+                  mode == "missing_fence",
+                  mode == "buffer_overrun" || mode == "bare_overrun",
+                  mode == "unwritten"};
+  const bool bare = mode == "bare_overrun" || mode == "unwritten";
+  const auto poison = bare ? std::nullopt : std::optional<std::uint8_t>(0xFF);
   int wrong = 0;
   const Buffer peer("peer memory", 2 * sizeof(int), 0);
   int* data = peer.as<int>();
   Scheduler scheduler({.seed = 1});
   scheduler.add_rank(0, [&](Stream& stream) {
-    const Buffer out("out", kBlocks * kThreads * sizeof(float), 0xFF);
-    launch("rotate", rotate, kBlocks, kThreads, kThreads * sizeof(float), stream, out.as<float>(),
-           bugs);
+    const Buffer zeros(stream, "zeros", kThreads * sizeof(float), poison);
+    const Buffer out(stream, "out", kBlocks * kThreads * sizeof(float), poison);
+    launch("rotate", rotate, kBlocks, kThreads, kThreads * sizeof(float), stream, zeros.as<float>(),
+           out.as<float>(), bugs);
     std::vector<float> got(kBlocks * kThreads);
     to_host(stream, got.data(), out.data(), out.bytes());
     out.check_guards(stream);

@@ -13,6 +13,7 @@
 #include "harness/device/buffer.h"
 #include "harness/device/scheduler.h"
 #include "harness/group/mpi_testing.h"
+#include "harness/group/place.h"
 
 namespace tp {
 namespace {
@@ -28,10 +29,11 @@ struct Outcomes {
 // Runs `body` as every rank of a group of tp_size.
 Outcomes run_ranks(int tp_size, std::uint64_t seed,
                    const std::function<void(TpGroup&, Stream&)>& body,
-                   std::chrono::milliseconds patience = std::chrono::seconds(20)) {
+                   std::chrono::milliseconds patience = std::chrono::seconds(20),
+                   bool delays = false) {
   const auto deadline = Clock::now() + patience;
   GroupSession session(test_world(), tp_size, deadline);
-  Scheduler scheduler({.seed = seed, .deadline = deadline});
+  Scheduler scheduler({.seed = seed, .deadline = deadline, .delays = delays});
   for (std::int64_t r = session.local_ranks().offset; r < session.local_ranks().end(); ++r) {
     scheduler.add_rank(int(r), [&, r](Stream& stream) {
       TpGroup group = session.group(int(r));
@@ -195,6 +197,37 @@ TEST(TpGroup, CollectivesOnTwoStreamsOfARankMeetInTheOrderOfTheCalls) {
     }));
     EXPECT_EQ(text, "no fault") << "seed " << seed;
   }
+}
+
+// Rank 1 reads what rank 0 wrote into its memory, after a barrier or, by mistake, without one.
+bool barrier_holds(bool barrier, std::uint64_t seed) {
+  const Buffer shared("peer memory", sizeof(float), 0);
+  float got = 0;
+  const std::string text = text_of(run_ranks(
+      2, seed,
+      [&](TpGroup& group, Stream& stream) {
+        const float value = 7;
+        if (group.tp_rank() == 0) from_host(stream, shared.data(), &value, sizeof(value));
+        if (barrier) group.barrier(stream);
+        if (group.tp_rank() == 1) to_host(stream, &got, shared.data(), sizeof(got));
+        stream.synchronize();
+      },
+      std::chrono::seconds(20), true));
+  EXPECT_EQ(text, "no fault");
+  return got == 7;
+}
+
+TEST(TpGroup, DelaysShowAMissingBarrier) {
+  if (test_world().processes() > 1) GTEST_SKIP() << "peer memory is that of one process";
+  int shown = 0;
+  for (std::uint64_t seed = 0; seed < 30; ++seed) {
+    EXPECT_TRUE(barrier_holds(true, seed)) << seed;
+    const bool holds = barrier_holds(false, seed);
+    // The same seed is the same schedule, but for a GPU's own.
+    if (executor_name() == "emulator") EXPECT_EQ(barrier_holds(false, seed), holds) << seed;
+    shown += !holds;
+  }
+  EXPECT_GE(shown, 3) << "of 30";
 }
 
 // A rank that waits for something else is no disagreement: it is a Hang, and it is that rank's.

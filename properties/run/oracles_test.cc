@@ -18,6 +18,9 @@ struct Plan {
   bool launch_nothing = false;  // a grid of no blocks
   bool skip_collective = false;
   bool blind = false;
+  bool huge = false;  // needs more memory than any machine has
+  // The host reads x[0, 0], and what it launches is right only if that is this number.
+  std::optional<float> baked = {};
 };
 
 // One stage, to = from on every rank, with a budget of 1 %.
@@ -28,15 +31,26 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
   Stage stage{.name = "copy_to_" + to, .inputs = {tensor(from)}, .outputs = {tensor(to)}};
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
     const bool outside = plan.slice_outside && tp_rank == plan.bad_rank;
-    return {{from, Use::input, DType::f32, kRows, kStride, {{from, {outside ? 1 : 0, kCols}}}},
-            {to, Use::output, DType::f32, kRows, kStride, {{to, {0, kCols}}}}};
+    std::vector<LocalBuffer> buffers = {
+        {from, Use::input, DType::f32, kRows, kStride, {{from, {outside ? 1 : 0, kCols}}}},
+        {to, Use::output, DType::f32, kRows, kStride, {{to, {0, kCols}}}}};
+    if (plan.huge && tp_rank == plan.bad_rank)
+      buffers.push_back({"huge", Use::workspace, DType::f32, 1 << 20, 1 << 20});
+    return buffers;
   };
   stage.run = [=](RankRun& run) {
     const bool bad = plan.bad_rank < 0 || run.group.tp_rank() == plan.bad_rank;
     View<float> x = run.view<float>(from).columns(0, kCols),
                 y = run.view<float>(to).columns(0, kCols);
     if (plan.launch_nothing && bad) x.rows = 0;
-    faulty_copy(x, y, bad ? plan.mistake : Mistake::none, run.stream);
+    Mistake mistake = bad ? plan.mistake : Mistake::none;
+    if (plan.baked) {
+      float first = 0;
+      to_host(run.stream, &first, x.data, sizeof(first));
+      run.stream.synchronize();
+      if (first != *plan.baked) mistake = Mistake::wrong_value;
+    }
+    faulty_copy(x, y, mistake, run.stream);
     if (!(plan.skip_collective && bad)) run.group.barrier(run.stream);
   };
   stage.reference = [from](const WholeInputs& in) -> std::vector<Budget> {
@@ -54,8 +68,8 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
 }
 
 // y = x, or with `second` z = y = x in two stages of which the second makes the mistake.
-Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4,
-            bool second = false) {
+Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4, bool second = false,
+            bool graph = false) {
   OperatorSpec spec{
       .name = "faulty", .what = "a copy", .laws = {law_tp1(), law_scale(), law_tokens()}};
   spec.mutants.push_back(
@@ -78,6 +92,7 @@ Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4,
   c.seed = 5;
   c.options["law"] = op.key("law")->parse(law);
   c.options["discriminate"] = plan.blind;
+  c.options["graph"] = graph;
   return op.run(test_world(), c, {.deadline = std::chrono::seconds(10)});
 }
 
@@ -163,6 +178,30 @@ TEST(Oracles, EveryStageIsJudgedByItself) {
   expect(run({Mistake::skips_last_column, 2}, "none", 4, true), Outcome::Uninitialised,
          "tp_rank 2, z[0, 9]");
   expect(run({Mistake::drifts, 2}, "none", 4, true), Outcome::ReplicaMismatch, "z[1, 0]");
+}
+
+// A kernel that is launched again from a recording has the arguments of the recording: what the
+// host made of the data then.
+TEST(Oracles, ArgumentsBakedIntoARecordingAreWrongValues) {
+  Plan plan;
+  plan.baked = 0.0f;
+  const std::string said = run(plan).detail;  // "... accepted -0.123 .. -0.121 ...": twice 1 % of x
+  float lo = 0, hi = 0;
+  ASSERT_EQ(std::sscanf(said.c_str() + said.find("accepted"), "accepted %g .. %g", &lo, &hi), 2)
+      << said;
+  ASSERT_EQ(std::sscanf(said.c_str() + said.find("got"), "got %g", &lo), 1) << said;
+  plan.baked = -lo;  // the mistake is the sign
+  expect(run(plan), Outcome::Pass, "");
+  expect(run(plan, "none", 4, false, true), Outcome::WrongValue, "y[0, 0]");
+  expect(run({}, "none", 4, true, true), Outcome::Pass, "");
+}
+
+TEST(Oracles, TooLittleMemoryIsSkippedWithTheNumbers) {
+  Plan plan;
+  plan.bad_rank = 3;
+  plan.huge = true;
+  const Verdict v = run(plan);
+  expect(v, Outcome::Skipped, "need 4.4e+03 GB of device memory, of which ");
 }
 
 TEST(Oracles, BlindDataAreMistrusted) {

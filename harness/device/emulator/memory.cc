@@ -4,8 +4,10 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <limits>
 #include <new>
+#include <string>
 #include <vector>
 
 #include "harness/device/buffer.h"
@@ -51,7 +53,15 @@ void inspect(Stream& stream, const Layout& layout, std::shared_ptr<Damages> dama
   });
 }
 
-std::size_t available() { return std::numeric_limits<std::size_t>::max(); }
+// What the system could give without swapping; where it does not say, nobody knows.
+std::size_t available() {
+  std::ifstream in("/proc/meminfo");
+  std::string name;
+  for (std::size_t kilobytes = 0; in >> name >> kilobytes; in.ignore(16, '\n')) {
+    if (name == "MemAvailable:") return kilobytes * 1024;
+  }
+  return std::numeric_limits<std::size_t>::max();
+}
 
 }  // namespace device_memory
 
