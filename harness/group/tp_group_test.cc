@@ -224,7 +224,9 @@ TEST(TpGroup, DelaysShowAMissingBarrier) {
     EXPECT_TRUE(barrier_holds(true, seed)) << seed;
     const bool holds = barrier_holds(false, seed);
     // The same seed is the same schedule, but for a GPU's own.
-    if (executor_name() == "emulator") EXPECT_EQ(barrier_holds(false, seed), holds) << seed;
+    if (executor_name() == "emulator") {
+      EXPECT_EQ(barrier_holds(false, seed), holds) << seed;
+    }
     shown += !holds;
   }
   EXPECT_GE(shown, 3) << "of 30";
