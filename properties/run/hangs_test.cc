@@ -138,9 +138,10 @@ TEST_P(HangsTest, AreToldInTimeBlamedOnTheirRankAndSurvived) {
   try {
     runner = started();
   } catch (const Unavailable& e) {
+    if (GetParam().processes == 1) throw;
     GTEST_SKIP() << e.what();
   } catch (const GaveUp& e) {
-    if (e.exit_code != kUnavailable) throw;
+    if (e.exit_code != kUnavailable || GetParam().processes == 1) throw;
     GTEST_SKIP() << e.what();
   }
   expect_no_false_alarm(*runner, 100);
