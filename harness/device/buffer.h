@@ -19,8 +19,8 @@ namespace tp {
 class Buffer {
  public:
   Buffer() = default;
-  // Poisoned when the stream gets here. Without poison there are no guards either, and the memory
-  // holds what it held: for compute-sanitizer, which knows what was never written.
+  // Poisoned before the stream's next work. Without poison there are no guards either, and the
+  // memory holds what it held: for compute-sanitizer, which knows what was never written.
   Buffer(Stream& stream, std::string name, std::size_t bytes, std::optional<std::uint8_t> poison);
   // Poisoned at once.
   Buffer(std::string name, std::size_t bytes, std::uint8_t poison);

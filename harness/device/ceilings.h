@@ -15,7 +15,8 @@ struct Ceilings {
   double floor_us(double bytes, double flops) const;
 };
 
-// Measured once, in the first call. Nothing where kernels run on the emulator.
+// Measured once, in the first call, which should come before anything else runs. Nothing on the
+// emulator, or where they could not be measured.
 const std::optional<Ceilings>& ceilings();
 
 }  // namespace tp

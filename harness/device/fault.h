@@ -13,6 +13,8 @@ struct Fault {
   Outcome outcome = Outcome::BadLaunch;
   std::string what;
   int tp_rank = -1;  // -1: no single rank
+  // What went wrong may well be the consequence of what another process does or does not do.
+  bool of_others = false;
 };
 
 }  // namespace tp

@@ -69,6 +69,10 @@ Scheduler::Scheduler(SchedulerOptions options) : options_(options), random_(opti
 
 Scheduler::~Scheduler() {
   unwind();
+  // What a device may still use is never used for anything else.
+  if (settle(std::chrono::milliseconds(0))) {
+    for (const auto& release : released_later_) release();
+  }
   current_scheduler = nullptr;
 }
 
@@ -225,12 +229,13 @@ void Scheduler::unwind() {
   // Kernels and calls go first: they may refer to what the ranks' stacks own.
   for (const auto& stream : streams_) {
     stream->operations_.clear();
+    stream->kernels_.clear();
+    stream->recording_ = nullptr;
     stream->queue_->abandon();
   }
   for (const auto& rank : ranks_) {
     if (rank->fiber) run_rank(*rank);
   }
-  for (const auto& release : std::exchange(released_later_, {})) release();
   note(-1, "");
 }
 
@@ -294,11 +299,11 @@ void Scheduler::hang(const std::string& why) {
   // Who runs comes first: whoever waits may well wait for it. And who waits for other ranks is the
   // last to blame.
   using At = DeviceQueue::At;
-  report_.waits_for_others = true;
+  bool of_others = true;
   for (const At at : {At::runs, At::waits, At::waits_for_others}) {
     for (const auto& stream : streams_) {
       if (stream->empty() || stream->at() != at) continue;
-      if (at != At::waits_for_others) report_.waits_for_others = false;
+      if (at != At::waits_for_others) of_others = false;
       if (waiting == 0) first = stream->tp_rank();
       if (++waiting > kNamed) continue;
       const std::string who =
@@ -307,7 +312,7 @@ void Scheduler::hang(const std::string& why) {
     }
   }
   if (waiting > kNamed) what += fmt::format("; and {} more", waiting - kNamed);
-  fail({Outcome::Hang, what, first});
+  fail({Outcome::Hang, what, first, of_others});
 }
 
 void Scheduler::count(std::uint64_t blocks, std::uint64_t threads) {

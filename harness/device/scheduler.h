@@ -40,8 +40,6 @@ struct Report {
   std::optional<Fault> fault;
   std::uint64_t threads = 0;  // emulated CUDA threads started
   std::uint64_t blocks = 0;
-  // Of a Hang: nothing here runs or waits for itself, all wait for ranks of other processes.
-  bool waits_for_others = false;
   std::map<int, DeviceTime> times;  // of each rank, if it was timed and the device can tell
 };
 
@@ -61,12 +59,12 @@ class Scheduler {
 
   // Runs until every body has returned and every stream is complete, or until a fault. Whatever
   // `body` throws becomes a fault: a Fault as it is, std::bad_alloc as OutOfMemory, any other
-  // exception as BadLaunch. On a fault queued work is dropped and every other rank that has begun
-  // is unwound, so that its destructors run. `idle` is asked when nothing local can run, and now
-  // and then while kernels only spin; without it, that is stuck. Stuck and a passed deadline are a
-  // Hang that names who waits for what.
-  // What `idle` finds out takes real time, while kernels spin by steps: with several processes, the
-  // schedule of a kernel that spins across a collective need not be the same again.
+  // exception as BadLaunch. On a fault queued work is dropped (what a GPU has already goes on) and
+  // every other rank that has begun is unwound, so that its destructors run. `idle` is asked when
+  // nothing local can run, and now and then while kernels only spin; without it, that is stuck.
+  // Stuck and a passed deadline are a Hang that names who waits for what. What `idle` finds out
+  // takes real time, while kernels spin by steps: with several processes, the schedule of a kernel
+  // that spins across a collective need not be the same again.
   Report run(std::function<Idle()> idle = {});
 
   // Ends the run with this fault (the first one counts). From `idle`, a call, or host code.

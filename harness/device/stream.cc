@@ -26,8 +26,6 @@ Stream::Stream(Scheduler& scheduler, int tp_rank, std::uint64_t number)
       queue_(make_device_queue(tp_rank, scheduler.options().timed)),
       number_(number) {}
 
-Stream::~Stream() { operations_.clear(); }
-
 void Stream::push(Operation operation) {
   if (scheduler_.cancelled()) return;
   flush_kernels();

@@ -35,7 +35,7 @@ struct Event {
 
 // The kernels of a stream, kept to be launched again with the same arguments over whatever memory
 // holds by then: CUDA graphs, one for each row of kernels that nothing else interrupts. The same
-// host code must launch the same kernels each time.
+// host code must launch the same kernels each time. It must outlive the streams' work.
 class Recording {
  public:
   Recording() = default;
@@ -51,7 +51,6 @@ class Stream {
  public:
   // Streams are made by Scheduler::add_rank and Scheduler::add_stream.
   Stream(Scheduler& scheduler, int tp_rank, std::uint64_t number);
-  ~Stream();
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 

@@ -13,7 +13,7 @@ constexpr int kThreads = 256;
 constexpr std::int64_t kMaxBlocks = 1024;
 // Kernel arguments are copied for each launch, and in the emulator for each thread: few, where that
 // is enough.
-constexpr int kFew = 16, kMany = 1024;
+constexpr int kFew = 16;
 
 // What the kernels read and write.
 template <typename T, int kMax>
@@ -59,12 +59,12 @@ template <typename F>
 void with_members(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
                   F f) {
   const std::size_t most = std::max(in.size(), out.size());
-  TP_CHECK(most <= std::size_t(kMany), "a collective of too many ranks");
+  TP_CHECK(most <= std::size_t(kMaxMembers), "a collective of too many ranks");
   dispatch(dtype, [&]<typename T>(T) {
     if (most <= std::size_t(kFew)) {
       f(members<T, kFew>(in, out));
     } else {
-      f(members<T, kMany>(in, out));
+      f(members<T, kMaxMembers>(in, out));
     }
   });
 }

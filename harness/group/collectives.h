@@ -11,6 +11,9 @@ namespace tp {
 
 enum class Collective : std::uint8_t { all_reduce_sum, all_reduce_max, all_gather, barrier };
 
+// Ranks that one of these takes at most.
+inline constexpr int kMaxMembers = 256;
+
 // Each of `out`, `count` elements: in[0], in[1], ... folded in this order, one at a time. An `out`
 // may be one of `in`.
 void fold_ranks(Collective what, DType dtype, const std::vector<const void*>& in,

@@ -23,7 +23,7 @@ inline constexpr std::array<std::string_view, 3> kLinkWords = {"best", "mpi", "n
 
 // Gives this process its GPU and connects it to the others. All processes of the world call it
 // once, before any case. Returns the same phrase on all of them, which says where every rank runs:
-// "emulator", or "NVIDIA H100 80GB HBM3 (GPU 0, sm_90), CUDA 13.0, driver 13.0". Throws
+// "emulator", or "NVIDIA H100 80GB HBM3 (sm_90), CUDA 13.0, driver for 13.0: GPU 0". Throws
 // Unavailable with the same sentence on all of them if any cannot do it.
 std::string take_place(World& world, Link link);
 

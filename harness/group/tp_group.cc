@@ -109,7 +109,9 @@ GroupSession::Entry* GroupSession::at(const LocalRank& rank) const {
   return next == rank.entered.end() ? nullptr : next->second;
 }
 
-bool GroupSession::direct() const { return processes_ == 1 || device_link() != nullptr; }
+bool GroupSession::direct() const {
+  return tp_size_ <= kMaxMembers && (processes_ == 1 || device_link() != nullptr);
+}
 
 // Whether every local rank is at the next collective, or at its end.
 bool GroupSession::all_wait() const {
@@ -198,8 +200,11 @@ void GroupSession::start_payload() {
   phase_ = Phase::payload;
 }
 
-Buffer& GroupSession::scratch(std::size_t bytes) {
-  return scratch_.emplace_back(*device_stream_, "a collective's", bytes, std::uint8_t{0});
+// Collectives run one after another on one stream, so each may use what the last one used.
+std::byte* GroupSession::grown(Buffer& buffer, std::size_t bytes) {
+  if (buffer.bytes() < bytes)
+    buffer = Buffer(*device_stream_, "a collective's", bytes, std::uint8_t{0});
+  return buffer.as<std::byte>();
 }
 
 // All ranks agree on the next collective: queues it on the device, after all local ranks'
@@ -224,12 +229,12 @@ void GroupSession::issue() {
       bytes.push_back(std::max<std::size_t>(
           1, each * std::size_t(ranks_of_process(tp_size_, processes_, p).size)));
     }
-    const Buffer& mine = scratch(bytes[std::size_t(process_)]);
-    const Buffer& all = scratch(std::max(each * std::size_t(tp_size_), std::size_t(processes_)));
-    if (count > 0) gather_ranks(first.dtype, in, {mine.data()}, count, stream);
-    device_link()->all_gather(stream, mine.data(), all.data(), bytes, describe(first.header));
+    std::byte* mine = grown(mine_, bytes[std::size_t(process_)]);
+    std::byte* all = grown(all_, std::max(each * std::size_t(tp_size_), std::size_t(processes_)));
+    if (count > 0) gather_ranks(first.dtype, in, {mine}, count, stream);
+    device_link()->all_gather(stream, mine, all, bytes, describe(first.header));
     in.clear();
-    for (int r = 0; r < tp_size_; ++r) in.push_back(all.as<std::byte>() + std::size_t(r) * each);
+    for (int r = 0; r < tp_size_; ++r) in.push_back(all + std::size_t(r) * each);
   }
   if (count > 0 && first.what == Collective::all_gather) {
     gather_ranks(first.dtype, in, out, count, stream);
@@ -308,11 +313,13 @@ Idle GroupSession::progress() {
   return Idle::moved;
 }
 
-// Waits for the others, who have a deadline of their own, and a little longer than that.
+// Waits for the others, who come here at their deadline at the latest, or a little after that.
 bool GroupSession::wait_to_the_end() {
-  const auto patience = Clock::now() + std::chrono::seconds(2);
+  constexpr std::chrono::seconds kLater{1};
+  const auto now = Clock::now();
+  const auto until = std::max(deadline_.value_or(now), now) + kLater;
   while (!poll()) {
-    if (deadline_ && Clock::now() > std::max(*deadline_, patience)) return false;
+    if (deadline_ && Clock::now() > until) return false;
   }
   return true;
 }
@@ -322,7 +329,8 @@ std::optional<Fault> GroupSession::finish(const std::optional<Fault>& fault) {
   over_ = true;
   const auto gave_up = [&]() -> std::optional<Fault> {
     if (fault) return std::nullopt;
-    return Fault{Outcome::Hang, fmt::format("process {} waits for others in vain", process_), -1};
+    return Fault{Outcome::Hang, fmt::format("process {} waits for others in vain", process_), -1,
+                 /*of_others=*/true};
   };
   // An exchange that was under way when this process came to its fault is carried through: the
   // others count on it. Then they are told.

@@ -144,7 +144,7 @@ class GroupSession {
   void complete();
   void step_over();
   void issue();
-  Buffer& scratch(std::size_t bytes);
+  std::byte* grown(Buffer& buffer, std::size_t bytes);
   bool poll();
   bool wait_to_the_end();
   std::optional<Fault> disagreement() const;
@@ -160,7 +160,7 @@ class GroupSession {
   std::deque<Entry> entries_;  // of this case; addresses are stable
   // Where collectives between ranks of this process run: after all of them, before all of them.
   Stream* device_stream_ = nullptr;
-  std::deque<Buffer> scratch_;
+  Buffer mine_, all_;  // what goes through a link, and what came
   std::vector<LocalRank> ranks_;
   std::int64_t completed_ = 0;  // collectives that all ranks have behind them
   Phase phase_ = Phase::idle;

@@ -42,7 +42,7 @@ Outcomes run_ranks(int tp_size, std::uint64_t seed,
     });
   }
   const Report report = scheduler.run([&] { return session.progress(); });
-  Outcomes outcomes{report.fault, false, report.waits_for_others};
+  Outcomes outcomes{report.fault, false, report.fault && report.fault->of_others};
   if (auto fault = session.finish(report.fault)) outcomes.fault = fault;
   outcomes.broken = session.broken();
   return outcomes;

@@ -100,12 +100,13 @@ int World::max(int value) {
 }
 
 void World::agree(const std::string& why) {
-  std::string first;
+  // Different reasons may be causes and consequences: nobody here can tell.
+  std::string all;
   for (const std::string& reason : gather(why)) {
-    if (first.empty()) first = reason;
+    if (all.find(reason) == std::string::npos) all += (all.empty() ? "" : "; ") + reason;
   }
-  first = broadcast(first);
-  if (!first.empty()) throw Unavailable(first);
+  all = broadcast(all);
+  if (!all.empty()) throw Unavailable(all);
 }
 
 void World::abort(int exit_code) {

@@ -36,8 +36,8 @@ class World {
   // The largest value over all processes, on each of them. Everybody calls it.
   int max(int value);
 
-  // Everybody passes why it cannot go on, or nothing. Throws Unavailable on all of them, with the
-  // first reason there is.
+  // Everybody passes why it cannot go on, or nothing. Throws Unavailable on all of them, with all
+  // their reasons.
   void agree(const std::string& why);
 
   // After an exchange that was given up halfway, or where a device is lost, the processes cannot

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 #include <map>
+#include <new>
 #include <set>
 
 #include "harness/base/check.h"
@@ -132,6 +133,19 @@ struct RankMemory {
   std::set<std::string> produced;  // tensors that earlier stages wrote
 };
 
+// It is the harness that asks for this memory, so that its lack says nothing of the code under
+// test.
+Buffer new_buffer(Stream& stream, const LocalBuffer& local, std::size_t bytes,
+                  std::optional<std::uint8_t> poison, int tp_rank) {
+  try {
+    return Buffer(stream, local.name, bytes, poison);
+  } catch (const std::bad_alloc&) {
+    throw Fault{Outcome::Skipped,
+                fmt::format("no memory is left for the {} bytes of {}", bytes, local.name),
+                tp_rank};
+  }
+}
+
 // The buffers a stage starts with: new ones filled and copied to the device, those of earlier
 // stages as they were left.
 std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
@@ -157,8 +171,8 @@ std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
         place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
       }
     }
-    memory.buffers.emplace(local.name,
-                           Resident{local, Buffer(stream, local.name, image.bytes.size(), poison)});
+    memory.buffers.emplace(local.name, Resident{local, new_buffer(stream, local, image.bytes.size(),
+                                                                  poison, tp_rank)});
   }
   return images;
 }
@@ -251,15 +265,16 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
   }
 }
 
-// Whether the device ends what it had begun when the run ended with a fault. An exchange with other
-// processes, which may never come to it, is aborted.
-bool comes_to_rest(Scheduler& scheduler, const PassResult& result) {
+// Whether the device ends what it had begun when this process's run ended with `fault`. An exchange
+// with other processes, which may never come to it, is aborted.
+bool comes_to_rest(Scheduler& scheduler, const Fault& fault) {
   // Whoever exceeded the deadline had its time.
-  const bool hang = result.fault->outcome == Outcome::Hang;
-  if (scheduler.settle(std::chrono::milliseconds(hang ? 50 : 500))) return true;
+  const auto& deadline = scheduler.options().deadline;
+  const bool late = deadline && std::chrono::steady_clock::now() >= *deadline;
+  if (scheduler.settle(std::chrono::milliseconds(late ? 50 : 500))) return true;
   // A kernel that never ends would hold up the abort, and all that it holds goes with the process.
   DeviceLink* link = device_link();
-  if (link != nullptr && result.only_waits) link->abort();
+  if (link != nullptr && fault.of_others) link->abort();
   return false;
 }
 
@@ -344,9 +359,8 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
   result.times = std::move(report.times);
   // A disagreement in the group is the cause, a rank that then waits in vain its effect.
   if (auto group_fault = session.finish(report.fault)) result.fault = group_fault;
-  result.only_waits = !report.fault || report.waits_for_others;
   result.broken = session.broken();
-  if (result.fault) result.broken |= !comes_to_rest(scheduler, result);
+  if (report.fault) result.broken |= !comes_to_rest(scheduler, *report.fault);
   ledger_page(world.process()).begin_case(0, 0);
   for (const auto& rank : outputs)
     result.outputs.insert(result.outputs.end(), rank.begin(), rank.end());

@@ -41,7 +41,6 @@ struct PassResult {
   // Pieces of outputs, dense, in the order of local ranks, stages, buffers, pieces.
   std::vector<std::byte> outputs;
   std::map<int, DeviceTime> times;  // of each local rank, if the device could tell
-  bool only_waits = false;          // for ranks of other processes: a Hang is not this one's
   bool broken = false;              // this job cannot run another case: processes parted within an
                                     // exchange, or the device is lost
 };

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdio>
 #include <map>
+#include <set>
 #include <sstream>
 #include <utility>
 
@@ -27,7 +28,6 @@ using Clock = std::chrono::steady_clock;
 // What every process tells process 0 after its passes.
 struct Share {
   std::optional<Fault> fault;
-  bool only_waits = false;
   std::uint64_t threads = 0;
   std::string trace;                // lines
   std::map<int, DeviceTime> times;  // of the process's ranks
@@ -38,8 +38,8 @@ struct Share {
 // or heard of a fault elsewhere (outcome Pass).
 int weight_of(const Share& share) {
   if (!share.fault || share.fault->outcome == Outcome::Pass) return 0;
-  if (share.fault->outcome != Outcome::Hang) return 3;
-  return share.only_waits ? 1 : 2;
+  if (share.fault->of_others) return 1;
+  return share.fault->outcome == Outcome::Hang ? 2 : 3;
 }
 
 std::string pack(const Share& share) {
@@ -48,7 +48,7 @@ std::string pack(const Share& share) {
   for (const auto& [rank, time] : share.times)
     times += fmt::format("{} {:.9g} {:.9g}\n", rank, time.kernel_us, time.collective_us);
   std::string text =
-      fmt::format("{:d} {:d} {} {} {} {} {} {}\n{}{}{}", share.fault.has_value(), share.only_waits,
+      fmt::format("{:d} {:d} {} {} {} {} {} {}\n{}{}{}", share.fault.has_value(), fault.of_others,
                   int(fault.outcome), fault.tp_rank, share.threads, fault.what.size(),
                   share.trace.size(), times.size(), fault.what, share.trace, times);
   text.append(reinterpret_cast<const char*>(share.outputs.data()), share.outputs.size());
@@ -58,11 +58,11 @@ std::string pack(const Share& share) {
 Share unpack(const std::string& text) {
   Share share;
   Fault fault;
-  int has_fault = 0, only_waits = 0, outcome = 0;
+  int has_fault = 0, of_others = 0, outcome = 0;
   unsigned long long threads = 0, what_size = 0, trace_size = 0, times_size = 0;
   TP_CHECK(
-      std::sscanf(text.c_str(), "%d %d %d %d %llu %llu %llu %llu", &has_fault, &only_waits,
-                  &outcome, &fault.tp_rank, &threads, &what_size, &trace_size, &times_size) == 8,
+      std::sscanf(text.c_str(), "%d %d %d %d %llu %llu %llu %llu", &has_fault, &of_others, &outcome,
+                  &fault.tp_rank, &threads, &what_size, &trace_size, &times_size) == 8,
       "a process's share is garbled");
   std::size_t at = text.find('\n') + 1;
   const auto take = [&](std::size_t size) {
@@ -75,7 +75,7 @@ Share unpack(const std::string& text) {
   int rank = 0;
   for (DeviceTime t; times >> rank >> t.kernel_us >> t.collective_us;) share.times[rank] = t;
   if (has_fault) share.fault = fault;
-  share.only_waits = only_waits;
+  fault.of_others = of_others;
   share.threads = threads;
   const auto* bytes = reinterpret_cast<const std::byte*>(text.data());
   share.outputs.assign(bytes + at, bytes + text.size());
@@ -127,7 +127,6 @@ class CaseRun {
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);
       mine.threads += result.threads;
       mine.fault = result.fault;
-      mine.only_waits = result.only_waits;
       mine.times = std::move(result.times);
       if (result.broken) world_.retire();
       if (i == 0) {
@@ -175,9 +174,12 @@ class CaseRun {
     std::size_t needed = 0;
     const Shard local = ranks_of_process(c.tp_size, world_.processes(), world_.process());
     for (std::int64_t r = local.offset; r < local.end(); ++r) {
+      std::set<std::string> counted;  // stages share buffers
       for (const Stage& stage : stages) {
-        for (const LocalBuffer& buffer : stage.buffers(int(r)))
-          needed += buffer_bytes(buffer) + 2 * Buffer::kGuard;
+        for (const LocalBuffer& buffer : stage.buffers(int(r))) {
+          if (counted.insert(buffer.name).second)
+            needed += buffer_bytes(buffer) + 2 * Buffer::kGuard;
+        }
       }
     }
     if (needed <= kAlwaysThere) return std::nullopt;
@@ -208,7 +210,7 @@ Verdict verdict_of(const Fault& fault) {
 // for all of them.
 Timing timing_of(const std::map<int, DeviceTime>& times, const std::vector<Stage>& stages) {
   Timing timing;
-  if (!ceilings()) return timing;
+  if (times.empty() || !ceilings()) return timing;
   for (const auto& [rank, time] : times) {
     timing.collective_us = std::max(timing.collective_us, time.collective_us);
     if (rank < 0 || time.kernel_us <= timing.kernel_us) continue;
@@ -339,6 +341,8 @@ Operator make_operator(OperatorSpec spec) {
     } catch (const std::exception& e) {
       // Others may be waiting for this process by now: a broken harness ends the job.
       die(__FILE__, __LINE__, e.what());
+    } catch (const Fault& e) {
+      die(__FILE__, __LINE__, e.what);
     }
     verdict.threads = runs.threads();
     verdict.seconds = std::chrono::duration<double>(Clock::now() - start).count();

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <exception>
 
 #include "harness/device/ceilings.h"
 #include "harness/device/cuda/check.h"
@@ -30,7 +32,7 @@ double fastest_us(cudaStream_t stream, F submit) {
   float fastest = 0;
   for (int i = 0; i <= kRepeats; ++i) {  // one to warm up
     cudaEventRecord(begin, stream);
-    submit();
+    cuda::check(submit(), "measuring the ceilings");
     cudaEventRecord(end, stream);
     cuda::check(cudaStreamSynchronize(stream), "measuring the ceilings");
     float milliseconds = 0;
@@ -52,7 +54,7 @@ double launch_us(cudaStream_t stream) {
   cudaGraphExec_t graph = nullptr;
   cuda::check(cudaStreamEndCapture(stream, &captured), "capture");
   cuda::check(cudaGraphInstantiate(&graph, captured, 0), "cudaGraphInstantiate");
-  const double us = fastest_us(stream, [&] { cudaGraphLaunch(graph, stream); });
+  const double us = fastest_us(stream, [&] { return cudaGraphLaunch(graph, stream); });
   cudaGraphExecDestroy(graph);
   cudaGraphDestroy(captured);
   cudaFree(cell);
@@ -64,7 +66,7 @@ double bytes_per_us(cudaStream_t stream) {
   cuda::check(cudaMalloc(&memory, 2 * kCopied), "cudaMalloc");
   cuda::check(cudaMemset(memory, 1, 2 * kCopied), "cudaMemset");
   const double us = fastest_us(stream, [&] {
-    cudaMemcpyAsync(memory + kCopied, memory, kCopied, cudaMemcpyDeviceToDevice, stream);
+    return cudaMemcpyAsync(memory + kCopied, memory, kCopied, cudaMemcpyDeviceToDevice, stream);
   });
   cudaFree(memory);
   return 2 * double(kCopied) / us;
@@ -85,11 +87,18 @@ double flops_per_us() {
 
 const std::optional<Ceilings>& ceilings() {
   static const std::optional<Ceilings> measured = [] {
-    cudaStream_t stream = nullptr;
-    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-    const Ceilings c{launch_us(stream), bytes_per_us(stream), flops_per_us()};
-    cudaStreamDestroy(stream);
-    return std::optional(c);
+    std::optional<Ceilings> c;
+    // Without them there are no ratios; nothing else depends on them.
+    try {
+      cudaStream_t stream = nullptr;
+      cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+      c = {launch_us(stream), bytes_per_us(stream), flops_per_us()};
+      cudaStreamDestroy(stream);
+      if (!(c->launch_us > 0 && c->bytes_per_us > 0 && c->flops_per_us > 0)) c.reset();
+    } catch (const Fault&) {
+    } catch (const std::exception&) {
+    }
+    return c;
   }();
   return measured;
 }

@@ -27,6 +27,14 @@ bool breaks_device(cudaError_t error) {
     case cudaErrorMemoryAllocation:
     case cudaErrorInvalidConfiguration:
     case cudaErrorLaunchOutOfResources:
+    case cudaErrorInvalidValue:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorStreamCaptureUnsupported:
+    case cudaErrorStreamCaptureInvalidated:
+    case cudaErrorStreamCaptureUnjoined:
+    case cudaErrorStreamCaptureIsolation:
+    case cudaErrorStreamCaptureImplicit:
       return false;
     default:
       return true;
@@ -37,10 +45,11 @@ void lose_device() { lost = true; }
 
 void check(cudaError_t error, std::string_view what, int tp_rank) {
   if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next launch would be told of it again
   const std::string said = fmt::format("{}: {}", what, cudaGetErrorString(error));
   if (breaks_device(error)) {
     lose_device();
-    throw Fault{Outcome::Crash, said, tp_rank};
+    throw culprit(error, {Outcome::Crash, said, tp_rank});
   }
   if (error == cudaErrorMemoryAllocation) throw std::bad_alloc();
   if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) throw Unavailable(said);

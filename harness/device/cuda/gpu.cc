@@ -69,7 +69,8 @@ Gpu open_gpu(int index) {
   cudaDriverGetVersion(&driver);
   cudaRuntimeGetVersion(&runtime);
   return {fmt::format("{} (sm_{})", properties.name, sm),
-          fmt::format("CUDA {}, driver for {}", version(runtime), version(driver))};
+          fmt::format("CUDA {}, driver for {}", version(runtime), version(driver)),
+          host() + std::string(properties.uuid.bytes, sizeof(properties.uuid.bytes))};
 }
 
 }  // namespace tp::cuda

@@ -10,7 +10,8 @@ int gpu_count();
 
 struct Gpu {
   std::string name;   // "NVIDIA H100 80GB HBM3 (sm_90)"
-  std::string built;  // "CUDA 13.0, driver 13.0"
+  std::string built;  // "CUDA 13.0, driver for 13.0"
+  std::string id;     // of the device itself, whatever number it has
 };
 
 // Makes it the one that this process uses from now on. Throws Unavailable, saying why, if this

@@ -21,12 +21,8 @@ void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim
             std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
   check_launch(name, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
                stream.tp_rank());
-  if (shared_bytes > 48 * 1024) {  // more than that must be asked for
-    cuda::check(
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
-        name, stream.tp_rank());
-  }
+  cuda::allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes, name,
+                           stream.tp_rank());
   const std::tuple<Parameters...> held(std::forward<Arguments>(arguments)...);
   const auto submit = [=](cudaStream_t to) {
     std::apply([&](const Parameters&... p) { kernel<<<grid, block, shared_bytes, to>>>(p...); },

@@ -143,7 +143,7 @@ void inspect(Stream& stream, const Layout& layout, std::shared_ptr<Damages> dama
     std::shared_ptr<std::byte> pinned = cuda::take_pinned(sizeof(Damages));
     inspect_kernel<<<1, unsigned(2 * layout.guard_bytes), 0, to>>>(
         layout, reinterpret_cast<Damages*>(pinned.get()));
-    queue.deliver(std::move(pinned), damages.get(), sizeof(Damages));
+    queue.deliver(std::move(pinned), damages.get(), sizeof(Damages), damages);
   });
 }
 

@@ -3,7 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
+#include <map>
+#include <thread>
 
 #include "harness/device/cuda/check.h"
 
@@ -17,7 +20,8 @@ namespace cuda {
 
 namespace {
 
-constexpr int kHandOverUs = 16;          // a launch between two events takes the host less
+constexpr int kHandOverUs = 16;  // a launch between two events takes the host less
+constexpr std::chrono::milliseconds kFarewell{20};  // of a stream that nobody waited for
 constexpr unsigned kAsksPerQuery = 256;  // looks at the counter, for one question to the driver
 
 // A device that is broken says so to every stream, and not who did it: all queues there are.
@@ -52,12 +56,13 @@ class LaunchGraph final : public Graph {
     cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal),
                 "cudaStreamBeginCapture", tp_rank);
     for (const auto& kernel : kernels_) static_cast<Submission&>(*kernel).hand_over(stream);
+    const cudaError_t refused = cudaGetLastError();
     cudaGraph_t captured = nullptr;
-    const cudaError_t error = cudaStreamEndCapture(stream, &captured);
-    cuda::check(cudaGetLastError(), name(), tp_rank);  // of a launch that was refused
-    cuda::check(error, "cudaStreamEndCapture", tp_rank);
-    cuda::check(cudaGraphInstantiate(&graph_, captured, 0), "cudaGraphInstantiate", tp_rank);
-    cudaGraphDestroy(captured);
+    cudaError_t error = cudaStreamEndCapture(stream, &captured);
+    if (error == cudaSuccess) error = cudaGraphInstantiate(&graph_, captured, 0);
+    if (captured != nullptr) cudaGraphDestroy(captured);
+    cuda::check(refused, name(), tp_rank);
+    cuda::check(error, "making a " + name(), tp_rank);
   }
 
   std::vector<std::unique_ptr<Work>> kernels_;
@@ -92,7 +97,12 @@ Queue::Queue(int tp_rank, bool timed) : tp_rank_(tp_rank), timed_(timed), counte
 
 Queue::~Queue() {
   std::erase(queues(), this);
-  if (error_ == cudaSuccess && counted_->seen() == counted_->submitted) {
+  if (uncounted_ && error_ == cudaSuccess) count();
+  const auto complete = [&] { return counted_->seen() == counted_->submitted; };
+  const auto until = std::chrono::steady_clock::now() + kFarewell;
+  while (error_ == cudaSuccess && !complete() && std::chrono::steady_clock::now() < until)
+    std::this_thread::yield();
+  if (error_ == cudaSuccess && complete()) {
     give_stream(std::move(counted_));
     return;
   }
@@ -116,32 +126,27 @@ bool Queue::finished() noexcept {
   return error_ != cudaSuccess;
 }
 
-void Queue::check() {
-  if (error_ == cudaSuccess) return;
-  if (breaks_device(error_)) lose_device();
-  throw fault_of(error_);
-}
+void Queue::check() { cuda::check(error_, "the GPU", tp_rank_); }
 
-// Whoever was at work when the device broke; a kernel of the code under test, if there is one.
-Fault Queue::fault_of(cudaError_t error) {
-  Fault fault{Outcome::Crash, "", -1};
-  int others = 0;
+// A kernel of the code under test before our own.
+Fault culprit(cudaError_t error, Fault otherwise) {
+  std::string what;
+  int others = 0, tp_rank = -1;
   for (const Kind kind : {Kind::kernel, Kind::harness}) {
     for (Queue* queue : queues()) {
-      const InFlight* at = queue->first_in_flight();
+      const Queue::InFlight* at = queue->first_in_flight();
       if (at == nullptr || at->kind != kind) continue;
-      if (fault.what.empty()) {
-        fault.tp_rank = queue->tp_rank_;
-        fault.what = fmt::format("{}: {}", at->name, cudaGetErrorString(error));
+      if (what.empty()) {
+        tp_rank = queue->tp_rank_;
+        what = fmt::format("{}: {}", at->name, cudaGetErrorString(error));
       } else if (kind == Kind::kernel) {
         constexpr int kNamed = 3;
         if (++others <= kNamed)
-          fault.what += fmt::format("; or {} on tp_rank {}", at->name, queue->tp_rank_);
+          what += fmt::format("; or {} on tp_rank {}", at->name, queue->tp_rank_);
       }
     }
   }
-  if (fault.what.empty()) fault.what = fmt::format("the GPU: {}", cudaGetErrorString(error));
-  return fault;
+  return what.empty() ? otherwise : Fault{Outcome::Crash, what, tp_rank};
 }
 
 const Queue::InFlight* Queue::first_in_flight() {
@@ -154,7 +159,9 @@ const Queue::InFlight* Queue::first_in_flight() {
 void Queue::submit(std::string name, Kind kind,
                    const std::function<void(cudaStream_t)>& hand_over) {
   check();
-  const bool measure = timed_ && (kind == Kind::kernel || kind == Kind::waits_for_others);
+  // Not of the group's stream: every rank measures how long it waits for that.
+  const bool measure =
+      timed_ && tp_rank_ >= 0 && (kind == Kind::kernel || kind == Kind::waits_for_others);
   const auto record = [&] {
     std::shared_ptr<CUevent_st> event = take_event(true);
     cuda::check(cudaEventRecord(event.get(), stream()), "cudaEventRecord", tp_rank_);
@@ -187,8 +194,9 @@ void Queue::count() {
   error_ = counted_->count();
 }
 
-void Queue::deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes) {
-  deliveries_.push_back({std::move(pinned), destination, bytes});
+void Queue::deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes,
+                    std::shared_ptr<void> owner) {
+  deliveries_.push_back({std::move(pinned), destination, bytes, std::move(owner)});
 }
 
 void Queue::host_joins() {
@@ -231,10 +239,10 @@ std::unique_ptr<Work> Queue::launch(std::shared_ptr<Graph> graph) {
 
 DeviceQueue::At Queue::at() {
   const InFlight* first = first_in_flight();
-  if (first == nullptr) return At::runs;
-  return first->kind == Kind::waits_for_others ? At::waits_for_others
-         : first->kind == Kind::waits          ? At::waits
-                                               : At::runs;
+  // Whoever waits on the device waits for a stream that says for itself what it is at.
+  const bool waits =
+      first != nullptr && (first->kind == Kind::waits || first->kind == Kind::waits_for_others);
+  return waits ? At::waits_for_others : At::runs;
 }
 
 std::string Queue::describe() {
@@ -252,6 +260,15 @@ DeviceTime Queue::time() {
     (span.collective ? time.collective_us : time.kernel_us) += double(milliseconds) * 1e3;
   }
   return time;
+}
+
+void allow_shared_bytes(const void* kernel, std::size_t bytes, std::string_view name, int tp_rank) {
+  constexpr std::size_t kAlwaysAllowed = 48 * 1024;
+  static auto& allowed = *new std::map<const void*, std::size_t>;
+  if (bytes <= kAlwaysAllowed || bytes <= allowed[kernel]) return;
+  cuda::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+              name, tp_rank);
+  allowed[kernel] = bytes;
 }
 
 }  // namespace cuda

@@ -48,8 +48,10 @@ class Queue final : public DeviceQueue {
 
   // Hands something to the GPU. `name`: of whom to blame, if it never ends or breaks the device.
   void submit(std::string name, Kind kind, const std::function<void(cudaStream_t)>& hand_over);
-  // When the queue is complete: copies `bytes` of pinned memory to where host code wants them.
-  void deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes);
+  // When the queue is complete: copies `bytes` of pinned memory to where host code wants them;
+  // `owner` keeps that alive, if somebody must.
+  void deliver(std::shared_ptr<std::byte> pinned, void* destination, std::size_t bytes,
+               std::shared_ptr<void> owner = nullptr);
   // Keeps pinned memory that the GPU will read until the queue is complete.
   void keep(std::shared_ptr<std::byte> pinned) { kept_.push_back(std::move(pinned)); }
 
@@ -62,15 +64,16 @@ class Queue final : public DeviceQueue {
     std::shared_ptr<std::byte> pinned;
     void* destination;
     std::size_t bytes;
+    std::shared_ptr<void> owner;
   };
   struct Span {
     std::shared_ptr<CUevent_st> begin, end;
     bool collective;
   };
 
+  friend Fault culprit(cudaError_t error, Fault otherwise);
   void count();
   const InFlight* first_in_flight();
-  Fault fault_of(cudaError_t error);
 
   int tp_rank_;
   bool timed_;
@@ -110,6 +113,10 @@ class Submission final : public Work {
   Queue& queue_;
   std::function<void(cudaStream_t)> hand_over_;
 };
+
+// Above 48 KiB shared memory must be asked for. Launches that were queued before may need more than
+// this one, so it is never asked for less.
+void allow_shared_bytes(const void* kernel, std::size_t bytes, std::string_view name, int tp_rank);
 
 // Spends so many microseconds, more or less, on one thread of the GPU.
 void launch_delay(int microseconds, cudaStream_t stream);

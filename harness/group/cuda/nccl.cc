@@ -14,8 +14,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
-#include <optional>
 #include <thread>
 
 #include "harness/device/cuda/check.h"
@@ -26,7 +24,7 @@ namespace tp {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr std::chrono::seconds kConnectLimit{60};
+constexpr std::chrono::seconds kConnectLimit{20};
 constexpr std::chrono::milliseconds kAbortLimit{500};
 
 // NCCL's functions, found when the program runs: without NCCL it runs as well, on one GPU.
@@ -86,14 +84,8 @@ class NcclLink final : public DeviceLink {
     const ncclResult_t begun = nccl().init(&comm_, processes, id, process, &config);
     if (begun != ncclSuccess && begun != ncclInProgress) refuse(begun);
     const auto until = Clock::now() + kConnectLimit;
-    for (ncclResult_t state = ncclInProgress; state != ncclSuccess; state = this->state()) {
-      if (state != ncclInProgress) refuse(state);
-      if (Clock::now() > until) {
-        throw Unavailable(fmt::format("NCCL did not connect {} processes in {} s", processes,
-                                      kConnectLimit.count()));
-      }
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    }
+    wait_until_done(processes, until);
+    first_exchange(processes, until);
   }
 
   void all_gather(Stream& stream, const void* mine, void* all,
@@ -119,6 +111,59 @@ class NcclLink final : public DeviceLink {
   }
 
  private:
+  void wait_until_done(int processes, Clock::time_point until) const {
+    for (ncclResult_t state = this->state(); state != ncclSuccess; state = this->state()) {
+      if (state != ncclInProgress) refuse(state);
+      give_up_after(until, processes);
+    }
+  }
+  void give_up_after(Clock::time_point until, int processes) const {
+    if (Clock::now() > until) {
+      throw Unavailable(fmt::format("NCCL did not connect {} processes in {} s", processes,
+                                    kConnectLimit.count()));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+
+  // The first one connects the GPUs, which takes so long that no case should have to pay for it.
+  void first_exchange(int processes, Clock::time_point until) const {
+    const std::vector<std::size_t> bytes(std::size_t(processes), 1);
+    std::byte* memory = nullptr;
+    cudaStream_t stream = nullptr;
+    cuda::check(cudaMalloc(&memory, std::size_t(processes) + 1), "cudaMalloc");
+    cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    const ncclResult_t begun = begin_all_gather(memory, memory + 1, bytes, stream);
+    if (begun != ncclSuccess && begun != ncclInProgress) refuse(begun);
+    wait_until_done(processes, until);
+    while (cudaStreamQuery(stream) == cudaErrorNotReady) give_up_after(until, processes);
+    cuda::check(cudaStreamSynchronize(stream), "NCCL");
+    cudaStreamDestroy(stream);
+    cudaFree(memory);
+  }
+
+  // Everybody's bytes to everybody, on a stream; begun, and done when state() says so.
+  ncclResult_t begin_all_gather(const std::byte* mine, std::byte* all,
+                                const std::vector<std::size_t>& bytes, cudaStream_t stream) const {
+    const Library& n = nccl();
+    const auto me = std::size_t(process_);
+    ncclResult_t result = n.group_start();
+    std::size_t at = 0;
+    for (std::size_t p = 0; p < bytes.size(); at += bytes[p++]) {
+      if (p == me) {
+        cuda::check(cudaMemcpyAsync(all + at, mine, bytes[p], cudaMemcpyDeviceToDevice, stream),
+                    "NCCL");
+        continue;
+      }
+      for (const ncclResult_t r :
+           {n.send(mine, bytes[me], ncclUint8, int(p), comm_, stream),
+            n.receive(all + at, bytes[p], ncclUint8, int(p), comm_, stream)}) {
+        if (r != ncclSuccess && r != ncclInProgress) result = r;
+      }
+    }
+    const ncclResult_t ended = n.group_end();
+    return result != ncclSuccess && result != ncclInProgress ? result : ended;
+  }
+
   // One exchange: handed to NCCL, which takes it in its own time to hand it to the GPU.
   class Exchange final : public Work {
    public:
@@ -131,15 +176,23 @@ class NcclLink final : public DeviceLink {
           bytes_(std::move(bytes)),
           what_("NCCL in " + std::move(what)) {}
 
+    // Dropped while NCCL is about to hand it to the GPU, which nobody can take back.
+    ~Exchange() override {
+      if (begun_ && !handed_over_) cuda::lose_device();
+    }
+
     Progress step(Random&) override {
       queue_.check();
-      const ncclResult_t state = begun_ ? link_.state() : begin();
+      const ncclResult_t state =
+          begun_ ? link_.state() : link_.begin_all_gather(mine_, all_, bytes_, queue_.stream());
       begun_ = true;
       if (state == ncclInProgress) return Progress::spun;
       if (state != ncclSuccess) {
         cuda::lose_device();
-        throw Fault{Outcome::Crash, fmt::format("{}: {}", what_, link_.sentence(state)), -1};
+        throw Fault{Outcome::Crash, fmt::format("{}: {}", what_, link_.sentence(state)), -1,
+                    /*of_others=*/true};
       }
+      handed_over_ = true;
       queue_.submit(what_, cuda::Kind::waits_for_others, [](cudaStream_t) {});
       return Progress::done;
     }
@@ -148,36 +201,13 @@ class NcclLink final : public DeviceLink {
     bool waits_for_others() const override { return true; }
 
    private:
-    ncclResult_t begin() {
-      const Library& n = nccl();
-      const cudaStream_t stream = queue_.stream();
-      const auto me = std::size_t(link_.process_);
-      ncclResult_t result = n.group_start();
-      std::size_t at = 0;
-      for (std::size_t p = 0; p < bytes_.size(); at += bytes_[p++]) {
-        if (p == me) {
-          cuda::check(
-              cudaMemcpyAsync(all_ + at, mine_, bytes_[p], cudaMemcpyDeviceToDevice, stream),
-              what_);
-          continue;
-        }
-        for (const ncclResult_t r :
-             {n.send(mine_, bytes_[me], ncclUint8, int(p), link_.comm_, stream),
-              n.receive(all_ + at, bytes_[p], ncclUint8, int(p), link_.comm_, stream)}) {
-          if (r != ncclSuccess && r != ncclInProgress) result = r;
-        }
-      }
-      const ncclResult_t ended = n.group_end();
-      return result != ncclSuccess && result != ncclInProgress ? result : ended;
-    }
-
     NcclLink& link_;
     cuda::Queue& queue_;
     const std::byte* mine_;
     std::byte* all_;
     std::vector<std::size_t> bytes_;
     std::string what_;
-    bool begun_ = false;
+    bool begun_ = false, handed_over_ = false;
   };
 
   ncclResult_t state() const {
@@ -222,6 +252,8 @@ Nccl connect_nccl(World& world) {
     connected.link = std::make_unique<NcclLink>(world.process(), world.processes(), id);
   } catch (const Unavailable& e) {
     why = e.what();
+  } catch (const Fault& e) {
+    why = e.what;
   }
   world.agree(why);
   int version = 0;

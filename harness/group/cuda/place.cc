@@ -2,11 +2,12 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <unistd.h>
 
+#include <set>
 #include <vector>
 
 #include "harness/base/check.h"
+#include "harness/device/ceilings.h"
 #include "harness/device/cuda/gpu.h"
 #include "harness/group/cuda/nccl.h"
 #include "harness/group/device_link.h"
@@ -21,18 +22,15 @@ std::unique_ptr<DeviceLink>& link_of_process() {
   return link;
 }
 
-// This process's GPU: its local rank's, or with --group mpi whichever there is.
-int choose_gpu(const World& world, Link link) {
-  const int gpus = cuda::gpu_count();
-  if (link != Link::mpi && world.processes() > 1 && world.local_processes() > gpus) {
-    char host[256] = "this machine";
-    gethostname(host, sizeof(host) - 1);
-    throw Unavailable(
-        fmt::format("{} processes on {}, which has {} GPU{}, and NCCL needs one for each: start "
-                    "fewer, or let collectives go through the host with --group mpi",
-                    world.local_processes(), host, gpus, gpus == 1 ? "" : "s"));
-  }
-  return world.local_process() % gpus;
+// Why these processes, each with the GPU of this id, cannot meet through NCCL; nothing if they can.
+// Launchers may show each process a GPU of its own, so that it is not the numbers that count.
+std::string shared_gpu(const World& world, const std::vector<std::string>& ids) {
+  const std::set<std::string> different(ids.begin(), ids.end());
+  if (different.size() == ids.size()) return "";
+  return fmt::format(
+      "{} processes have {} GPU{}, and NCCL needs one for each: start fewer, or let collectives go "
+      "through the host with --group mpi",
+      world.processes(), different.size(), different.size() == 1 ? "" : "s");
 }
 
 }  // namespace
@@ -45,13 +43,18 @@ std::string take_place(World& world, Link link) {
   std::string why, here;
   cuda::Gpu gpu;
   try {
-    const int index = choose_gpu(world, link);
+    const int index = world.local_process() % cuda::gpu_count();
     gpu = cuda::open_gpu(index);
     here = fmt::format("GPU {}", index);
   } catch (const Unavailable& e) {
     why = e.what();
   }
   world.agree(why);
+  if (world.processes() > 1 && link != Link::mpi) {
+    const std::vector<std::string> ids = world.gather(gpu.id);
+    world.agree(world.is_root() ? shared_gpu(world, ids) : "");
+  }
+  ceilings();  // while nothing else runs
   std::string through;
   if (world.processes() > 1 && link != Link::mpi) {
     Nccl nccl = connect_nccl(world);
