@@ -59,7 +59,8 @@ std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed, const st
          {"case", hunt.found() ? Json(hunt.line()) : Json()},
          {"replay", hunt.found() ? Json(replay_command(hunt.result.findings[0])) : Json()}});
   }
-  return out.dump(2);
+  // A place is named by its driver, and need not be UTF-8.
+  return out.dump(2, ' ', false, Json::error_handler_t::replace);
 }
 
 }  // namespace
