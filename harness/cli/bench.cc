@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/base/text.h"
 
 namespace tp {
@@ -23,7 +24,7 @@ int bench_main(const std::vector<std::string>& arguments) {
   // With nothing to run it says so itself.
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
-  return matched > 0 ? 0 : 2;
+  return matched > 0 ? 0 : kExitBadInput;
 }
 
 }  // namespace tp

@@ -7,6 +7,7 @@
 #include <new>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/cli/bench.h"
 #include "harness/cli/list.h"
 #include "harness/cli/parse.h"
@@ -17,11 +18,6 @@
 namespace tp {
 
 namespace {
-
-constexpr int kBadInput = 2;
-constexpr int kUnavailable = 3;
-constexpr int kGaveUp = 70;
-constexpr int kInterrupted = 72;
 
 void print(std::FILE* to, const std::string& text) { std::fwrite(text.data(), 1, text.size(), to); }
 
@@ -51,7 +47,7 @@ class Run {
   }
   int operator()(const HelpText& help) const {
     if (world_.is_root()) print(help.asked ? stdout : stderr, help.text);
-    return help.asked ? 0 : kBadInput;
+    return help.asked ? 0 : kExitBadInput;
   }
 
  private:
@@ -72,17 +68,17 @@ int guarded(const World& world, F f) {
   try {
     return f();
   } catch (const BadInput& e) {
-    return say(e.what(), kBadInput);
+    return say(e.what(), kExitBadInput);
   } catch (const Unavailable& e) {
-    return say(e.what(), kUnavailable);
+    return say(e.what(), kExitUnavailable);
   } catch (const GaveUp& e) {
     return say(e.what(), e.exit_code);
   } catch (const Interrupted&) {
-    return say("interrupted", kInterrupted);
+    return say("interrupted", kExitInterrupted);
   } catch (const std::bad_alloc&) {
-    return say("out of memory", kUnavailable);
+    return say("out of memory", kExitUnavailable);
   } catch (const std::exception& e) {
-    return say(fmt::format("internal error: {}", e.what()), kGaveUp);
+    return say(fmt::format("internal error: {}", e.what()), kExitGaveUp);
   }
 }
 

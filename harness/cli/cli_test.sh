@@ -96,11 +96,31 @@ mkdir "$tools"
 for tool in bash env dirname readlink; do ln -s "$(command -v $tool)" "$tools/$tool"; done
 for arguments in 'fuzz --on gpu' 'replay x --on=both' 'zoo --on both --for 1s'; do
   # shellcheck disable=SC2086  # several words
-  PATH=$tools "$launcher" $arguments >.out 2>.err </dev/null
+  CUDACXX='' TPCHECK_CUDA=/nowhere PATH=$tools "$launcher" $arguments >.out 2>.err </dev/null
   [[ $? == 3 && $(wc -l <.err) == 1 && ! -s .out ]] || fail "launcher, $arguments without nvcc: not 3 with one sentence"
   grep -qF 'nvcc' .err || fail "launcher, $arguments: no word of nvcc"
+  # shellcheck disable=SC2086
+  CUDACXX=/nowhere/nvcc "$launcher" $arguments >.out 2>.err </dev/null
+  [[ $? == 3 && $(wc -l <.err) == 1 && ! -s .out ]] || fail "launcher, $arguments with no nvcc at CUDACXX: not 3 with one sentence"
 done
-rm -r "$tools"
+# Where the toolkit's installers put it, nvcc is found: the launcher comes as far as its first missing tool.
+mkdir -p "$dir/cuda/bin"
+printf '#!/bin/sh\n' >"$dir/cuda/bin/nvcc"
+chmod +x "$dir/cuda/bin/nvcc"
+CUDACXX='' TPCHECK_CUDA=$dir/cuda PATH=$tools "$launcher" fuzz --on gpu >.out 2>.err </dev/null
+grep -qF "needs CUDA's nvcc" .err && fail 'launcher: nvcc in TPCHECK_CUDA/bin is not found'
+rm -r "$tools" "$dir/cuda"
+
+# The GPU run: its help, wrong usage, and a machine without a GPU.
+gpu_run=$(dirname "$launcher")/.ci/gpu
+"$gpu_run" --help >.out 2>.err </dev/null
+[[ $? == 0 && -s .out && ! -s .err ]] || fail '.ci/gpu --help'
+"$gpu_run" --nonsense >.out 2>.err </dev/null
+[[ $? == 2 && $(wc -l <.err) == 1 ]] || fail '.ci/gpu --nonsense: not 2 with one sentence'
+if ! command -v nvidia-smi >/dev/null; then
+  "$gpu_run" --only zoo --build "$dir/trees" >.out 2>.err </dev/null
+  [[ $? == 3 && $(wc -l <.err) == 1 ]] || fail '.ci/gpu without a GPU: not 3 with one sentence'
+fi
 
 # Under mpirun one process speaks, and all return the same code.
 if command -v mpirun >/dev/null; then

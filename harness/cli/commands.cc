@@ -26,7 +26,7 @@ std::optional<std::uint64_t> seed(const Flags& f) {
 void group_flag(Flags& f) {
   f.text("--group", "LINK",
          "how collectives cross processes: best, mpi or nccl (default: best, which is NCCL between "
-         "GPUs, else MPI)");
+         "GPUs (one each), MPI between emulators)");
 }
 Link link(const Flags& f) {
   const std::vector<std::string> words(kLinkWords.begin(), kLinkWords.end());
@@ -43,7 +43,9 @@ void where_flags(Flags& f) {
          "MPI processes of one worker job (default: the cores, at most 4; on a GPU 1)");
 }
 void jobs_flag(Flags& f) {
-  f.text("--jobs", "J", "worker jobs (default: as many as fill the cores; on a GPU 1)");
+  f.text("--jobs", "J",
+         "worker jobs (default: as many as fill the cores; on a GPU 1; with more "
+         "there, timings are left out)");
 }
 Where where(const Flags& f, bool with_jobs) {
   Where w;

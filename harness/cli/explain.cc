@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/cli/shard_map.h"
 #include "harness/cli/table.h"
 
@@ -223,7 +224,7 @@ std::string explain_table(const ExplainOptions& options) { return Explanation(op
 int explain_main(const ExplainOptions& options) {
   const std::string text = options.json ? explain_json(options) + "\n" : explain_table(options);
   std::fputs(text.c_str(), stdout);
-  return partitionable(options.model.shape, options.tp_size) ? 2 : 0;
+  return partitionable(options.model.shape, options.tp_size) ? kExitBadInput : 0;
 }
 
 }  // namespace tp

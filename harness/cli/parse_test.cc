@@ -80,14 +80,16 @@ TEST(Parse, DefaultsAreThoseOfTheOptions) {
 
 TEST(Parse, ReplayTakesALineWithAndWithoutQuotes) {
   const std::string line = "v1 qk_norm num_heads=2 seed=7";
-  const auto quoted =
-      std::get<ReplayOptions>(parse_command({"replay", line, "--trace", "--times", "3"}));
+  const auto quoted = std::get<ReplayOptions>(
+      parse_command({"replay", line, "--trace", "--times", "3", "--serial"}));
   EXPECT_EQ(quoted.inputs, std::vector<std::string>{line});
   EXPECT_TRUE(quoted.trace);
+  EXPECT_TRUE(quoted.serial);
   EXPECT_EQ(quoted.times, 3);
   const auto bare =
       std::get<ReplayOptions>(parse_command({"replay", "v1", "qk_norm", "num_heads=2", "seed=7"}));
   EXPECT_EQ(bare.inputs, quoted.inputs);
+  EXPECT_FALSE(bare.serial);
   EXPECT_EQ(std::get<ReplayOptions>(parse_command({"replay", "a.case", "b"})).inputs.size(), 2u);
 }
 

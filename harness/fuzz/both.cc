@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "harness/base/check.h"
+#include "harness/fuzz/interrupt.h"
 
 namespace tp {
 
@@ -65,6 +66,7 @@ Answer joined(Answer gpu, Answer emulator) {
   Answer both;
   both.request = std::move(gpu.request);
   both.verdict = merged(gpu.verdict, emulator.verdict);
+  both.side = side_of(gpu.verdict, emulator.verdict);
   for (const auto& [name, lines] : {std::pair("gpu", &gpu.trace), {"emulator", &emulator.trace}}) {
     for (const std::string& line : *lines)
       both.trace.push_back(fmt::format("{:<8}  {}", name, line));
@@ -93,6 +95,12 @@ Verdict merged(const Verdict& gpu, const Verdict& emulator) {
   v.seconds = std::max(gpu.seconds, emulator.seconds);
   v.timing = gpu.timing;
   return v;
+}
+
+Side side_of(const Verdict& gpu, const Verdict& emulator) {
+  if (gpu.finding()) return emulator.finding() ? Side::both : Side::gpu;
+  if (emulator.finding()) return Side::emulator;
+  return merged(gpu, emulator).finding() ? Side::bits : Side::unasked;
 }
 
 Both::Both(Supervisor& gpu, Supervisor& emulator) : gpu_{gpu}, emulator_{emulator} {}
@@ -124,11 +132,16 @@ Answer Both::wait() {
       }
     }
     if (std::optional<Answer> answer = whole()) return std::move(*answer);
-    if (gave_up_) {
+    if (gave_up_ || interrupted_) {
       if (std::optional<Answer> answer = half_of_a_finding()) return std::move(*answer);
-      throw *gave_up_;
+      if (gave_up_) throw *gave_up_;
+      throw Interrupted{};
     }
-    Supervisor::poll_once({&gpu_.runner, &emulator_.runner});
+    try {
+      Supervisor::poll_once({&gpu_.runner, &emulator_.runner});
+    } catch (const Interrupted&) {
+      interrupted_ = true;
+    }
   }
 }
 
@@ -156,7 +169,7 @@ std::optional<Answer> Both::whole() {
   return std::nullopt;
 }
 
-// One side will never answer: a finding of the other is one nevertheless.
+// One side will not answer any more: a finding of the other is one nevertheless.
 std::optional<Answer> Both::half_of_a_finding() {
   for (auto it = open_.begin(); it != open_.end(); ++it) {
     auto& [gpu, emulator] = it->second;

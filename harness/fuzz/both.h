@@ -18,6 +18,9 @@ namespace tp {
 // one, whatever became of the other. Time on the GPU counts, and the longer wall time.
 Verdict merged(const Verdict& gpu, const Verdict& emulator);
 
+// Whose finding merged() tells of.
+Side side_of(const Verdict& gpu, const Verdict& emulator);
+
 class Both : public Runner {
  public:
   // Neither supervisor is used by anybody else meanwhile.
@@ -47,6 +50,7 @@ class Both : public Runner {
   std::map<std::uint64_t, Halves> open_;  // by the id of the request
   std::uint64_t next_id_ = 0;
   std::optional<GaveUp> gave_up_;  // one side did
+  bool interrupted_ = false;       // Ctrl-C came: nothing is waited for any more
   std::unique_ptr<Both> alone_;
 };
 

@@ -39,7 +39,11 @@ const std::vector<std::string> kFaults = {"none",
                                           "wrong_in_emulator",
                                           "other_bits",
                                           "needs_poison",
-                                          "gone"};
+                                          "gone",
+                                          "loop_in_emulator",
+                                          "wrong_more_on_gpu",
+                                          "segv_serial",
+                                          "segv_parallel"};
 
 int unique_shards(const ModelShape& model, int tp_size) {
   return std::min(model.num_kv_heads, tp_size);
@@ -52,6 +56,17 @@ Mutant unique_shards_mutant() {
            .rules = sharding_rules()};
   m.rules.k_norm_shards = unique_shards;
   return m;
+}
+
+// What a fault that depends on where and how it runs comes down to, here.
+std::string fault_here(const std::string& fault, const Case& c, const RunOptions& options) {
+  const bool on_gpu = executor_name() == "gpu";
+  if (fault == "segv_serial") return options.serial ? "segv" : "none";
+  if (fault == "segv_parallel") return options.serial ? "none" : "segv";
+  if (fault == "loop_in_emulator") return on_gpu ? "wrong_on_gpu" : "loop";
+  if (fault == "wrong_more_on_gpu")
+    return on_gpu && c.tp_size <= c.model.num_kv_heads ? "wrong_on_gpu" : "wrong";
+  return fault;
 }
 
 void __attribute__((noinline)) do_fault(const std::string& fault) {
@@ -108,7 +123,7 @@ std::string run_ranks(World& world, const Case& c, const RunOptions& options,
 
 Verdict run(World& world, const Case& c, const RunOptions& options) {
   const int fault_rank = int(c.options.at("fault_rank")) % c.tp_size;
-  const std::string& fault = kFaults[std::size_t(c.options.at("fault"))];
+  const std::string fault = fault_here(kFaults[std::size_t(c.options.at("fault"))], c, options);
   const std::string mine = run_ranks(world, c, options, fault, fault_rank);
   std::string wrong;
   for (const std::string& line : world.gather(mine)) {

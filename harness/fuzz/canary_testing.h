@@ -11,7 +11,9 @@
 // without a newline and passes; `endless` never stops printing; `wrong_on_gpu` and
 // `wrong_in_emulator` are wrong there only, the latter on one rank nowhere; `other_bits` passes
 // with bits of its own on a GPU with several ranks; `needs_poison` shows only in poisoned memory;
-// `gone` dies on a GPU and takes that along (place_testing.cc).
+// `gone` dies on a GPU and takes that along (place_testing.cc); `loop_in_emulator` loops there and
+// is wrong on a GPU; `wrong_more_on_gpu` is wrong as `wrong` is, and on a GPU everywhere;
+// `segv_serial` dies only in serial runs, and `segv_parallel` only in others.
 
 #include <numeric>
 #include <vector>

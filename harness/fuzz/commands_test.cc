@@ -106,6 +106,23 @@ TEST_F(CommandsTest, WorkersThatNeverStartEndTheSupervisor) {
             0);
 }
 
+TEST_F(CommandsTest, WorkersThatAreNeverReadyEndTheSupervisor) {
+  std::ofstream(folder_ / "mpirun") << "#!/bin/sh\nexec sleep 600\n";
+  fs::permissions(folder_ / "mpirun", fs::perms::all);
+  const auto with_limit = [&](const char* seconds) {
+    return shell(
+        fmt::format("TPCHECK_START_LIMIT={} PATH={}:$PATH {} fuzz --ops canary -n 2 --jobs 1 "
+                    "2>stderr.txt",
+                    seconds, folder_.string(), TPCHECK_CANARY));
+  };
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(with_limit("0.5").code, 70) << errors();
+  EXPECT_TRUE(mentions(errors(), "died 3 times before it ran a case: did not start")) << errors();
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+  EXPECT_EQ(with_limit("soon").code, 2);
+  EXPECT_TRUE(mentions(errors(), "TPCHECK_START_LIMIT=soon")) << errors();
+}
+
 TEST_F(CommandsTest, WorkersThatStartNoMoreLeaveWhatWasFound) {
   std::ofstream(folder_ / "mpirun") << "#!/bin/sh\n[ -e started ] && exit 1\n"
                                        "touch started\nPATH=${PATH#*:}\nexec mpirun \"$@\"\n";
@@ -188,7 +205,13 @@ TEST_F(CommandsTest, ZooFindsTheCanarysMutant) {
   const Ran ran = tpcheck("zoo --seed 1 -n 1");
   EXPECT_EQ(ran.code, 0) << errors();
   EXPECT_TRUE(mentions(ran.out, "0:unique_shards  found")) << ran.out;
-  EXPECT_TRUE(mentions(tpcheck("zoo --seed 1 -n 1 --json").out, "\"found\": true"));
+  const std::string json = tpcheck("zoo --seed 1 -n 1 --json").out;
+  EXPECT_TRUE(mentions(json, "\"found\": true")) << json;
+  EXPECT_TRUE(mentions(json, "\"where\": \"emulator, ")) << json;
+  const std::string quoted = replay_arguments(json);  // with the quotation mark that ends it
+  const std::string replay = quoted.substr(0, quoted.find('"'));
+  EXPECT_TRUE(mentions(replay, " --mutant 0:unique_shards")) << json;
+  EXPECT_EQ(tpcheck(replay).code, 1) << replay << errors();
 }
 
 TEST_F(CommandsTest, UnderMpirunAllProcessesAgree) {

@@ -66,8 +66,8 @@ class CommandsTest : public testing::Test {
     // `ready` is not to see what an earlier command said.
     for (const char* file : {"stdout.txt", "stderr.txt"}) fs::remove(folder_ / file);
     const std::string command =
-        fmt::format("cd {0} && TPCHECK_TMPDIR={0}/jobs exec {1} {2} >stdout.txt 2>stderr.txt",
-                    folder_.string(), TPCHECK_CANARY, arguments);
+        fmt::format("cd {0} && {1} TPCHECK_TMPDIR={0}/jobs exec {2} {3} >stdout.txt 2>stderr.txt",
+                    folder_.string(), environment_, TPCHECK_CANARY, arguments);
     const pid_t pid = fork();
     if (pid == 0) {
       setpgid(0, 0);
@@ -105,6 +105,7 @@ class CommandsTest : public testing::Test {
   }
 
   fs::path folder_;
+  std::string environment_;  // NAME=VALUE ... of what interrupt() starts
 };
 
 }  // namespace tp

@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/executor.h"
 #include "harness/fuzz/in_process.h"
@@ -26,7 +27,7 @@ int code_of(const std::function<int()>& body) {
     return e.exit_code;
   } catch (const Interrupted&) {
     fmt::print(stderr, "tpcheck: interrupted\n");
-    return 72;
+    return kExitInterrupted;
   }
 }
 
@@ -49,7 +50,7 @@ int in_process(World& world, Where where, const std::function<int(Runner&, const
     serve(world);
     return std::stoi(world.broadcast(""));
   }
-  int code = 70;
+  int code = kExitGaveUp;
   std::exception_ptr failed;
   try {
     code = code_of([&] {
@@ -57,10 +58,10 @@ int in_process(World& world, Where where, const std::function<int(Runner&, const
       return body(runner, where);
     });
   } catch (const BadInput&) {
-    code = 2;
+    code = kExitBadInput;
     failed = std::current_exception();
   } catch (const Unavailable&) {
-    code = 3;
+    code = kExitUnavailable;
     failed = std::current_exception();
   }
   world.broadcast(std::to_string(code));

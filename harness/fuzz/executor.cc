@@ -49,9 +49,12 @@ Executor find_executor(std::string_view name, Link link) {
   const fs::path sibling = own.parent_path().parent_path() / names.preset / "tpcheck";
   if (runs(sibling)) return {std::string(name), sibling, link};
   throw Unavailable(
-      fmt::format("no tpcheck of the {}: there is no {} (TPCHECK_PRESET={} ./tpcheck build tpcheck "
-                  "makes it; {} names another)",
-                  name, sibling.string(), names.preset, names.variable));
+      fmt::format("no tpcheck of the {}: there is no {} ({} makes it; {} names another)", name,
+                  sibling.string(), build_command(name), names.variable));
+}
+
+std::string build_command(std::string_view name) {
+  return fmt::format("TPCHECK_PRESET={} ./tpcheck build tpcheck", names_of(name).preset);
 }
 
 }  // namespace tp

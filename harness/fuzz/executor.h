@@ -24,4 +24,7 @@ Executor this_executor(Link link = Link::best);
 // Unavailable if there is none.
 Executor find_executor(std::string_view name, Link link);
 
+// "TPCHECK_PRESET=cuda ./tpcheck build tpcheck": what builds the binary of the executor `name`.
+std::string build_command(std::string_view name);
+
 }  // namespace tp

@@ -1,5 +1,7 @@
 // The commands with two executors: the canary, and one that says it is a GPU's (place_testing.cc).
 
+#include <algorithm>
+
 #include "harness/fuzz/commands_testing.h"
 
 namespace tp {
@@ -8,9 +10,10 @@ namespace {
 class ExecutorsTest : public CommandsTest {
  protected:
   // As tpcheck(), with the pretended GPU, which is gone as soon as gone.txt exists.
-  Ran with_gpu(const std::string& arguments) const {
-    return shell(fmt::format("TPCHECK_TEST_CANNOT={}/gone.txt TPCHECK_GPU={} {} {} 2>stderr.txt",
-                             folder_.string(), TPCHECK_CANARY_GPU, TPCHECK_CANARY, arguments));
+  Ran with_gpu(const std::string& arguments, const std::string& environment = "") const {
+    return shell(fmt::format("{} TPCHECK_TEST_CANNOT={}/gone.txt TPCHECK_GPU={} {} {} 2>stderr.txt",
+                             environment, folder_.string(), TPCHECK_CANARY_GPU, TPCHECK_CANARY,
+                             arguments));
   }
   // Exit code 3, one sentence that mentions `text`, and nothing else.
   void expect_unavailable(const Ran& ran, const std::string& text) const {
@@ -89,6 +92,16 @@ TEST_F(ExecutorsTest, DifferentBitsAreFoundShrunkAndPrinted) {
   for (const char* on : {"gpu", "emulator"}) {
     EXPECT_EQ(with_gpu(fmt::format("fuzz --ops canary_other_bits --on {} --cases 50", on)).code, 0);
   }
+}
+
+TEST_F(ExecutorsTest, WhatOnlyTheGpuShowsIsAFindingOfItsOwn) {
+  const Ran ran =
+      with_gpu("fuzz --ops canary_wrong_more_on_gpu --on both --seed 3 --cases 60 --keep-going");
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "WrongValue   on both: ")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, "WrongValue   on the gpu only: ")) << ran.out;
+  EXPECT_TRUE(mentions(ran.out, "FINDING 2")) << ran.out;
+  EXPECT_FALSE(mentions(ran.out, "FINDING 3")) << ran.out;
 }
 
 TEST_F(ExecutorsTest, CrashesOfEitherSideAreShrunkAlone) {
@@ -179,6 +192,63 @@ TEST_F(ExecutorsTest, AGpuThatDisappearsLeavesWhatWasSeen) {
   EXPECT_TRUE(mentions(errors(), "tpcheck: no GPU 0: it was there")) << errors();
 }
 
+TEST_F(ExecutorsTest, CtrlCKeepsWhatOneSideHasSeen) {
+  // The emulator never answers, and the GPU has done so long before the signal comes.
+  environment_ = fmt::format("TPCHECK_GPU={}", TPCHECK_CANARY_GPU);
+  const auto gpu_has_answered = [&] {
+    if (!mentions(errors(), "  gpu: Pretend GPU")) return false;
+    std::this_thread::sleep_for(std::chrono::seconds(1));
+    return true;
+  };
+  int status =
+      interrupt("replay --on both -n 1 " + case_with("loop_in_emulator"), SIGINT, gpu_has_answered);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 72) << errors();
+  EXPECT_TRUE(mentions(output(), "FINDING 1  canary  WrongValue   on the gpu: ")) << output();
+  EXPECT_TRUE(mentions(output(), "in the emulator: Skipped: no answer")) << output();
+  EXPECT_TRUE(mentions(errors(), "interrupted: what there is so far")) << errors();
+
+  status =
+      interrupt("fuzz --on both -n 1 --jobs 1 --ops canary_loop_in_emulator --seed 3 --for 30s",
+                SIGINT, gpu_has_answered);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 72) << errors();
+  EXPECT_TRUE(
+      mentions(output(), "NOT REPLAYED  canary_loop_in_emulator  WrongValue   on the gpu: "))
+      << output() << errors();
+  EXPECT_TRUE(mentions(output(), "1 failures not replayed")) << output();
+  EXPECT_TRUE(kept_a_case());
+}
+
+TEST_F(ExecutorsTest, AnEmulatorThatStartsNoMoreLeavesWhatTheGpuSaw) {
+  // Starts once: for both sides' crash, and no more for the one rank with the whole problem.
+  std::ofstream(folder_ / "once") << "#!/bin/sh\n[ -e started ] && exit 1\ntouch started\nexec "
+                                  << TPCHECK_CANARY << " \"$@\"\n";
+  fs::permissions(folder_ / "once", fs::perms::all);
+  const Ran ran = with_gpu(fmt::format("replay --on both -n 1 --times 3 {}", case_with("segv")),
+                           fmt::format("TPCHECK_EMULATOR={}/once", folder_.string()));
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "FINDING 1  canary  Crash   on both: ")) << ran.out << errors();
+  EXPECT_TRUE(mentions(ran.out, "1 of 1 runs failed")) << ran.out;
+  EXPECT_TRUE(mentions(errors(), "died 3 times")) << errors();
+}
+
+TEST_F(ExecutorsTest, ACrashIsReplayedAsSeriallyAsItWasSeen) {
+  const Ran alone = with_gpu("fuzz --ops canary_segv --seed 3 -n 1");
+  EXPECT_TRUE(mentions(replay_arguments(alone.out), " --serial")) << alone.out << errors();
+  // Not seen where kernels run one at a time, and so not to be replayed like that.
+  const Ran parallel = with_gpu("fuzz --ops canary_segv_parallel --seed 3 -n 1");
+  EXPECT_EQ(parallel.code, 1) << errors();
+  const std::string replay = replay_arguments(parallel.out);
+  EXPECT_FALSE(mentions(replay, "--serial")) << parallel.out;
+  EXPECT_EQ(with_gpu(replay).code, 1) << errors();
+  const std::string line = "replay -n 1 " + case_with("segv_serial");
+  EXPECT_EQ(with_gpu(line).code, 0) << errors();
+  const Ran serial = with_gpu(line + " --serial");
+  EXPECT_EQ(serial.code, 1) << errors();
+  EXPECT_TRUE(mentions(replay_arguments(serial.out), " --serial")) << serial.out;
+}
+
 TEST_F(ExecutorsTest, TheOtherExecutorIsInTheFolderBesideOurs) {
   fs::create_directories(folder_ / "build/emulator");
   fs::create_directories(folder_ / "build/cuda");
@@ -210,6 +280,23 @@ TEST_F(ExecutorsTest, AnExecutorOfAnotherKindIsThree) {
   const Ran ran = shell(fmt::format("TPCHECK_EMULATOR={} {} fuzz --ops canary 2>stderr.txt",
                                     TPCHECK_CANARY_GPU, TPCHECK_CANARY));
   expect_unavailable(ran, "is a tpcheck of the gpu");
+}
+
+TEST_F(ExecutorsTest, AnExecutorOfAnotherVersionIsThree) {
+  for (const char* greeting : {"tpcheck-ready gpu Old GPU", "tpcheck-ready 1 gpu Old GPU",
+                               "tpcheck-ready 3 emulator new", "tpcheck-ready"}) {
+    std::ofstream(folder_ / "other")
+        << "#!/bin/sh\necho '" << greeting << " '\nexec cat >/dev/null\n";
+    fs::permissions(folder_ / "other", fs::perms::all);
+    for (const char* on : {"gpu", "both"}) {
+      const Ran ran =
+          shell(fmt::format("TPCHECK_GPU={}/other {} fuzz --ops canary -n 1 --on {} 2>stderr.txt",
+                            folder_.string(), TPCHECK_CANARY, on));
+      expect_unavailable(ran, fmt::format("{}/other is a tpcheck of another version: build it anew "
+                                          "(TPCHECK_PRESET=cuda ./tpcheck build tpcheck)\n",
+                                          folder_.string()));
+    }
+  }
 }
 
 TEST_F(ExecutorsTest, UnderMpirunTheExecutorIsWhatWasStarted) {

@@ -45,6 +45,7 @@ Finding not_replayed(const Answer& answer, const Where& where) {
   finding.verdict = answer.verdict;
   finding.where = where;
   finding.poison = answer.request.poison;
+  finding.serial = answer.request.serial;
   finding.mutant = answer.request.mutant;
   finding.log = answer.log;
   return finding;
@@ -58,7 +59,9 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     Request r = request(c);
     r.serial = serial;
     Answer again = where.run(std::move(r));
-    if (!same_failure(answer.verdict, again.verdict)) return std::nullopt;
+    // What one side alone shows must not turn into what both do, which is another mistake.
+    if (again.side != answer.side || !same_failure(answer.verdict, again.verdict))
+      return std::nullopt;
     if (!again.log.empty()) finding.log = again.log;
     return again.verdict;
   };
@@ -77,6 +80,7 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
     finding.replayed = true;
     if (!again) return finding;
     finding.reproduced = true;
+    finding.serial = serial;
     finding.verdict = *again;
     if (where != &runner) finding.where.processes = 1;
     const auto fails = [&](const Case& c) -> std::optional<Verdict> {
@@ -104,8 +108,9 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
   return finding;
 }
 
-std::string signature(const std::string& op, const Verdict& verdict) {
-  return fmt::format("{} {}", op, name_of(verdict.outcome));
+std::string signature(const Answer& failure) {
+  return fmt::format("{} {} {}", case_from_line(failure.request.line).op,
+                     name_of(failure.verdict.outcome), int(failure.side));
 }
 
 std::string replay_command(const Finding& f) {
@@ -114,6 +119,7 @@ std::string replay_command(const Finding& f) {
   command += replay_flags(f.where);
   if (f.timeout > 0) command += fmt::format(" --timeout {}ms", milliseconds_of(f.timeout).count());
   if (!f.poison) command += " --no-poison";
+  if (f.serial) command += " --serial";
   return command;
 }
 

@@ -24,6 +24,7 @@ struct Finding {
   std::optional<GaveUp> gave_up;  // why nothing can be run since
   Where where;                    // it was seen last
   bool poison = true;             // Request::poison
+  bool serial = false;            // Request::serial of the run that failed
   double timeout = 0;             // the case's deadline in seconds, where one was asked for; else 0
   std::string mutant;             // id of the mutant that was run; empty: none
   std::string looks_like;         // known bugs that give the same bits
@@ -42,8 +43,8 @@ Finding investigate(Runner& runner, const Answer& answer, const MakeRequest& req
 // The failing case of `answer` as it was seen.
 Finding not_replayed(const Answer& answer, const Where& where);
 
-// One finding of each signature is enough.
-std::string signature(const std::string& op, const Verdict& verdict);
+// One finding of each signature is enough: operator, outcome, and whose it is.
+std::string signature(const Answer& failure);
 
 // The command that runs the finding again.
 std::string replay_command(const Finding& finding);

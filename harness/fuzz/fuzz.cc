@@ -9,6 +9,7 @@
 #include <set>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/fuzz/artifacts.h"
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/draw.h"
@@ -112,7 +113,7 @@ class Fuzzer {
     ++answers_;
     const Case c = case_from_line(answer.request.line);
     // Of several jobs on one GPU nobody can say whose kernels took the time.
-    if (options_.where.jobs > 1) answer.verdict.timing = {};
+    if (where_.jobs > 1) answer.verdict.timing = {};
     const Verdict& v = answer.verdict;
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
@@ -132,9 +133,8 @@ class Fuzzer {
   }
 
   void handle(const Answer& failure) {
-    const Case c = case_from_line(failure.request.line);
     if (!result_.findings.empty() && !options_.keep_going) return;
-    if (signatures_.contains(signature(c.op, failure.verdict))) {
+    if (signatures_.contains(signature(failure))) {
       ++result_.summary.repeated;
       return;
     }
@@ -149,7 +149,7 @@ class Fuzzer {
     Finding finding = investigate(runner_, failure, request, where_, {});
     if (finding.reproduced) {
       keep(finding.smallest, finding.log);
-      signatures_.insert(signature(c.op, failure.verdict));
+      signatures_.insert(signature(failure));
     }
     if (finding.interrupted) result_.interrupted = true;
     if (finding.gave_up) result_.gave_up = finding.gave_up;
@@ -201,12 +201,12 @@ class Fuzzer {
 }  // namespace
 
 int FuzzResult::exit_code() const {
-  if (!findings.empty()) return 1;
+  if (!findings.empty()) return kExitFinding;
   // What nothing was left to replay was seen nevertheless.
-  if (gave_up) return not_replayed.empty() ? gave_up->exit_code : 1;
-  if (interrupted) return 72;
-  if (!unstable.empty()) return 5;
-  return summary.ran() == 0 || summary.pairs_done < summary.pairs_legal ? 4 : 0;
+  if (gave_up) return not_replayed.empty() ? gave_up->exit_code : kExitFinding;
+  if (interrupted) return kExitInterrupted;
+  if (!unstable.empty()) return kExitUnstable;
+  return summary.ran() == 0 || summary.pairs_done < summary.pairs_legal ? kExitNothingRan : 0;
 }
 
 FuzzResult fuzz(Runner& runner, const Where& where, const Domain& domain,

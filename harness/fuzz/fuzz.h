@@ -51,7 +51,7 @@ struct FuzzResult {
   bool poison = true;             // and guards: whether their oracles were on
   std::optional<GaveUp> gave_up;  // why nothing could be run any more
 
-  // 0, 1, 3, 4, 5, 70 or 72 (design.md section 6).
+  // One of harness/base/exit_codes.h.
   int exit_code() const;
 };
 

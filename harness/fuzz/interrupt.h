@@ -4,7 +4,7 @@
 
 namespace tp {
 
-// Thrown where work stops because of Ctrl-C, SIGTERM or SIGHUP. Exit code 72.
+// Thrown where work stops because of Ctrl-C, SIGTERM or SIGHUP: kExitInterrupted.
 struct Interrupted {};
 
 // From now on SIGINT, SIGTERM and SIGHUP are noted instead of ending the process, and SIGPIPE is

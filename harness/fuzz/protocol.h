@@ -3,7 +3,7 @@
 //
 //   to the worker    run <deadline ms> <mutant id or -> <trace 0|1> <poison 0|1> <serial 0|1>
 //                    <case line>
-//   back, at start   tpcheck-ready <executor> <where it runs>    (place.h)
+//   back, at start   tpcheck-ready <kProtocol> <executor> <where it runs>    (place.h)
 //   or               tpcheck-cannot <why>            (and it ends)
 //   back             tpcheck-trace <text>             (any number, only if asked for)
 //   back             tpcheck-retires                  (the next verdict is this job's last)
@@ -17,6 +17,10 @@
 #include <string_view>
 
 namespace tp {
+
+// The two sides may be binaries of their own, built at other times: a change of what they say to
+// each other is another number.
+inline constexpr int kProtocol = 2;
 
 inline constexpr std::string_view kReady = "tpcheck-ready ";
 inline constexpr std::string_view kCannot = "tpcheck-cannot ";

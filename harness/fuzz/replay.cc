@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <string_view>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/deadlines.h"
@@ -97,9 +100,14 @@ void print_trace(const Answer& answer, const std::string& prefix = "") {
   for (const std::string& line : answer.trace) fmt::print("{}{}\n", prefix, line);
 }
 
+struct Ran {
+  Verdict verdict;
+  std::exception_ptr cut_short = nullptr;  // a finding was seen before Interrupted or GaveUp came
+};
+
 // Runs a case once, prints what came of it, and returns that. `number`: of the finding, if it is
 // one.
-using RunOnce = std::function<Verdict(const Request& request, int number)>;
+using RunOnce = std::function<Ran(const Request& request, int number)>;
 
 RunOnce one_answer(Runner& runner, const Where& where, double timeout) {
   return [&runner, where, timeout](const Request& request, int number) {
@@ -110,7 +118,7 @@ RunOnce one_answer(Runner& runner, const Where& where, double timeout) {
     fmt::print("  digest      {:016x}   error/budget {:.3f}, {:.3g} ms\n", v.digest, v.score,
                v.seconds * 1e3);
     print_timing(v);
-    return v;
+    return Ran{v};
   };
 }
 
@@ -120,22 +128,37 @@ RunOnce three_answers(Supervisor& gpu, Supervisor& emulator, const Where& where,
     Case c = case_from_line(request.line);
     c.tp_size = 1;
     whole.line = to_line(c);
-    const Answer on_gpu = gpu.run(request);
-    print_trace(on_gpu, "gpu       ");
-    const Answer in_emulator = emulator.run(request);
-    print_trace(in_emulator, "emulator  ");
-    const Answer one_rank = emulator.alone().run(whole);
-    print_trace(one_rank, "one rank  ");
+    std::exception_ptr cut_short;
+    const auto run = [&](std::string_view name, const std::function<Answer()>& get) {
+      Answer answer;
+      answer.request = request;
+      answer.verdict = {.outcome = Outcome::Skipped, .detail = "no answer"};
+      if (cut_short) return answer;
+      try {
+        answer = get();
+      } catch (const Interrupted&) {
+        cut_short = std::current_exception();
+      } catch (const GaveUp&) {
+        cut_short = std::current_exception();
+      }
+      print_trace(answer, fmt::format("{:<8}  ", name));
+      return answer;
+    };
+    const Answer on_gpu = run("gpu", [&] { return gpu.run(request); });
+    const Answer in_emulator = run("emulator", [&] { return emulator.run(request); });
+    const Answer one_rank = run("one rank", [&] { return emulator.alone().run(whole); });
     const ThreeAnswers answers{on_gpu.verdict, in_emulator.verdict, one_rank.verdict};
     Answer all = on_gpu;
     all.verdict = overall(answers);
+    // Of a case that was broken off nobody can say that it passes.
+    if (cut_short && !all.verdict.finding()) std::rethrow_exception(cut_short);
     for (const std::string& log : {in_emulator.log, one_rank.log}) {
       all.log += (all.log.empty() || log.empty() ? "" : "\n") + log;
     }
     print_answer(all, number, where, timeout);
     fmt::print("{}", three_answers_text(answers));
     print_timing(on_gpu.verdict);
-    return all.verdict;
+    return Ran{all.verdict, cut_short};
   };
 }
 
@@ -144,32 +167,34 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
   int failed = 0, trusted = 0, done = 0;
   const int runs = int(cases.size()) * options.times;
   const auto run_all = [&] {
-    for (; done < runs; ++done) {
+    while (done < runs) {
       const Request request{.line = to_line(cases[std::size_t(done / options.times)]),
                             .mutant = options.mutant,
                             .deadline = milliseconds_of(deadline),
                             .trace = options.trace,
                             .poison = options.poison,
                             .serial = options.serial};
-      const Verdict v = run_once(request, failed + 1);
+      const auto [v, cut_short] = run_once(request, failed + 1);
       std::fflush(stdout);
+      ++done;
       failed += v.finding();
       trusted += v.outcome < Outcome::Refused;
+      if (cut_short) std::rethrow_exception(cut_short);
     }
   };
   int cut_short = 0;  // the exit code that goes with it
   try {
     run_all();
   } catch (const Interrupted&) {
-    cut_short = 72;
+    cut_short = kExitInterrupted;
     fmt::print(stderr, "interrupted: what there is so far\n");
   } catch (const GaveUp& e) {
-    cut_short = failed > 0 ? 1 : e.exit_code;
+    cut_short = failed > 0 ? kExitFinding : e.exit_code;
     fmt::print(stderr, "tpcheck: {}\n", e.what());
   }
   if (runs > 1) fmt::print("{} of {} runs failed\n", failed, done);
   if (cut_short != 0) return cut_short;
-  return failed > 0 ? 1 : trusted == 0 ? 4 : 0;
+  return failed > 0 ? kExitFinding : trusted == 0 ? kExitNothingRan : 0;
 }
 
 }  // namespace

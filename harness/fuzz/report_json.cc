@@ -68,6 +68,8 @@ std::string to_json(const FuzzResult& result) {
               {"dtypes", to_json(s.dtypes, [](DType t) { return name_of(t); })},
               {"fills", to_json(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; })},
               {"outcomes", to_json(s.outcomes, [](Outcome o) { return name_of(o); })}};
+  // Why cases counted for nothing: the first reason of each kind.
+  out["reasons"] = to_json(s.reasons, [](Outcome o) { return name_of(o); });
   out["scores"] = Json::array();
   for (const auto& [key, score] : s.scores) {
     out["scores"].push_back({{"op", key.first}, {"dtype", name_of(key.second)}, {"score", score}});

@@ -6,22 +6,28 @@
 #include <string>
 #include <vector>
 
+#include "harness/base/exit_codes.h"
 #include "harness/base/verdict.h"
 #include "harness/fuzz/protocol.h"
 
 namespace tp {
 
-// Nothing can be run any more: workers die before they run anything (exit code 70), or say that
-// this machine cannot run them (3).
+// Nothing can be run any more: workers die before they run anything (kExitGaveUp), or say that
+// this machine cannot run them (kExitUnavailable).
 struct GaveUp : std::runtime_error {
-  explicit GaveUp(const std::string& sentence, int code = 70)
+  explicit GaveUp(const std::string& sentence, int code = kExitGaveUp)
       : std::runtime_error(sentence), exit_code(code) {}
   int exit_code;
 };
 
+// Of two executors (--on both): which of them show a finding. `bits`: neither, but their bits
+// differ.
+enum class Side { unasked, gpu, emulator, both, bits };
+
 struct Answer {
   Request request;
   Verdict verdict;
+  Side side = Side::unasked;  // unasked: one executor only, or no finding
   std::vector<std::string> trace;
   std::string log;  // the last lines of the job's standard error, where the case killed it
 };

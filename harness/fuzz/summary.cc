@@ -4,6 +4,7 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -80,7 +81,10 @@ double FloorRatios::median() const {
 void Summary::add(const Case& c, const Verdict& verdict) {
   ++outcomes[verdict.outcome];
   threads += verdict.threads;
-  if (verdict.outcome >= Outcome::Refused) return;
+  if (verdict.outcome >= Outcome::Refused) {
+    reasons.try_emplace(verdict.outcome, verdict.detail);
+    return;
+  }
   const Operator& op = find_operator(c.op);
   ++ops[c.op];
   if (has_heads(op)) ++relations[relation_of(heads_of(c))];
@@ -147,11 +151,17 @@ std::string summary_text(const Summary& s) {
   if (s.unstable > 0)
     text += fmt::format("; {} failures not shown by their own replay", s.unstable);
   if (s.not_replayed > 0) text += fmt::format("; {} failures not replayed", s.not_replayed);
+  text += "\n";
+  for (const auto& [outcome, reason] : s.reasons) {
+    std::string name(name_of(outcome));
+    name[0] = char(std::tolower(name[0]));
+    text += fmt::format("  {:<10}  {}\n", name, reason);
+  }
   std::vector<std::string> scores;
   for (const auto& [key, score] : s.scores) {
     scores.push_back(fmt::format("{} {} {:.3f}", key.first, name_of(key.second), score));
   }
-  text += fmt::format("\n  error/budget, largest   {}\n", fmt::join(scores, ", "));
+  text += fmt::format("  error/budget, largest   {}\n", fmt::join(scores, ", "));
   if (!s.ratios.empty()) text += timings_text(s);
   return text;
 }

@@ -43,6 +43,7 @@ struct Summary {
   std::uint64_t seed = 0;
   double seconds = 0;
   std::map<Outcome, std::int64_t> outcomes;
+  std::map<Outcome, std::string> reasons;      // the first of Refused, Mistrusted, Skipped each
   std::map<Relation, std::int64_t> relations;  // of cases with heads that ran
   std::map<std::string, std::int64_t> ops;
   std::map<DType, std::int64_t> dtypes;

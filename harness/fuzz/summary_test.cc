@@ -4,10 +4,14 @@
 
 #include <gtest/gtest.h>
 
+#include <deque>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "harness/base/operator.h"
 #include "harness/fuzz/canary_testing.h"
+#include "harness/fuzz/fuzz.h"
+#include "harness/fuzz/progress.h"
 #include "harness/fuzz/report_json.h"
 
 namespace tp {
@@ -104,6 +108,55 @@ TEST_F(SummaryTest, EmulatedThreadsAreNamedWhereThereAreAny) {
   EXPECT_TRUE(mentions(summary_text(s), "1 cases in 2.0 s, 0.5 cases/s, seed 5\n"));
   s.add(a_case("canary", 1), {.outcome = Outcome::Pass, .threads = 200});
   EXPECT_TRUE(mentions(summary_text(s), "2 cases in 2.0 s, 1.0 cases/s, 100 emulated threads/s"));
+}
+
+TEST_F(SummaryTest, TheFirstReasonOfEachKindIsSaid) {
+  FuzzResult result;
+  Summary& s = result.summary;
+  for (const char* reason : {"no GPU 7", "no GPU 8"}) {
+    s.add(a_case("canary", 1), {.outcome = Outcome::Skipped, .detail = reason});
+  }
+  s.add(a_case("canary", 1), {.outcome = Outcome::Mistrusted, .detail = "all heads are alike"});
+  s.add(a_case("canary", 1), {.outcome = Outcome::WrongValue, .detail = "got 1"});
+  const std::string text = summary_text(s);
+  EXPECT_TRUE(mentions(text, "\n  mistrusted  all heads are alike\n  skipped     no GPU 7\n"))
+      << text;
+  EXPECT_FALSE(mentions(text, "no GPU 8") || mentions(text, "got 1")) << text;
+  const auto json = nlohmann::json::parse(to_json(result));
+  EXPECT_EQ(json.at("reasons").size(), 2u);
+  EXPECT_EQ(json.at("reasons").at("Skipped"), "no GPU 7");
+}
+
+// Passes everything, in the same time.
+class TimedRunner : public Runner {
+ public:
+  std::string where() const override { return "a test"; }
+  bool has_room() const override { return waiting_.empty(); }
+  void submit(Request request) override { waiting_.push_back(std::move(request)); }
+  Answer wait() override {
+    Answer answer{.request = std::move(waiting_.front()), .verdict = timed(13.5)};
+    waiting_.pop_front();
+    return answer;
+  }
+  Runner& alone() override { return *this; }
+
+ private:
+  std::deque<Request> waiting_;
+};
+
+TEST_F(SummaryTest, OfSeveralJobsNothingIsTimed) {
+  // Whether they were asked for or are the executor's default.
+  for (const int jobs : {1, 2}) {
+    TimedRunner runner;
+    FuzzOptions options;
+    options.cases = 5;
+    Progress progress(Progress::Show::no);
+    const FuzzResult result =
+        fuzz(runner, {.processes = 1, .jobs = jobs}, make_domain({"canary"}, up_to(4), {}, ""),
+             options, 1, nullptr, progress, [](const Finding&) {});
+    EXPECT_EQ(result.summary.ran(), 5);
+    EXPECT_EQ(result.summary.ratios.empty(), jobs > 1);
+  }
 }
 
 TEST_F(SummaryTest, JsonHasTheTimes) {

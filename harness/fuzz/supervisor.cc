@@ -5,27 +5,40 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/base/text.h"
+#include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/interrupt.h"
 
 namespace tp {
 
 namespace {
 
-constexpr auto kStartLimit = std::chrono::seconds(60);
 // What a worker gets beyond a case's deadline to notice and report the hang itself.
 constexpr auto kGrace = std::chrono::seconds(1);
 constexpr auto kDyingTime = std::chrono::seconds(3);
 constexpr int kStartAttempts = 3;
-constexpr int kUnavailable = 3;  // the exit code
+
+// How long a worker may take to say that it is ready. TPCHECK_START_LIMIT says it in seconds: for
+// tests, which have no minutes to wait, and for machines that need more.
+std::chrono::milliseconds start_limit() {
+  const char* said = std::getenv("TPCHECK_START_LIMIT");
+  if (!said) return std::chrono::seconds(60);
+  char* end = nullptr;
+  const double seconds = std::strtod(said, &end);
+  if (end == said || *end != 0 || !(seconds > 0 && seconds < 1e6))
+    throw BadInput(fmt::format("TPCHECK_START_LIMIT={}: not a number of seconds", said));
+  return milliseconds_of(seconds);
+}
 
 }  // namespace
 
 Supervisor::Supervisor(int jobs, int processes, Executor executor)
-    : processes_(processes), executor_(std::move(executor)) {
+    : processes_(processes), executor_(std::move(executor)), start_limit_(start_limit()) {
   if (processes < 1) throw BadInput(fmt::format("a job of {} processes", processes));
   if (jobs < 1) throw BadInput(fmt::format("{} jobs", jobs));
   check_launcher(processes);
@@ -57,7 +70,7 @@ void Supervisor::start(Slot& slot) {
   slot.ready = slot.retires = false;
   slot.job.reset();
   slot.job = std::make_unique<Job>(executor_, processes_);
-  slot.give_up = Clock::now() + kStartLimit;
+  slot.give_up = Clock::now() + start_limit_;
 }
 
 // In the middle of it all: what was answered until now is not to be lost.
@@ -68,7 +81,7 @@ void Supervisor::start_again(Slot& slot) {
   } catch (const GaveUp& e) {
     give_up(e);
   } catch (const Unavailable& e) {
-    give_up(GaveUp(e.what(), kUnavailable));
+    give_up(GaveUp(e.what(), kExitUnavailable));
   }
 }
 
@@ -163,7 +176,7 @@ void Supervisor::handle(Slot& slot, const std::string& line) {
   if (line.starts_with(kReady) && !slot.ready) {
     ready(slot, rest(kReady));
   } else if (line.starts_with(kCannot) && !slot.ready) {
-    give_up(GaveUp(rest(kCannot), kUnavailable));
+    give_up(GaveUp(rest(kCannot), kExitUnavailable));
   } else if (line.starts_with(kTrace) && slot.current) {
     slot.current->trace.push_back(rest(kTrace));
   } else if (line == kRetires) {
@@ -184,16 +197,24 @@ void Supervisor::handle(Slot& slot, const std::string& line) {
   }
 }
 
-void Supervisor::ready(Slot& slot, const std::string& executor_and_place) {
-  const std::size_t end = executor_and_place.find(' ');
-  const std::string executor = executor_and_place.substr(0, end);
+// `greeting`: what follows kReady.
+void Supervisor::ready(Slot& slot, const std::string& greeting) {
+  const std::string number = fmt::format("{} ", kProtocol);
+  if (!greeting.starts_with(number)) {
+    give_up(GaveUp(fmt::format("{} is a tpcheck of another version: build it anew ({})",
+                               executor_.binary.string(), build_command(executor_.name)),
+                   kExitUnavailable));
+    return;
+  }
+  const std::size_t end = greeting.find(' ', number.size());
+  const std::string executor = greeting.substr(number.size(), end - number.size());
   if (executor != executor_.name) {
     give_up(GaveUp(fmt::format("{} is a tpcheck of the {}, and not of the {} as it should be",
                                executor_.binary.string(), printable(executor), executor_.name),
-                   kUnavailable));
+                   kExitUnavailable));
     return;
   }
-  if (!place_) place_ = end == std::string::npos ? "" : executor_and_place.substr(end + 1);
+  if (!place_) place_ = end == std::string::npos ? "" : greeting.substr(end + 1);
   slot.ready = true;
   if (slot.current) send(slot);
 }

@@ -55,13 +55,14 @@ class Supervisor : public Runner {
   void send(Slot& slot);
   void read(Slot& slot);
   void handle(Slot& slot, const std::string& line);
-  void ready(Slot& slot, const std::string& executor_and_place);
+  void ready(Slot& slot, const std::string& greeting);
   void died(Slot& slot, Outcome outcome, const std::string& how);
   void late(Slot& slot);
   void give_up(const GaveUp& why);
 
   int processes_;
   Executor executor_;
+  std::chrono::milliseconds start_limit_;
   std::optional<std::string> place_;  // what the first worker that was ready said of it
   std::vector<Slot> slots_;
   std::deque<Answer> answers_;

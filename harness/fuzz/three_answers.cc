@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "harness/fuzz/both.h"
+#include "harness/fuzz/shrink.h"
 
 namespace tp {
 
@@ -11,25 +14,47 @@ namespace {
 constexpr const char* kOneRank = "one rank with the whole problem";
 
 bool ran(const Verdict& v) { return v.outcome == Outcome::Pass || v.finding(); }
-bool same_end(const Verdict& a, const Verdict& b) { return a.finding() == b.finding(); }
+bool same_end(const Verdict& a, const Verdict& b) {
+  return a.finding() == b.finding() && (!a.finding() || same_failure(a, b));
+}
 // Who crashed has no bits, and is like whoever ended alike.
 bool same_bits(const Verdict& a, const Verdict& b) {
   return same_end(a, b) && a.digest == b.digest && (a.digest != 0 || a.outcome == b.outcome);
 }
 
+// Gpu and emulator do not agree.
 std::string quarrel(const ThreeAnswers& t) {
-  if (!same_end(t.gpu, t.emulator)) {
-    return fmt::format("stands alone: {}",
-                       same_end(t.one_rank, t.gpu) ? "the emulator" : "the gpu");
-  }
-  if (same_bits(t.one_rank, t.emulator)) return "stands alone: the gpu";
-  if (same_bits(t.one_rank, t.gpu)) return "stands alone: the emulator";
+  const bool alike = same_end(t.gpu, t.emulator);
+  if (alike ? same_bits(t.one_rank, t.emulator) : same_end(t.one_rank, t.emulator))
+    return "stands alone: the gpu";
+  if (alike ? same_bits(t.one_rank, t.gpu) : same_end(t.one_rank, t.gpu))
+    return "stands alone: the emulator";
+  const bool both_fail = t.gpu.finding() && t.emulator.finding();
+  const bool one_fails = t.gpu.finding() != t.emulator.finding();
   return fmt::format("no two agree: gpu and emulator {}, and {} {}",
-                     t.gpu.finding() ? "fail each in its own way" : "pass with different bits",
+                     both_fail   ? "fail each in its own way"
+                     : one_fails ? "end differently"
+                                 : "pass with different bits",
                      kOneRank,
                      same_end(t.one_rank, t.gpu) ? "agrees with neither"
-                     : t.one_rank.finding()      ? "fails"
-                                                 : "passes");
+                     : !t.one_rank.finding()     ? "passes"
+                     : both_fail || one_fails    ? "fails otherwise"
+                                                 : "fails");
+}
+
+// What comes out wrong where a rank takes what is another's. What ends a job or a launch may have
+// other causes.
+bool about_values(Outcome o) {
+  return o == Outcome::WrongValue || o == Outcome::NotFinite || o == Outcome::OutOfBounds;
+}
+
+// Gpu and emulator agree, and not with the one rank.
+const char* against_the_ranks(const ThreeAnswers& t) {
+  if (!t.gpu.finding()) return "it fails where the ranks pass";
+  if (t.one_rank.finding()) return "the ranks agree with each other, and it fails otherwise";
+  return about_values(t.gpu.outcome)
+             ? "the ranks agree with each other and not with it, which is a sharding mistake"
+             : "it passes where the ranks fail";
 }
 
 std::string row(const char* name, const Verdict& v) {
@@ -62,11 +87,7 @@ std::string stands_alone(const ThreeAnswers& t) {
     return t.gpu.finding() ? "all three agree: neither the gpu nor the sharding makes it fail"
                            : "all three agree";
   }
-  return fmt::format("stands alone: {}: {}", kOneRank,
-                     t.one_rank.finding()
-                         ? "it fails where the ranks pass"
-                         : "the ranks agree with each other and not with it, which is a sharding "
-                           "mistake");
+  return fmt::format("stands alone: {}: {}", kOneRank, against_the_ranks(t));
 }
 
 std::string three_answers_text(const ThreeAnswers& t) {

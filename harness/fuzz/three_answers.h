@@ -18,7 +18,8 @@ Verdict overall(const ThreeAnswers& answers);
 
 // One sentence: "all three agree", or which of them stands alone, or why that cannot be said. GPU
 // and emulator agree if they give the same bits; one rank rounds differently, and so agrees with
-// whoever passes or fails as it does. Bits of its own count only where they settle a quarrel.
+// whoever passes as it does, or fails as it does (same_failure of shrink.h). Bits of its own count
+// only where they settle a quarrel.
 std::string stands_alone(const ThreeAnswers& answers);
 
 // A row for each, and the sentence.

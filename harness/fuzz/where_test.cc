@@ -6,8 +6,11 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include "harness/base/operator.h"
 #include "harness/fuzz/both.h"
+#include "harness/fuzz/canary_testing.h"
 #include "harness/fuzz/driver.h"
+#include "harness/fuzz/finding.h"
 #include "harness/fuzz/fuzz.h"
 #include "harness/fuzz/three_answers.h"
 
@@ -50,6 +53,34 @@ TEST(Merged, WhatOneSideCouldNotSayIsNoPass) {
   const Verdict mistrusted{.outcome = Outcome::Mistrusted, .detail = "blind"};
   EXPECT_EQ(text(merged(mistrusted, skipped())), "Skipped: in the emulator: no room");
   EXPECT_EQ(text(merged(mistrusted, pass())), "Mistrusted: on the gpu: blind");
+}
+
+TEST(Merged, ItIsKnownWhoseFindingItIs) {
+  EXPECT_EQ(side_of(wrong(), wrong()), Side::both);
+  EXPECT_EQ(side_of(wrong(), pass()), Side::gpu);
+  EXPECT_EQ(side_of(wrong(), skipped()), Side::gpu);
+  EXPECT_EQ(side_of(pass(), wrong()), Side::emulator);
+  EXPECT_EQ(side_of(pass(7), pass(8)), Side::bits);
+  EXPECT_EQ(side_of(pass(), pass()), Side::unasked);
+  EXPECT_EQ(side_of(pass(), skipped()), Side::unasked);
+}
+
+TEST(Signature, SaysOperatorOutcomeAndSide) {
+  if (operators().empty()) add_canaries();
+  Answer answer;
+  Case c = find_operator("canary").blank();
+  answer.request.line = to_line(c);
+  answer.verdict = wrong();
+  answer.side = Side::both;
+  const std::string on_both = signature(answer);
+  c.seed = 2;
+  answer.request.line = to_line(c);
+  EXPECT_EQ(signature(answer), on_both);
+  answer.side = Side::gpu;
+  EXPECT_NE(signature(answer), on_both);
+  answer.side = Side::both;
+  answer.verdict.outcome = Outcome::LawBroken;
+  EXPECT_NE(signature(answer), on_both);
 }
 
 TEST(Merged, TimeIsTheGpusAndTheLongerOne) {
@@ -101,6 +132,35 @@ TEST(ThreeAnswers, WhoCrashedHasNoBits) {
   EXPECT_EQ(stands_alone({crash, hang, pass()}),
             "no two agree: gpu and emulator fail each in its own way, and one rank with the whole "
             "problem passes");
+}
+
+TEST(ThreeAnswers, FailingOtherwiseIsNoAgreement) {
+  const Verdict crash{.outcome = Outcome::Crash}, hang{.outcome = Outcome::Hang};
+  EXPECT_EQ(stands_alone({wrong(), wrong(), crash}),
+            "stands alone: one rank with the whole problem: the ranks agree with each other, and "
+            "it fails otherwise");
+  EXPECT_EQ(stands_alone({crash, crash, wrong()}),
+            "stands alone: one rank with the whole problem: the ranks agree with each other, and "
+            "it fails otherwise");
+  EXPECT_EQ(stands_alone({crash, wrong(), crash}), "stands alone: the emulator");
+  EXPECT_EQ(stands_alone({wrong(), pass(), crash}),
+            "no two agree: gpu and emulator end differently, and one rank with the whole problem "
+            "fails otherwise");
+  EXPECT_EQ(stands_alone({crash, wrong(), hang}),
+            "no two agree: gpu and emulator fail each in its own way, and one rank with the whole "
+            "problem fails otherwise");
+  EXPECT_EQ(stands_alone({pass(7), pass(8), crash}),
+            "no two agree: gpu and emulator pass with different bits, and one rank with the whole "
+            "problem fails");
+}
+
+TEST(ThreeAnswers, OnlyWrongValuesPointToTheSharding) {
+  for (const Outcome outcome : {Outcome::Crash, Outcome::Hang, Outcome::OutOfMemory,
+                                Outcome::CollectiveMismatch, Outcome::BadLaunch}) {
+    const Verdict v{.outcome = outcome};
+    EXPECT_EQ(stands_alone({v, v, pass()}),
+              "stands alone: one rank with the whole problem: it passes where the ranks fail");
+  }
 }
 
 TEST(ThreeAnswers, WhoSaysNothingStandsNowhere) {

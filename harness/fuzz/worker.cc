@@ -13,6 +13,7 @@
 #include <sstream>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
 #include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/protocol.h"
@@ -130,10 +131,10 @@ int worker_main(World& world, Link link) {
     if (world.is_root()) write_line(answers, fmt::format("{}{}\n", kind, text));
   };
   try {
-    say(kReady, fmt::format("{} {}", executor_name(), take_place(world, link)));
+    say(kReady, fmt::format("{} {} {}", kProtocol, executor_name(), take_place(world, link)));
   } catch (const Unavailable& e) {
     say(kCannot, e.what());
-    return 3;
+    return kExitUnavailable;
   }
   if (!world.is_root()) {
     serve(world);

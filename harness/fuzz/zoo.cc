@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
 #include "harness/fuzz/driver.h"
 #include "harness/fuzz/fuzz.h"
@@ -45,8 +46,9 @@ std::string table_row(const Hunt& hunt, std::size_t id_width) {
                      hunt.line());
 }
 
-std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed) {
-  nlohmann::ordered_json out = {{"seed", seed}, {"mutants", nlohmann::ordered_json::array()}};
+std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed, const std::string& where) {
+  using Json = nlohmann::ordered_json;
+  Json out = {{"where", where}, {"seed", seed}, {"mutants", Json::array()}};
   for (const Hunt& hunt : hunts) {
     out["mutants"].push_back(
         {{"id", hunt.id},
@@ -54,9 +56,11 @@ std::string to_json(const std::vector<Hunt>& hunts, std::uint64_t seed) {
          {"cases", hunt.result.summary.ran()},
          {"seconds", hunt.seconds()},
          {"shrink_runs", hunt.runs()},
-         {"case", hunt.found() ? nlohmann::ordered_json(hunt.line()) : nullptr}});
+         {"case", hunt.found() ? Json(hunt.line()) : Json()},
+         {"replay", hunt.found() ? Json(replay_command(hunt.result.findings[0])) : Json()}});
   }
-  return out.dump(2);
+  // A place is named by its driver, and need not be UTF-8.
+  return out.dump(2, ' ', false, Json::error_handler_t::replace);
 }
 
 }  // namespace
@@ -89,7 +93,7 @@ int zoo_main(World* world, const ZooOptions& options) {
         cut_short = hunt.result.gave_up->exit_code;
       } else if (hunt.result.interrupted) {
         fmt::print(stderr, "interrupted: what there is so far\n");
-        cut_short = 72;
+        cut_short = kExitInterrupted;
       }
       // Of a hunt that was broken off nobody can say that it found nothing.
       if (cut_short == 0 || hunt.found()) {
@@ -102,14 +106,14 @@ int zoo_main(World* world, const ZooOptions& options) {
     const auto found =
         std::count_if(hunts.begin(), hunts.end(), [](const Hunt& h) { return h.found(); });
     if (options.json) {
-      fmt::print("{}\n", to_json(hunts, seed));
+      fmt::print("{}\n", to_json(hunts, seed, runner.where()));
     } else {
       const std::size_t left = ids.size() - hunts.size();
       fmt::print("{} of {} found, seed {}{}\n", found, hunts.size(), seed,
                  left > 0 ? fmt::format(" ({} more not hunted to the end)", left) : "");
     }
     if (cut_short != 0) return cut_short;
-    return found == std::ptrdiff_t(hunts.size()) ? 0 : 1;
+    return found == std::ptrdiff_t(hunts.size()) ? 0 : kExitFinding;
   });
 }
 
