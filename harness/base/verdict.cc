@@ -47,8 +47,10 @@ std::string timing_text(const Timing& t) {
       t.floor_us > 0
           ? fmt::format("x{:.3g} of its floor of {:.3g} us: ", t.kernel_us / t.floor_us, t.floor_us)
           : "";
-  return fmt::format("{}kernels {:.4g} us on tp_rank {}, collectives {:.4g} us", ratio, t.kernel_us,
-                     t.slowest_rank, t.collective_us);
+  const std::string collectives =
+      t.collective_us > 0 ? fmt::format(", collectives {:.4g} us", t.collective_us) : "";
+  return fmt::format("{}kernels {:.4g} us on tp_rank {}{}", ratio, t.kernel_us, t.slowest_rank,
+                     collectives);
 }
 
 std::string to_line(const Verdict& v) {

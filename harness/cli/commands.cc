@@ -102,7 +102,8 @@ Command fuzz_command(const Flags& f) {
 void replay_flags(Flags& f) {
   f.list("CASE", "CASE|FILE|DIR", "case lines in quotes, files of them, folders of *.case");
   where_flags(f);
-  f.on_off("--serial", "one kernel at a time: who breaks a GPU is known");
+  f.on_off("--serial",
+           "one kernel at a time: says who breaks a GPU (kernels that wait for each other hang)");
   poison_flag(f);
   f.text("--times", "K", "run each case so often (default: 1)");
   f.text("--timeout", "TIME", "deadline of a case (default: 30s)");

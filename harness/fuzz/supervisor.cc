@@ -19,7 +19,7 @@ namespace tp {
 namespace {
 
 // What a worker gets beyond a case's deadline to notice and report the hang itself.
-constexpr auto kGrace = std::chrono::seconds(1);
+constexpr auto kGrace = std::chrono::seconds(2);
 constexpr auto kDyingTime = std::chrono::seconds(3);
 constexpr int kStartAttempts = 3;
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 #include "harness/group/place.h"
 
 namespace tp {
@@ -50,7 +51,7 @@ int main(int argc, char** argv) {
     take_any_place(world);
   } catch (const tp::Unavailable& e) {
     fmt::print(stderr, "{}\n", e.what());
-    return 3;
+    return tp::kExitUnavailable;
   }
   testing::InitGoogleTest(&argc, argv);
   if (!world.is_root()) {

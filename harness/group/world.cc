@@ -10,6 +10,7 @@
 #include <numeric>
 
 #include "harness/base/check.h"
+#include "harness/base/exit_codes.h"
 
 // An MPI call that fails is a broken machine: say where, and end the whole job.
 #define CHECK_MPI(call)                                                      \
@@ -63,7 +64,7 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
 World::~World() {
   // MPI_Finalize would wait for an exchange that was given up, and the end of the process for a
   // kernel that never ends.
-  if (retired_) abort(70);
+  if (retired_) abort(kExitGaveUp);
   if (!starts_and_ends_mpi_) return;
   MPI_Finalize();
 }

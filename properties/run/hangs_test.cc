@@ -1,8 +1,6 @@
 // Ranks that wait for each other for ever: each way of it is told within seconds, with the rank to
 // blame, and the next case runs. What it took is printed as a table; on the emulator and on GPUs.
-// This executable is its own worker, and so has a main of its own:
-//
-//   hangs_test [--group best|mpi|nccl] [GoogleTest's flags]
+// This executable is its own worker, and so has a main of its own.
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>

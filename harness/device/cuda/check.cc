@@ -43,6 +43,12 @@ bool breaks_device(cudaError_t error) {
 
 void lose_device() { lost = true; }
 
+cudaError_t query(cudaStream_t stream) noexcept {
+  const cudaError_t state = cudaStreamQuery(stream);
+  if (state == cudaErrorNotReady) (void)cudaGetLastError();
+  return state;
+}
+
 void check(cudaError_t error, std::string_view what, int tp_rank) {
   if (error == cudaSuccess) return;
   (void)cudaGetLastError();  // or the next launch would be told of it again

@@ -14,6 +14,10 @@ namespace tp::cuda {
 // (device_is_lost). Whoever calls next is told of that, so the fault names who was at work then.
 void check(cudaError_t error, std::string_view what, int tp_rank = -1);
 
+// Asks whether the stream is complete; cudaErrorNotReady if it is not. As cudaStreamQuery, but that
+// no launch after it is told of that as of an error.
+cudaError_t query(cudaStream_t stream) noexcept;
+
 // Whether the error leaves the device unusable for this process.
 bool breaks_device(cudaError_t error);
 void lose_device();

@@ -165,7 +165,7 @@ cudaError_t CountedStream::count() noexcept {
   const CUresult result = write_value()(stream, reinterpret_cast<CUdeviceptr>(completed),
                                         ++submitted, CU_STREAM_WRITE_VALUE_DEFAULT);
   if (result == CUDA_SUCCESS) return cudaSuccess;
-  const cudaError_t broken = cudaStreamQuery(stream);  // what it was, in the runtime's own words
+  const cudaError_t broken = query(stream);  // what it was, in the runtime's own words
   return broken == cudaSuccess || broken == cudaErrorNotReady ? cudaErrorUnknown : broken;
 }
 

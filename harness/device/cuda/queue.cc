@@ -121,7 +121,7 @@ bool Queue::finished() noexcept {
     return true;
   }
   if (++asked_ % kAsksPerQuery != 0) return false;
-  const cudaError_t state = cudaStreamQuery(counted_->stream);
+  const cudaError_t state = query(counted_->stream);
   if (state != cudaErrorNotReady) error_ = state;
   return error_ != cudaSuccess;
 }
@@ -162,21 +162,20 @@ void Queue::submit(std::string name, Kind kind,
   // Not of the group's stream: every rank measures how long it waits for that.
   const bool measure =
       timed_ && tp_rank_ >= 0 && (kind == Kind::kernel || kind == Kind::waits_for_others);
-  const auto record = [&] {
-    std::shared_ptr<CUevent_st> event = take_event(true);
+  const auto record = [&](const std::shared_ptr<CUevent_st>& event) {
     cuda::check(cudaEventRecord(event.get(), stream()), "cudaEventRecord", tp_rank_);
-    return event;
   };
   Span span;
   if (measure) {
+    span = {take_event(true), take_event(true), kind == Kind::waits_for_others};
     // The GPU must not come to the first event before the host has handed over the last.
     if (kind == Kind::kernel) launch_delay(kHandOverUs, stream());
-    span = {record(), nullptr, kind == Kind::waits_for_others};
+    record(span.begin);
   }
   hand_over(stream());
   cuda::check(cudaGetLastError(), name, tp_rank_);
   if (measure) {
-    span.end = record();
+    record(span.end);
     spans_.push_back(std::move(span));
   }
   if (in_flight_.size() >= 64) first_in_flight();

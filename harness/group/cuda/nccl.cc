@@ -135,7 +135,7 @@ class NcclLink final : public DeviceLink {
     const ncclResult_t begun = begin_all_gather(memory, memory + 1, bytes, stream);
     if (begun != ncclSuccess && begun != ncclInProgress) refuse(begun);
     wait_until_done(processes, until);
-    while (cudaStreamQuery(stream) == cudaErrorNotReady) give_up_after(until, processes);
+    while (cuda::query(stream) == cudaErrorNotReady) give_up_after(until, processes);
     cuda::check(cudaStreamSynchronize(stream), "NCCL");
     cudaStreamDestroy(stream);
     cudaFree(memory);
