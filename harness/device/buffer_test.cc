@@ -58,7 +58,7 @@ TEST(Buffer, MayGoWhileWorkIsInFlight) {
           }
         },
         seed);
-    EXPECT_FALSE(report.fault);
+    EXPECT_FALSE(report.fault) << report.fault->what;
   }
 }
 

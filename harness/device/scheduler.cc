@@ -92,9 +92,7 @@ Stream& Scheduler::add_stream(int tp_rank) {
 Report Scheduler::run(std::function<Idle()> idle) {
   try {
     for (std::uint64_t steps = 0; !report_.fault; ++steps) {
-      bool complete = streams_are_empty();
-      for (const auto& rank : ranks_) complete = complete && rank->finished;
-      if (complete) break;
+      if (is_complete()) break;
       if (options_.serial && device_is_busy()) {
         poll();
       } else if (!step()) {
@@ -239,6 +237,13 @@ void Scheduler::unwind() {
   note(-1, "");
 }
 
+bool Scheduler::is_complete() {
+  for (const auto& rank : ranks_) {
+    if (!rank->finished) return false;
+  }
+  return streams_are_empty();
+}
+
 bool Scheduler::streams_are_empty() {
   for (const auto& stream : streams_) {
     if (!stream->empty()) return false;
@@ -264,8 +269,8 @@ void Scheduler::ask_idle(const std::function<Idle()>& idle, bool spinning) {
     polls_ = 0;
   } else if (answer == Idle::waiting || device_is_busy()) {
     poll();
-  } else if (!step()) {
-    // Nor did a GPU make anything runnable in this very moment.
+  } else if (!step() && !is_complete()) {
+    // Nor did a GPU, in this very moment, make anything runnable or complete the last of it.
     hang("nothing will ever go on");
   }
 }

@@ -98,6 +98,7 @@ class Scheduler {
   void step_stream(Stream& stream);
   void fail_with_exception(const Stream& stream);  // from a catch block: with what was thrown
   void ask_idle(const std::function<Idle()>& idle, bool spinning);
+  bool is_complete();  // every body has returned and every stream is empty
   bool device_is_busy();
   void poll();  // waits a little, the longer the more often it was called in a row
   bool past_deadline() const;
