@@ -6,10 +6,12 @@
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
 #include "harness/base/text.h"
+#include "harness/fuzz/where.h"
+#include "harness/group/place.h"
 
 namespace tp {
 
-int bench_main(const std::vector<std::string>& arguments) {
+int bench_main(World& world, const std::vector<std::string>& arguments) {
   std::vector<std::string> words = {"tpcheck bench"};
   words.insert(words.end(), arguments.begin(), arguments.end());
   std::vector<char*> argv;
@@ -21,6 +23,8 @@ int bench_main(const std::vector<std::string>& arguments) {
     throw BadInput(
         fmt::format("unknown argument '{}' (see tpcheck bench --help)", printable(argv[1])));
   }
+  // Says where it runs, or why it cannot.
+  fmt::print(stderr, "{}\n", place_phrase(executor_name(), take_place(world, Link::best)));
   // With nothing to run it says so itself.
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();

@@ -6,8 +6,10 @@
 
 namespace tp {
 
+class World;
+
 // Runs the benchmarks that `arguments` select. Returns 0, or 2 if they select none. Throws BadInput
 // for an argument that Google Benchmark does not know.
-int bench_main(const std::vector<std::string>& arguments);
+int bench_main(World& world, const std::vector<std::string>& arguments);
 
 }  // namespace tp

@@ -39,7 +39,7 @@ class Run {
   int operator()(const BenchOptions& options) const {
     // The cases that it times are run by all processes of the world, and only one would time them.
     if (world_.processes() > 1) throw Unavailable("bench runs without mpirun, in one process");
-    return bench_main(options.arguments);
+    return bench_main(world_, options.arguments);
   }
   int operator()(const ListOptions& options) const {
     if (world_.is_root()) print(stdout, list_text(options.subject));

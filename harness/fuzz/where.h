@@ -27,8 +27,8 @@ int default_jobs(std::string_view executor, int processes);
 // With the defaults filled in. kBoth keeps its zeros: each side has its own.
 Where settled(Where where);
 
-// "gpu: NVIDIA H100 80GB HBM3 (GPU 0, sm_90)" or, where there is nothing to add, "emulator".
-// `place` is what take_place() returned.
+// "gpu: NVIDIA H100 80GB HBM3 (sm_90), CUDA 13.0, driver for 13.0: GPU 0" or, where there is
+// nothing to add, "emulator". `place` is what take_place() returned.
 std::string place_phrase(std::string_view executor, std::string_view place);
 
 // " --on gpu -n 2": what the plain `./tpcheck replay` of any machine has to be told to run a case

@@ -11,36 +11,11 @@
 
 #include "harness/base/check.h"
 #include "harness/group/device_link.h"
+#include "properties/run/image.h"
 
 namespace tp {
 
 namespace {
-
-// The bytes of a buffer as the host sees them.
-struct Image {
-  LocalBuffer local;
-  std::vector<std::byte> bytes;
-  std::vector<bool> owned;  // by column: some piece covers it
-};
-
-Image blank_image(const LocalBuffer& local, std::optional<Poison> poison) {
-  Image image{local,
-              std::vector<std::byte>(buffer_bytes(local), std::byte(poison.value_or(Poison::nan))),
-              std::vector<bool>(std::size_t(local.cols))};
-  for (const Piece& p : local.pieces) {
-    for (std::int64_t j = 0; j < p.cols.size; ++j) image.owned[std::size_t(p.at + j)] = true;
-  }
-  return image;
-}
-
-// Copies a piece's rows into a buffer's image.
-void place(const std::vector<std::byte>& data, Image& image, const Piece& piece) {
-  const std::int64_t width = size_of(image.local.dtype), row_bytes = piece.cols.size * width;
-  for (std::int64_t i = 0; i < image.local.rows; ++i) {
-    std::memcpy(image.bytes.data() + (i * image.local.cols + piece.at) * width,
-                data.data() + i * row_bytes, std::size_t(row_bytes));
-  }
-}
 
 // A loader that slices beyond a tensor is a finding like any other, not a broken harness.
 void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piece, int tp_rank) {
@@ -54,63 +29,6 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
   TP_CHECK(tensor.rows == local.rows && tensor.dtype == local.dtype &&
                piece.at + piece.cols.size <= local.cols,
            "piece does not fit buffer " + local.name);
-}
-
-// Calls f(offset, bytes) for whatever of a buffer some piece covers.
-template <typename F>
-void for_each_piece(const LocalBuffer& local, F f) {
-  const std::int64_t width = size_of(local.dtype);
-  for (const Piece& piece : local.pieces) {
-    for (std::int64_t i = 0; i < local.rows; ++i)
-      f(std::size_t((i * local.cols + piece.at) * width), std::size_t(piece.cols.size * width));
-  }
-}
-
-// Gives an input its data. Without poison, what nobody owns is neither written nor read:
-// compute-sanitizer would rightly say that it was never initialised.
-void upload(Stream& stream, const Image& image, const Buffer& buffer, bool whole) {
-  std::byte* to = buffer.as<std::byte>();
-  if (whole) {
-    from_host_when_reached(stream, to, image.bytes.data(), image.bytes.size());
-  } else {
-    for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
-      from_host_when_reached(stream, to + at, image.bytes.data() + at, bytes);
-    });
-  }
-}
-
-void download(Stream& stream, Image& image, const Buffer& buffer, bool whole) {
-  const std::byte* from = buffer.as<std::byte>();
-  if (image.local.use == Use::workspace) return;
-  if (whole) {
-    to_host(stream, image.bytes.data(), from, image.bytes.size());
-  } else {
-    for_each_piece(image.local, [&](std::size_t at, std::size_t bytes) {
-      to_host(stream, image.bytes.data() + at, from + at, bytes);
-    });
-  }
-}
-
-// What an input must still hold, and what an output's padding must still hold.
-void check_untouched(const Image& before, const Image& after, int tp_rank) {
-  const std::int64_t width = size_of(before.local.dtype);
-  for (std::int64_t i = 0; i < before.local.rows; ++i) {
-    const std::int64_t line = i * before.local.cols * width;
-    if (std::memcmp(&before.bytes[std::size_t(line)], &after.bytes[std::size_t(line)],
-                    std::size_t(before.local.cols * width)) == 0) {
-      continue;
-    }
-    for (std::int64_t j = 0; j < before.local.cols; ++j) {
-      if (before.local.use == Use::output && before.owned[std::size_t(j)]) continue;
-      const std::size_t at = std::size_t(line + j * width);
-      if (std::memcmp(&before.bytes[at], &after.bytes[at], std::size_t(width)) == 0) continue;
-      const bool input = before.local.use == Use::input;
-      throw Fault{input ? Outcome::InputModified : Outcome::OutOfBounds,
-                  fmt::format("{}[{}, {}]: {} was overwritten", before.local.name, i, j,
-                              input ? "an input" : "a column that is not the operator's"),
-                  tp_rank};
-    }
-  }
 }
 
 void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, const Image& image) {
@@ -175,17 +93,6 @@ std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
                                                                   poison, tp_rank)});
   }
   return images;
-}
-
-// Appends the pieces of an output, dense.
-void take_pieces(const Image& image, std::vector<std::byte>& outputs) {
-  const std::int64_t width = size_of(image.local.dtype);
-  for (const Piece& piece : image.local.pieces) {
-    for (std::int64_t i = 0; i < image.local.rows; ++i) {
-      const std::byte* row = image.bytes.data() + (i * image.local.cols + piece.at) * width;
-      outputs.insert(outputs.end(), row, row + piece.cols.size * width);
-    }
-  }
 }
 
 // Whether the buffer is new in this stage: later ones find it as it was left.
@@ -279,10 +186,6 @@ bool comes_to_rest(Scheduler& scheduler, const Fault& fault) {
 }
 
 }  // namespace
-
-std::size_t buffer_bytes(const LocalBuffer& buffer) {
-  return std::size_t(buffer.rows * buffer.cols) * std::size_t(size_of(buffer.dtype));
-}
 
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece) {
   return std::size_t(buffer.rows * piece.cols.size) * std::size_t(size_of(buffer.dtype));

@@ -14,13 +14,10 @@
 #include "harness/base/case.h"
 #include "harness/device/scheduler.h"
 #include "harness/group/world.h"
+#include "properties/run/image.h"
 #include "properties/run/stage.h"
 
 namespace tp {
-
-// What memory holds before anything is written: a large finite and a tiny positive number in every
-// type, so that a maximum sees one of them and a minimum the other; and NaN.
-enum class Poison : std::uint8_t { large = 0x7B, tiny = 0x01, nan = 0xFF };
 
 struct PassOptions {
   // Nothing: memory is left as it is, and has no guards.
@@ -66,9 +63,6 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
 // Which element byte `at` of PassResult::outputs belongs to: "tp_rank 1, y[0, 3]", in global
 // coordinates.
 std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard local_ranks);
-
-// Bytes of a buffer's payload.
-std::size_t buffer_bytes(const LocalBuffer& buffer);
 
 // Bytes of one piece in `outputs`.
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);
