@@ -23,8 +23,8 @@ int bench_main(World& world, const std::vector<std::string>& arguments) {
     throw BadInput(
         fmt::format("unknown argument '{}' (see tpcheck bench --help)", printable(argv[1])));
   }
-  // Says where it runs, or why it cannot.
-  fmt::print(stderr, "{}\n", place_phrase(executor_name(), take_place(world, Link::best)));
+  benchmark::AddCustomContext("where",
+                              place_phrase(executor_name(), take_place(world, Link::best)));
   // With nothing to run it says so itself.
   const std::size_t matched = benchmark::RunSpecifiedBenchmarks();
   benchmark::Shutdown();
