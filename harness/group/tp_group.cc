@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "harness/base/check.h"
+#include "harness/base/values_text.h"
 #include "harness/group/combine.h"
 #include "harness/group/device_link.h"
 
@@ -17,15 +18,6 @@ namespace tp {
 namespace {
 
 constexpr std::string_view kNames[] = {"all_reduce_sum", "all_reduce_max", "all_gather", "barrier"};
-
-std::string values_of(DType t, const std::vector<std::byte>& data) {
-  const std::int64_t count = std::int64_t(data.size()) / size_of(t);
-  std::string text;
-  for (std::int64_t i = 0; i < std::min<std::int64_t>(count, 8); ++i) {
-    text += fmt::format(" {:.6g}", load(t, data.data(), i));
-  }
-  return text + (count > 8 ? " ..." : "");
-}
 
 }  // namespace
 
@@ -48,8 +40,8 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   e.gate.for_others = e.done.point->gate.for_others = true;
   e.gate.what = e.done.point->gate.what = describe(e.header);
   e.ready.point->gate.what = fmt::format("tp_rank {} in {}", tp_rank_, e.gate.what);
-  const std::size_t all_bytes =
-      what == Collective::all_gather ? bytes * std::size_t(s.tp_size_) : bytes;
+  const std::int64_t all_count = what == Collective::all_gather ? count * s.tp_size_ : count;
+  const std::size_t all_bytes = std::size_t(all_count) * std::size_t(size_of(dtype));
   const auto arrive = [&s, &e, rank = tp_rank_] {
     s.ledger_.enter(rank, e.header);
     s.ranks_[std::size_t(rank - s.local_.offset)].entered.emplace(e.header.sequence, &e);
@@ -71,9 +63,10 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
     if (s.trace_) to_host(stream, e.out.data(), out, all_bytes);
   }
   if (s.trace_) {
-    stream.call([&s, &e, rank = tp_rank_] {
+    stream.call([&s, &e, rank = tp_rank_, count, all_count] {
       s.trace_(fmt::format("tp_rank {:2}  {}  in{}  out{}", rank, describe(e.header),
-                           values_of(e.dtype, e.in), values_of(e.dtype, e.out)));
+                           first_values(e.dtype, e.in.data(), count),
+                           first_values(e.dtype, e.out.data(), all_count)));
     });
   }
 }

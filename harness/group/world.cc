@@ -56,7 +56,6 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
   MPI_Comm host = MPI_COMM_NULL;
   CHECK_MPI(
       MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process_, MPI_INFO_NULL, &host));
-  CHECK_MPI(MPI_Comm_size(host, &local_processes_));
   CHECK_MPI(MPI_Comm_rank(host, &local_process_));
   CHECK_MPI(MPI_Comm_free(&host));
 }

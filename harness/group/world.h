@@ -24,9 +24,8 @@ class World {
 
   int processes() const { return processes_; }
   int process() const { return process_; }
-  // Among the processes of this host: which one it is, and how many there are.
+  // Which one it is among the processes of this host.
   int local_process() const { return local_process_; }
-  int local_processes() const { return local_processes_; }
   bool is_root() const { return process_ == 0; }
 
   // What process 0 passes, on all processes. Everybody calls it.
@@ -52,7 +51,6 @@ class World {
  private:
   int processes_ = 1;
   int process_ = 0;
-  int local_processes_ = 1;
   int local_process_ = 0;
   bool mpi_ = false;
   bool starts_and_ends_mpi_ = false;

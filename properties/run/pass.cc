@@ -10,6 +10,7 @@
 #include <set>
 
 #include "harness/base/check.h"
+#include "harness/base/values_text.h"
 #include "harness/group/device_link.h"
 #include "properties/run/image.h"
 
@@ -33,14 +34,10 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
 
 void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, const Image& image) {
   if (!options.trace) return;
-  std::string text;
-  for (std::int64_t j = 0; j < std::min<std::int64_t>(image.local.cols, 8); ++j) {
-    text += fmt::format(" {:.6g}", load(image.local.dtype, image.bytes.data(), j));
-  }
-  options.trace(fmt::format("tp_rank {:2}  {}  {}  {} [{} x {}] row 0:{}{}", tp_rank, stage.name,
+  options.trace(fmt::format("tp_rank {:2}  {}  {}  {} [{} x {}] row 0:{}", tp_rank, stage.name,
                             image.local.use == Use::input ? "in " : "out", image.local.name,
-                            image.local.rows, image.local.cols, text,
-                            image.local.cols > 8 ? " ..." : ""));
+                            image.local.rows, image.local.cols,
+                            first_values(image.local.dtype, image.bytes.data(), image.local.cols)));
 }
 
 // What a rank keeps from stage to stage.

@@ -220,6 +220,16 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
   return verdict;
 }
 
+// A key that is 0, or in `percent` of the cases that are drawn 1.
+Key on_off_key(std::string name, std::string help, int percent) {
+  return {.name = std::move(name),
+          .help = std::move(help),
+          .min = 0,
+          .max = 1,
+          .words = {"0", "1"},
+          .weights = {100 - percent, percent}};
+}
+
 }  // namespace
 
 std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols) {
@@ -253,28 +263,15 @@ Operator make_operator(OperatorSpec spec) {
        .max = 1,
        .words = {"finite", "nan"},
        .weights = {80, 20}});
-  op.keys.push_back({.name = "graph",
-                     .help =
-                         "1: the kernels are recorded over other data, then launched again over "
-                         "these (CUDA graphs)",
-                     .min = 0,
-                     .max = 1,
-                     .words = {"0", "1"},
-                     .weights = {85, 15}});
-  op.keys.push_back({.name = "delays",
-                     .help = "1: seeded delays before kernels, so that a missing event or barrier "
-                             "shows",
-                     .min = 0,
-                     .max = 1,
-                     .words = {"0", "1"},
-                     .weights = {85, 15}});
+  op.keys.push_back(on_off_key("graph",
+                               "1: the kernels are recorded over other data, then launched again "
+                               "over these (CUDA graphs)",
+                               15));
+  op.keys.push_back(on_off_key(
+      "delays", "1: seeded delays before kernels, so that a missing event or barrier shows", 15));
   if (!spec.mutants.empty()) {
-    op.keys.push_back({.name = "discriminate",
-                       .help = "1: mistrust data that could not have shown the known mistakes",
-                       .min = 0,
-                       .max = 1,
-                       .words = {"0", "1"},
-                       .weights = {80, 20}});
+    op.keys.push_back(on_off_key(
+        "discriminate", "1: mistrust data that could not have shown the known mistakes", 20));
   }
   op.run = [spec = std::move(spec)](World& world, const Case& c, const RunOptions& options) {
     const auto start = Clock::now();
