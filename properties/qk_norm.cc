@@ -16,10 +16,26 @@ namespace tp {
 
 namespace {
 
+// Whether the k norm's decisions are others than the right ones at this shape.
+bool decides_differently(const ShardingRules& rules, const ModelShape& model, int tp_size) {
+  const ShardingRules& right = sharding_rules();
+  if (rules.k_norm_shards(model, tp_size) != right.k_norm_shards(model, tp_size)) return true;
+  for (int rank = 0; rank < tp_size; ++rank) {
+    if (rules.k_norm_weight(model, tp_size, rank) != right.k_norm_weight(model, tp_size, rank))
+      return true;
+    if (rules.k_norm_counts(model, tp_size, rank) != right.k_norm_counts(model, tp_size, rank))
+      return true;
+  }
+  return false;
+}
+
 Mutant mutant(std::string id, std::string what, std::string upstream,
               void (*change)(ShardingRules&)) {
   Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
   change(m.rules);
+  m.decides = [rules = m.rules](const Case& c) {
+    return decides_differently(rules, c.model, c.tp_size);
+  };
   return m;
 }
 
@@ -112,7 +128,7 @@ std::optional<std::string> blind_to(const Case& c, double eps, const Profile& pr
   Matrix k(1, all_k.cols);
   std::copy_n(all_k.row(0), k.cols, k.row(0));
   for (const Mutant& m : mutants()) {
-    if (!m.shows(c.model, c.tp_size)) continue;
+    if (!m.shows(c)) continue;
     int counted = 0;
     for (int r = 0; r < c.tp_size; ++r) counted += m.rules.k_norm_counts(c.model, c.tp_size, r);
     // Every rank that counts adds its shard once; all shards are equally often among them.

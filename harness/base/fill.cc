@@ -136,6 +136,15 @@ void fill_typed(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols
   }
 }
 
+template <typename T>
+void fill_by_value(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols, T* out,
+                   std::int64_t out_stride) {
+  for (std::int64_t i = 0; i < rows.size; ++i) {
+    for (std::int64_t j = 0; j < cols.size; ++j)
+      out[i * out_stride + j] = from_float<T>(float(t.value(g, rows.offset + i, cols.offset + j)));
+  }
+}
+
 }  // namespace
 
 void fill_block(const TensorSpec& tensor, const DataRegime& regime, Shard rows, Shard cols,
@@ -147,7 +156,11 @@ void fill_block(const TensorSpec& tensor, const DataRegime& regime, Shard rows, 
   DataRegime g = regime;
   if (tensor.role == Role::weight) g.rotate_rows = 0;
   dispatch(tensor.dtype, [&]<typename T>(T) {
-    fill_typed(tensor, g, rows, cols, static_cast<T*>(out), out_stride);
+    if (tensor.value) {
+      fill_by_value(tensor, g, rows, cols, static_cast<T*>(out), out_stride);
+    } else {
+      fill_typed(tensor, g, rows, cols, static_cast<T*>(out), out_stride);
+    }
   });
 }
 

@@ -5,6 +5,7 @@
 // accident.
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -26,6 +27,15 @@ constexpr std::string_view kFillWords[] = {"exact", "dense", "small_rows",
 
 enum class Role : std::uint8_t { activation, weight };
 
+// How the tensors of one run are filled.
+struct DataRegime {
+  Fill fill = Fill::exact;
+  std::uint64_t seed = 0;
+  double eps = 0;       // the size of small_rows is sqrt(eps)
+  int scale_log2 = 0;   // activations are multiplied by 2^scale_log2 (a law)
+  int rotate_rows = 0;  // row i holds what row (i + rotate_rows) % rows would hold (a law)
+};
+
 // A global tensor: what the model has, before anything is cut.
 struct TensorSpec {
   std::string name;
@@ -34,15 +44,10 @@ struct TensorSpec {
   std::int64_t cols = 1;
   Role role = Role::activation;
   std::int64_t entity_cols = 1;  // columns of one head (or of whatever an index selects)
-};
-
-// How the tensors of one run are filled.
-struct DataRegime {
-  Fill fill = Fill::exact;
-  std::uint64_t seed = 0;
-  double eps = 0;       // the size of small_rows is sqrt(eps)
-  int scale_log2 = 0;   // activations are multiplied by 2^scale_log2 (a law)
-  int rotate_rows = 0;  // row i holds what row (i + rotate_rows) % rows would hold (a law)
+  // Where the elements of a tensor must know of each other or of another tensor (the keys that a
+  // query shall find): the value of one, before it is rounded to dtype. A function of its arguments
+  // only, no libm. Empty: filled by role and regime.
+  std::function<double(const DataRegime&, std::int64_t row, std::int64_t col)> value = {};
 };
 
 // Writes rows x cols of the tensor, row-major with `out_stride` elements a row, in the tensor's

@@ -16,18 +16,6 @@ std::vector<Operator>& registry() {
 
 }  // namespace
 
-bool Mutant::shows(const ModelShape& model, int tp_size) const {
-  const ShardingRules& right = sharding_rules();
-  if (rules.k_norm_shards(model, tp_size) != right.k_norm_shards(model, tp_size)) return true;
-  for (int rank = 0; rank < tp_size; ++rank) {
-    if (rules.k_norm_weight(model, tp_size, rank) != right.k_norm_weight(model, tp_size, rank))
-      return true;
-    if (rules.k_norm_counts(model, tp_size, rank) != right.k_norm_counts(model, tp_size, rank))
-      return true;
-  }
-  return false;
-}
-
 const Key* Operator::key(std::string_view wanted) const {
   for (const Key& k : keys) {
     if (k.name == wanted) return &k;

@@ -15,7 +15,8 @@
 
 namespace tp {
 
-class World;  // the processes of this job (harness/group/world.h)
+struct Model;  // harness/base/models.h
+class World;   // the processes of this job (harness/group/world.h)
 
 // An operator with one upstream mistake put back. Its id is <bug-zoo id>:<variant>.
 struct Mutant {
@@ -23,9 +24,11 @@ struct Mutant {
   std::string what;      // the mistake, in one sentence
   std::string upstream;  // repository#number
   ShardingRules rules;
+  // Whether the mistake decides anything differently from the right rules in this case; empty: it
+  // does in every case.
+  std::function<bool(const Case&)> decides = {};
 
-  // Whether the mistake decides anything differently from the right rules at this shape.
-  bool shows(const ModelShape& model, int tp_size) const;
+  bool shows(const Case& c) const { return !decides || decides(c); }
 };
 
 struct Law {
@@ -53,6 +56,11 @@ struct Operator {
   // Why a case whose keys are all in range is illegal (an impossible shape); nothing if it is
   // legal.
   std::function<std::optional<std::string>(const Case&)> refuse;
+  // Multiply-adds of the reference, so that what is drawn takes milliseconds; empty: the elements
+  // of the widest tensor say enough.
+  std::function<double(const Case&)> work = {};
+  // Takes the keys that a model's config decides, beyond the shape; empty: there are none.
+  std::function<void(Case&, const Model&)> adopt = {};
   // Runs a legal case on all processes of the world and returns the same verdict on each of them.
   std::function<Verdict(World&, const Case&, const RunOptions&)> run;
 

@@ -115,6 +115,7 @@ void set_model(Case& c, const Model& model) {
       if (key.name == name && key.get_field) key.set(c, key.get(source));
     }
   }
+  if (find_operator(c.op).adopt) find_operator(c.op).adopt(c, model);
 }
 
 EachPair each_pair(const Domain& domain) {

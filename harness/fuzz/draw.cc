@@ -18,6 +18,8 @@ constexpr int kMaxHeads = 128;
 // Of the widest tensor on all ranks together; tokens give way. A night of many small cases finds
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
 constexpr std::int64_t kMaxElements = 1 << 19;
+// Of Operator::work: some milliseconds of the reference.
+constexpr double kMaxWork = 1 << 22;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -111,10 +113,10 @@ HeadTriple draw_heads(Dice& dice, Relation relation, int tp) {
   return {unit * int(dice.log_uniform(1, std::max(1, kMaxHeads / unit))), kv, tp};
 }
 
-int draw_head_dim(Dice& dice) {
+std::int64_t draw_head_dim(Dice& dice, const Key& key) {
   static const std::vector<int> powers = {8, 16, 32, 64, 128, 256};
   static const std::vector<int> odd = {1, 2, 3, 5, 12, 24, 40, 72, 80, 96, 112, 160, 192};
-  return dice.one_of(dice.unit() < 0.6 ? powers : odd);
+  return std::clamp<std::int64_t>(dice.one_of(dice.unit() < 0.6 ? powers : odd), key.min, key.max);
 }
 
 // Whether this law compares the case with itself.
@@ -148,7 +150,7 @@ std::int64_t elements_of_token(const Operator& op, const Case& c) {
 bool is_model_key(const Key& key) {
   static const Case none;
   Case touched;
-  if (!key.set_field) return false;
+  if (!key.set_field) return key.of_model;
   key.set(touched, key.max);
   return touched.model != none.model;
 }
@@ -175,12 +177,27 @@ void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const 
   for (const Key& key : op.keys) {
     if (!is_model_key(key)) continue;
     if (key.name == "head_dim") {
-      key.set(c, draw_head_dim(dice));
+      key.set(c, draw_head_dim(dice, key));
     } else if (key.name == "hidden_size") {
       key.set(c, dice.unit() < 0.5 ? 64 * dice.log_uniform(1, 128) : dice.log_uniform(1, 8192));
     } else if (key.name == "v_head_dim") {
-      key.set(c, dice.unit() < 0.8 ? 0 : draw_head_dim(dice));
+      key.set(c, dice.unit() < 0.8 ? 0 : draw_head_dim(dice, key));
+    } else if (key.of_model) {
+      key.set(c, draw_value(dice, key, c));
     }
+  }
+}
+
+// Halves the largest of the sizes until the case is light enough, or nothing is left to halve.
+void make_lighter(const Operator& op, Case& c) {
+  while (op.work && op.work(c) > kMaxWork) {
+    const Key* largest = nullptr;
+    for (const Key& key : op.keys) {
+      if (!key.is_size && key.name != "num_tokens") continue;
+      if (key.get(c) > key.min && (!largest || key.get(c) > largest->get(c))) largest = &key;
+    }
+    if (largest == nullptr) return;
+    largest->set(c, std::max(largest->min, largest->get(c) / 2));
   }
 }
 
@@ -195,6 +212,7 @@ Case draw_rest(Dice& dice, Case c) {
     }
     key.set(c, draw_value(dice, limited, c));
   }
+  make_lighter(op, c);
   // An option that this shape does not allow (a law about heads where there is one) gives way to
   // its default: the shape was drawn with care, and stays.
   for (const Key& key : op.keys) {

@@ -17,7 +17,7 @@ std::string look_alikes(Runner& runner, const Finding& finding, const MakeReques
   if (finding.verdict.digest == 0) return "";
   std::vector<std::string> alike;
   for (const Mutant& mutant : find_operator(finding.smallest.op).mutants) {
-    if (!mutant.shows(finding.smallest.model, finding.smallest.tp_size)) continue;
+    if (!mutant.shows(finding.smallest)) continue;
     Request r = request(finding.smallest);
     r.mutant = mutant.id;
     if (runner.run(r).verdict.digest == finding.verdict.digest) {

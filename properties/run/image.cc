@@ -12,8 +12,10 @@ namespace {
 template <typename F>
 void for_each_piece(const LocalBuffer& local, F f) {
   const std::int64_t width = size_of(local.dtype);
+  if (!local.content.empty()) f(std::size_t{0}, local.content.size());
   for (const Piece& piece : local.pieces) {
-    for (std::int64_t i = 0; i < local.rows; ++i)
+    const std::int64_t rows = piece.rows ? piece.rows->size : local.rows;
+    for (std::int64_t i = piece.at_row; i < piece.at_row + rows; ++i)
       f(std::size_t((i * local.cols + piece.at) * width), std::size_t(piece.cols.size * width));
   }
 }
@@ -28,6 +30,7 @@ Image blank_image(const LocalBuffer& local, std::optional<Poison> poison) {
   Image image{local,
               std::vector<std::byte>(buffer_bytes(local), std::byte(poison.value_or(Poison::nan))),
               std::vector<bool>(std::size_t(local.cols))};
+  if (!local.content.empty()) image.bytes = local.content;
   for (const Piece& p : local.pieces) {
     for (std::int64_t j = 0; j < p.cols.size; ++j) image.owned[std::size_t(p.at + j)] = true;
   }
@@ -36,8 +39,9 @@ Image blank_image(const LocalBuffer& local, std::optional<Poison> poison) {
 
 void place(const std::vector<std::byte>& data, Image& image, const Piece& piece) {
   const std::int64_t width = size_of(image.local.dtype), row_bytes = piece.cols.size * width;
-  for (std::int64_t i = 0; i < image.local.rows; ++i) {
-    std::memcpy(image.bytes.data() + (i * image.local.cols + piece.at) * width,
+  const std::int64_t rows = piece.rows ? piece.rows->size : image.local.rows;
+  for (std::int64_t i = 0; i < rows; ++i) {
+    std::memcpy(image.bytes.data() + ((piece.at_row + i) * image.local.cols + piece.at) * width,
                 data.data() + i * row_bytes, std::size_t(row_bytes));
   }
 }

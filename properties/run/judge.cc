@@ -99,8 +99,9 @@ class StageInputs : public WholeInputs {
     const TensorSpec& t = tensor_of(stage_, name);
     const auto earlier = produced_.find(name);
     return matrices_
-        .emplace(name, matrix_of(t, earlier == produced_.end() ? data_.columns(t, {0, t.cols})
-                                                               : earlier->second.bytes()))
+        .emplace(name,
+                 matrix_of(t, earlier == produced_.end() ? data_.block(t, {0, t.rows}, {0, t.cols})
+                                                         : earlier->second.bytes()))
         .first->second;
   }
 

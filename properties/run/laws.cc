@@ -36,24 +36,32 @@ LawRun law_tokens() {
           }};
 }
 
-std::optional<std::string> broken_law(const LawRun& law, const Variation& variation,
+std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Variation& variation,
                                       const Judgement& original, const Judgement& varied) {
   // A varied run that is wrong by itself breaks the law in the plainest way.
   if (varied.finding) return fmt::format("law {}: {}", law.law.name, varied.finding->detail);
-  for (std::size_t o = 0; o < original.outputs.size(); ++o) {
-    if (!law.always_bitwise && !(original.exact[o] && varied.exact[o])) continue;
-    const TensorSpec& t = original.outputs[o].tensor;
-    const std::size_t row_bytes = std::size_t(t.cols * size_of(t.dtype));
+  for (std::size_t o = 0; o < varied.outputs.size(); ++o) {
+    const TensorSpec& t = varied.outputs[o].tensor;
+    const auto same = std::find_if(original.outputs.begin(), original.outputs.end(),
+                                   [&](const Gathered& g) { return g.tensor.name == t.name; });
+    if (same == original.outputs.end()) continue;
+    if (!law.always_bitwise &&
+        !(original.exact[std::size_t(same - original.outputs.begin())] && varied.exact[o]))
+      continue;
+    const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
-      const std::int64_t twin = (i + variation.rotate_rows) % t.rows;
-      const std::byte* a = original.outputs[o].bytes.data() + std::size_t(twin) * row_bytes;
-      const std::byte* b = varied.outputs[o].bytes.data() + std::size_t(i) * row_bytes;
-      if (std::memcmp(a, b, row_bytes) == 0) continue;
-      for (std::int64_t j = 0;; ++j) {
-        const std::int64_t width = size_of(t.dtype);
-        if (std::memcmp(a + j * width, b + j * width, std::size_t(width)) == 0) continue;
+      for (std::int64_t j = 0; j < t.cols; ++j) {
+        std::optional<Place> twin = Place{(i + variation.rotate_rows) % t.rows, j};
+        if (law.twin) twin = law.twin(c, variation, t, i, j);
+        if (!twin) continue;
+        const std::int64_t at = twin->row * same->tensor.cols + twin->col, here = i * t.cols + j;
+        if (std::memcmp(same->bytes.data() + at * width,
+                        varied.outputs[o].bytes.data() + here * width, std::size_t(width)) == 0)
+          continue;
         return fmt::format("law {}: {}[{}, {}] is {:.9g} in the varied run, {:.9g} in the original",
-                           law.law.name, t.name, twin, j, load(t.dtype, b, j), load(t.dtype, a, j));
+                           law.law.name, t.name, twin->row, twin->col,
+                           load(t.dtype, varied.outputs[o].bytes.data(), here),
+                           load(t.dtype, same->bytes.data(), at));
       }
     }
   }

@@ -10,7 +10,7 @@
 namespace tp {
 
 // How the outputs of the varied run break the law; nothing if they keep it.
-std::optional<std::string> broken_law(const LawRun& law, const Variation& variation,
+std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Variation& variation,
                                       const Judgement& original, const Judgement& varied);
 
 }  // namespace tp

@@ -27,9 +27,21 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
                             piece.cols.end(), tensor.name, tensor.cols),
                 tp_rank};
   }
-  TP_CHECK(tensor.rows == local.rows && tensor.dtype == local.dtype &&
-               piece.at + piece.cols.size <= local.cols,
-           "piece does not fit buffer " + local.name);
+  if (piece.rows && (piece.rows->offset < 0 || piece.rows->end() > tensor.rows)) {
+    throw Fault{Outcome::OutOfBounds,
+                fmt::format("takes rows {} .. {} of {}, which has {}", piece.rows->offset,
+                            piece.rows->end(), tensor.name, tensor.rows),
+                tp_rank};
+  }
+  TP_CHECK(!piece.rows || local.use == Use::input, "only inputs have pieces of some rows");
+  TP_CHECK(
+      (piece.rows ? piece.at_row + piece.rows->size <= local.rows : tensor.rows == local.rows) &&
+          tensor.dtype == local.dtype && piece.at + piece.cols.size <= local.cols,
+      "piece does not fit buffer " + local.name);
+}
+
+Shard rows_of(const Stage& stage, const Piece& piece) {
+  return piece.rows.value_or(Shard{0, tensor_of(stage, piece.tensor).rows});
 }
 
 void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, const Image& image) {
@@ -83,7 +95,8 @@ std::vector<Image> load_stage(const Stage& stage, Stream& stream, int tp_rank,
       for (const Piece& piece : local.pieces) {
         // What a kernel produced is read where it lies, not from a copy the harness makes.
         TP_CHECK(!memory.produced.contains(piece.tensor), "another buffer has " + piece.tensor);
-        place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
+        place(data.block(tensor_of(stage, piece.tensor), rows_of(stage, piece), piece.cols), image,
+              piece);
       }
     }
     memory.buffers.emplace(local.name, Resident{local, new_buffer(stream, local, image.bytes.size(),
@@ -116,7 +129,8 @@ std::vector<Image> decoys(const Stage& stage, std::vector<Image> images, InputDa
   for (Image& image : images) {
     if (image.local.use != Use::input || !is_new(memory, image.local)) continue;
     for (const Piece& piece : image.local.pieces)
-      place(data.columns(tensor_of(stage, piece.tensor), piece.cols), image, piece);
+      place(data.block(tensor_of(stage, piece.tensor), rows_of(stage, piece), piece.cols), image,
+            piece);
   }
   return images;
 }
@@ -197,12 +211,13 @@ const TensorSpec& tensor_of(const Stage& stage, const std::string& name) {
   die(__FILE__, __LINE__, "stage " + stage.name + " has no tensor " + name);
 }
 
-const std::vector<std::byte>& InputData::columns(const TensorSpec& tensor, Shard cols) {
-  const auto [it, is_new] = made_.try_emplace({tensor.name, cols.offset, cols.size});
-  const std::size_t bytes = std::size_t(tensor.rows * cols.size * size_of(tensor.dtype));
+const std::vector<std::byte>& InputData::block(const TensorSpec& tensor, Shard rows, Shard cols) {
+  const auto [it, is_new] =
+      made_.try_emplace({tensor.name, rows.offset, rows.size, cols.offset, cols.size});
+  const std::size_t bytes = std::size_t(rows.size * cols.size * size_of(tensor.dtype));
   if (is_new) {
     it->second.resize(bytes);
-    fill_block(tensor, regime_, {0, tensor.rows}, cols, it->second.data(), cols.size);
+    fill_block(tensor, regime_, rows, cols, it->second.data(), cols.size);
   }
   TP_CHECK(it->second.size() == bytes, "two tensors are called " + tensor.name);
   return it->second;

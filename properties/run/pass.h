@@ -42,18 +42,19 @@ struct PassResult {
                                     // exchange, or the device is lost
 };
 
-// The filled input tensors of a case. Each block of columns is made once, for all passes and all
+// The filled input tensors of a case. Each block is made once, for all passes and all
 // ranks of this process that ask for the very same one.
 class InputData {
  public:
   explicit InputData(const DataRegime& regime) : regime_(regime) {}
-  // All rows of these columns, dense.
-  const std::vector<std::byte>& columns(const TensorSpec& tensor, Shard cols);
+  // These rows and columns, dense.
+  const std::vector<std::byte>& block(const TensorSpec& tensor, Shard rows, Shard cols);
   const DataRegime& regime() const { return regime_; }
 
  private:
   DataRegime regime_;
-  std::map<std::tuple<std::string, std::int64_t, std::int64_t>, std::vector<std::byte>> made_;
+  using Block = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+  std::map<Block, std::vector<std::byte>> made_;
 };
 
 // Every process of the world calls it; those without a rank of this case return at once.

@@ -207,7 +207,7 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
     if (!world.is_root()) return verdict;
     if (other.fault) return verdict_of(*other.fault);
-    if (auto broken = broken_law(law, variation, *judgement,
+    if (auto broken = broken_law(law, c, variation, *judgement,
                                  judge(varied, other.stages, other.data, other.outputs, false))) {
       verdict.outcome = Outcome::LawBroken;
       verdict.detail = *broken;
@@ -244,7 +244,9 @@ Operator make_operator(OperatorSpec spec) {
               .what = spec.what,
               .keys = spec.keys,
               .mutants = spec.mutants,
-              .refuse = spec.refuse};
+              .refuse = spec.refuse,
+              .work = spec.work,
+              .adopt = spec.adopt};
   Key law{.name = "law",
           .help = "a metamorphic law that is checked, too",
           .words = {"none"},

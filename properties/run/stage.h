@@ -4,7 +4,9 @@
 // and what the reference makes of the same inputs. Everything else (data, poison, guards,
 // gathering, judging) is common to all operators and lives beside this file.
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <map>
 #include <optional>
@@ -26,11 +28,14 @@ namespace tp {
 
 enum class Use : std::uint8_t { input, output, workspace };
 
-// Columns `cols` of every row of a global tensor, found from column `at` on in a rank's buffer.
+// Columns `cols` of a global tensor, found from column `at` on in a rank's buffer: of all rows, or
+// of `rows` only, found from row `at_row` on (inputs: a column-parallel weight's rows).
 struct Piece {
   std::string tensor;
   Shard cols;
   std::int64_t at = 0;
+  std::optional<Shard> rows = std::nullopt;
+  std::int64_t at_row = 0;
 };
 
 // A matrix in a rank's device memory. Columns that no piece covers are padding: poisoned, and
@@ -42,7 +47,21 @@ struct LocalBuffer {
   std::int64_t rows = 1;
   std::int64_t cols = 1;
   std::vector<Piece> pieces = {};
+  // Of an input that is no part of a global tensor: page tables, lengths. Exactly rows x cols
+  // elements of dtype, or as many 32-bit integers where dtype is f32.
+  std::vector<std::byte> content = {};
 };
+
+// A rank's own 32-bit integers (or floats) as an input; at least one, since buffers are not empty.
+template <typename T>
+LocalBuffer local_values(std::string name, const std::vector<T>& values) {
+  static_assert(sizeof(T) == 4);
+  TP_CHECK(!values.empty(), "an empty buffer: " + name);
+  LocalBuffer buffer{.name = std::move(name), .cols = std::int64_t(values.size())};
+  buffer.content.resize(values.size() * sizeof(T));
+  std::memcpy(buffer.content.data(), values.data(), buffer.content.size());
+  return buffer;
+}
 
 struct Resident {
   LocalBuffer local;
@@ -64,6 +83,10 @@ class RankRun {
     const auto& [local, buffer] = buffers_.at(name);
     TP_CHECK(local.dtype == dtype_of<T>::value, "view of another type: " + name);
     return buffer.as<T>(local.rows, local.cols);
+  }
+  // What local_values() put there.
+  const std::int32_t* integers(const std::string& name) const {
+    return buffers_.at(name).buffer.as<const std::int32_t>();
   }
 
  private:
@@ -104,15 +127,29 @@ struct Stage {
 struct Variation {
   int scale_log2 = 0;   // activations times 2^k, and eps times 4^k
   int rotate_rows = 0;  // tokens in another order
+  // A law that only the operator itself understands, and what it needs to know.
+  std::string law = {};
+  std::int64_t argument = 0;
+};
+
+// Where in the original run's output an element of the varied run lies.
+struct Place {
+  std::int64_t row = 0;
+  std::int64_t col = 0;
 };
 
 // A metamorphic law, as the engine runs it: another case, or other data, and what must come out.
 struct LawRun {
   Law law;
   std::function<std::pair<Case, Variation>(const Case&)> vary;
-  // Bit-equal outputs (rotated as the tokens were) for all data; otherwise for exact data only, and
-  // within the varied case's own budget else.
+  // Bit-equal outputs for all data; otherwise for exact data only, and within the varied case's own
+  // budget else.
   bool always_bitwise = true;
+  // The twin of an element of the varied run's output `tensor`; nothing: it has none. Empty: rows
+  // rotated as the tokens were. Outputs that only one of the runs has are not compared.
+  std::function<std::optional<Place>(const Case&, const Variation&, const TensorSpec& tensor,
+                                     std::int64_t row, std::int64_t col)>
+      twin = {};
 };
 
 struct OperatorSpec {
@@ -123,6 +160,8 @@ struct OperatorSpec {
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
+  std::function<double(const Case&)> work = {};         // see Operator
+  std::function<void(Case&, const Model&)> adopt = {};  // see Operator
   std::function<DataRegime(const Case&, const Variation&)> regime;
   std::function<std::vector<Stage>(const Case&, const ShardingRules&, const Variation&)> stages;
 };
