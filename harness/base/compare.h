@@ -26,6 +26,19 @@ struct Profile {
 // g(d) = d u / (1 - d u): the relative error of a chain of d roundings to nearest in fp32 (Higham).
 double chain_error(std::int64_t depth);
 
+// How a kernel adds products up: in a chain of `depth` fp32 roundings to nearest, or in `depth` matrix
+// steps (tensor cores). A step aligns 16 products and the accumulator to the largest of them and
+// truncates there and in the sum (numerics.md section 3, measured on H100 with mma.sync).
+struct Accumulation {
+  std::int64_t depth = 0;  // what the first product passes
+  bool matrix_steps = false;
+
+  // Largest error of the sum, relative to the sum of the products' magnitudes.
+  double error() const {
+    return matrix_steps ? double(depth) * (17 * 0x1p-25 + 0x1p-23) : chain_error(depth);
+  }
+};
+
 // Value and radius of every element of a matrix, row-major.
 struct Budget {
   std::int64_t rows = 0;
