@@ -3,6 +3,7 @@
 // operator with one decision replaced by an upstream mistake, and production code has no `if` for
 // it.
 
+#include "harness/base/attention_rules.h"
 #include "harness/base/shape.h"
 
 namespace tp {
@@ -17,6 +18,8 @@ struct ShardingRules {
 
   // Whether this rank's sum of squares of k enters the all-reduce.
   bool (*k_norm_counts)(const ModelShape& model, int tp_size, int tp_rank);
+
+  AttentionRules attention = {};
 };
 
 // The right decisions (vLLM RMSNormTP and SGLang's after sgl-project/sglang#20967).

@@ -1,0 +1,262 @@
+#include <algorithm>
+#include <cmath>
+
+#include "harness/device/require.h"
+#include "kernels/attention.h"
+#include "kernels/attention_matrix.cuh"
+#include "kernels/attention_plain.cuh"
+
+namespace tp {
+
+namespace {
+
+constexpr int kMaxWarps = 4;
+
+std::int64_t largest(const std::vector<std::int32_t>& values) {
+  return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
+}
+
+// Keys that one query can see at most.
+std::int64_t most_visible(std::int64_t kv_len, const AttentionSettings& s) {
+  if (!s.window) return kv_len;
+  return std::min(kv_len, s.causal ? *s.window : 2 * *s.window - 1);
+}
+
+// Keys of a tile. Wide heads take shorter ones, since a tile's rows fill shared memory.
+int tile_of(DType dtype, const ModelShape& model, std::int64_t visible) {
+  if (dtype == DType::f32) return kPlainTile;
+  const int most = std::max(model.head_dim, model.value_head_dim()) > 128 ? 32 : 64;
+  return visible <= 16 ? 16 : visible <= 32 ? 32 : most;
+}
+
+template <typename T>
+bool whole_vectors(const View<const T>& x, std::int64_t head_cols) {
+  constexpr std::int64_t kVector = 16 / sizeof(T);
+  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.row_stride % kVector == 0 &&
+         head_cols % kVector == 0;
+}
+
+template <typename A, typename B>
+bool overlap(const View<A>& a, const View<B>& b) {
+  const auto end = [](const auto& x) {
+    return reinterpret_cast<const char*>(x.data + (x.rows - 1) * x.row_stride + x.cols);
+  };
+  return a.rows > 0 && b.rows > 0 && reinterpret_cast<const char*>(a.data) < end(b) &&
+         reinterpret_cast<const char*>(b.data) < end(a);
+}
+
+// What the kernels would read beyond.
+void check_batch(const AttentionBatch& b, std::int64_t tokens, std::int64_t rows) {
+  const char* op = "attention";
+  const std::int64_t n = b.sequences();
+  require(n >= 1 && std::int64_t(b.query_start.size()) == n + 1, op,
+          "{} lengths of keys, but {} borders between the queries of sequences",
+          {n, std::int64_t(b.query_start.size())});
+  require(b.query_start.front() == 0 && b.query_start.back() == tokens, op,
+          "the sequences' queries are rows {} .. {}, q has {}",
+          {b.query_start.front(), b.query_start.back(), tokens});
+  require(b.page_size >= 0 && b.page_size <= 64, op, "a page of {} keys is not 1 to 64",
+          {b.page_size});
+  require(b.pages_per_sequence >= 1 && std::int64_t(b.table.size()) == n * b.pages_per_sequence, op,
+          "the page table has {} entries, {} sequences of {} pages need {}",
+          {std::int64_t(b.table.size()), n, b.pages_per_sequence, n * b.pages_per_sequence});
+  for (std::int64_t s = 0; s < n; ++s) {
+    const std::int64_t length = b.kv_len[std::size_t(s)],
+                       queries = b.query_start[std::size_t(s + 1)] - b.query_start[std::size_t(s)];
+    require(queries >= 0 && length >= 0, op, "sequence {} has {} queries and {} keys",
+            {s, queries, length});
+    const std::int32_t* entries = b.table.data() + s * b.pages_per_sequence;
+    if (b.page_size == 0) {
+      require(entries[0] >= 0 && entries[0] + length <= rows, op,
+              "sequence {} has keys in rows {} .. {}, k and v have {}",
+              {s, entries[0], entries[0] + length, rows});
+      continue;
+    }
+    require(length <= b.pages_per_sequence * b.page_size, op,
+            "sequence {} has {} keys, its {} pages of {} hold {}",
+            {s, length, b.pages_per_sequence, b.page_size, b.pages_per_sequence * b.page_size});
+    for (std::int64_t i = 0; i * b.page_size < length; ++i) {
+      require(entries[i] >= 0 && (entries[i] + 1) * b.page_size <= rows, op,
+              "page {} of sequence {} is page {} of a pool of {}",
+              {i, s, entries[i], rows / b.page_size});
+    }
+  }
+}
+
+template <typename T>
+void check_tensors(const AttentionTensors<T>& t, const ModelShape& model, HeadCounts counts,
+                   std::int64_t kv_heads_needed) {
+  const char* op = "attention";
+  const std::int64_t dim = model.head_dim, v_dim = model.value_head_dim();
+  require(dim >= 1 && dim <= kMaxAttentionHeadDim && v_dim >= 1 && v_dim <= kMaxAttentionHeadDim,
+          op, "heads of {} and value heads of {} columns are not 1 to {}",
+          {dim, v_dim, kMaxAttentionHeadDim});
+  require(t.q.cols == counts.heads * dim, op, "q has {} columns, {} heads of {} need {}",
+          {t.q.cols, counts.heads, dim, counts.heads * dim});
+  require(t.k.cols >= kv_heads_needed * dim && t.v.cols >= kv_heads_needed * v_dim, op,
+          "k and v have {} and {} columns, {} KV heads of {} and {} are read",
+          {t.k.cols, t.v.cols, kv_heads_needed, dim, v_dim});
+  require(t.k.rows == t.v.rows, op, "k has {} rows, v has {}", {t.k.rows, t.v.rows});
+  require(t.out.rows == t.q.rows && t.out.cols == counts.heads * v_dim, op,
+          "the output is {} x {}, not {} x {}",
+          {t.out.rows, t.out.cols, t.q.rows, counts.heads * v_dim});
+  require(t.lse.rows == t.q.rows && t.lse.cols == counts.heads, op,
+          "the log-sum-exp is {} x {}, not {} x {}",
+          {t.lse.rows, t.lse.cols, t.q.rows, counts.heads});
+  require(t.q.row_stride >= t.q.cols && t.k.row_stride >= t.k.cols && t.v.row_stride >= t.v.cols &&
+              t.out.row_stride >= t.out.cols && t.lse.row_stride >= t.lse.cols,
+          op,
+          "rows of q, k, v, the output and the log-sum-exp are {}, {}, {}, {} and {} apart, "
+          "less than they are wide",
+          {t.q.row_stride, t.k.row_stride, t.v.row_stride, t.out.row_stride, t.lse.row_stride});
+  require(!overlap(t.out, t.q) && !overlap(t.out, t.k) && !overlap(t.out, t.v), op,
+          "the output overlaps q, k or v ({} rows)", {t.out.rows});
+}
+
+template <typename T, int kMaxTile, int kMaxDim>
+void launch_matrix(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
+  launch("attention", attention_matrix_kernel<T, kMaxTile, kMaxDim>, grid,
+         dim3(unsigned(32 * warps)),
+         std::size_t(matrix_shared_bytes(a.dim, a.v_dim, warps, a.tile)), stream, a);
+}
+
+}  // namespace
+
+std::int64_t AttentionBatch::max_queries() const {
+  std::int64_t most = 0;
+  for (std::size_t s = 0; s + 1 < query_start.size(); ++s)
+    most = std::max<std::int64_t>(most, query_start[s + 1] - query_start[s]);
+  return most;
+}
+std::int64_t AttentionBatch::max_kv_len() const { return largest(kv_len); }
+
+std::int64_t attention_workspace(std::int64_t tokens, const ModelShape& model, int tp_size,
+                                 std::int64_t splits) {
+  if (splits == 1) return 1;
+  const std::int64_t heads = partition(model, tp_size, 0).heads.size;
+  return splits * tokens * heads * (model.value_head_dim() + 1);
+}
+
+AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::int64_t max_visible,
+                                   std::int64_t splits) {
+  const int tile = tile_of(dtype, model, max_visible);
+  const bool matrix = dtype != DType::f32;
+  // A row's keys can begin and end within a tile, whose other keys take part with weight 0.
+  const std::int64_t keys = (max_visible + tile - 1) / tile * tile + tile;
+  return {
+      .qk = {.depth = matrix ? (model.head_dim + 15) / 16 : model.head_dim, .matrix_steps = matrix},
+      .pv = {.depth = matrix ? keys / 16 : keys, .matrix_steps = matrix},
+      .p = dtype,
+      .kv_tile = tile,
+      .splits = int(splits)};
+}
+
+template <typename T>
+void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
+               const AttentionSettings& s, const ModelShape& model, const ShardingRules& rules,
+               int tp_size, int tp_rank, Stream& stream) {
+  const AttentionRules& r = rules.attention;
+  const char* op = "attention";
+  const HeadCounts counts = r.heads(model, tp_size);
+  const KvHeadMap map = r.kv_heads(model, tp_size, tp_rank, s.whole_cache);
+  require(map.group >= 1 && counts.heads % map.group == 0, op,
+          "{} query heads do not share KV heads in groups of {}", {counts.heads, map.group});
+  const std::int64_t kv_heads = counts.heads / map.group;
+  check_tensors(t, model, counts, map.first + kv_heads);
+  check_batch(batch, t.q.rows, t.k.rows);
+  require(!s.window || *s.window >= 1, op, "a window of {} keys is below 1",
+          {s.window.value_or(0)});
+  require(s.splits >= 1 && kv_heads * s.splits <= 65535 && batch.sequences() <= 65535, op,
+          "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
+
+  const std::int64_t max_keys = batch.max_kv_len(), max_queries = batch.max_queries();
+  const std::int64_t visible = most_visible(max_keys, s);
+  constexpr DType kType = dtype_of<T>::value;
+  const int tile = tile_of(kType, model, visible);
+  const std::int64_t pack = max_queries * map.group, warp_rows = kType == DType::f32 ? 1 : 16;
+  const int warps = int(std::clamp<std::int64_t>((pack + warp_rows - 1) / warp_rows, 1, kMaxWarps));
+  const std::int64_t rows = warps * warp_rows;
+  // The rows of a block see `visible` keys each, from as many different positions as they have
+  // queries.
+  const std::int64_t spread = std::min(max_queries, (rows + map.group - 1) / map.group + 1);
+  const std::int64_t tiles = r.tiles_of(std::min(max_keys, visible + spread), tile);
+  const bool decode = max_queries <= 1;
+
+  AttentionLaunch<T> a{
+      .q = t.q,
+      .k = t.k,
+      .v = t.v,
+      .sinks = t.sinks,
+      .slopes = t.slopes,
+      .out = t.out,
+      .lse = t.lse,
+      .parts = t.workspace,
+      .query_start = batch.device.query_start,
+      .kv_len = batch.device.kv_len,
+      .table = batch.device.table,
+      .table_stride = r.table_stride(
+          batch.pages_per_sequence,
+          batch.page_size == 0
+              ? 1
+              : std::max<std::int64_t>(1, (max_keys + batch.page_size - 1) / batch.page_size)),
+      .page_size = std::int32_t(batch.page_size),
+      .offset_bits = r.offset_bits,
+      .dim = model.head_dim,
+      .v_dim = model.value_head_dim(),
+      .v_head_stride = int(r.v_head_stride(model)),
+      .heads = int(counts.heads),
+      .group = int(map.group),
+      .first_kv_head = int(map.first),
+      .tile = tile,
+      .rows_of_block = int(rows),
+      .splits = int(s.splits),
+      .tiles_of_split = int(r.tiles_of_split(tiles, s.splits)),
+      .causal = s.causal,
+      .vectors = whole_vectors(t.q, model.head_dim) && whole_vectors(t.k, model.head_dim) &&
+                 whole_vectors(t.v, model.value_head_dim()),
+      .causal_ahead = int(r.causal_ahead),
+      .window_left = s.window ? int(r.window_left(*s.window, decode)) : -1,
+      .window_right = s.window && !s.causal ? int(*s.window - 1) : -1,
+      .scale = float(s.scale),
+      .softcap = float(s.softcap),
+      .hidden_logit = r.hidden_logit,
+      .empty_maximum = r.empty_maximum,
+      .lse_unit = r.lse_unit};
+  // The strides that the views are taken to have.
+  a.q.row_stride = r.row_stride(t.q.row_stride, t.q.cols);
+  a.k.row_stride = r.row_stride(t.k.row_stride, t.k.cols);
+  a.v.row_stride = r.row_stride(t.v.row_stride, t.v.cols);
+  a.vectors = a.vectors && whole_vectors(a.q, model.head_dim) &&
+              whole_vectors(a.k, model.head_dim) && whole_vectors(a.v, model.value_head_dim()) &&
+              r.v_head_stride(model) % 8 == 0;
+
+  const dim3 grid(unsigned(std::max<std::int64_t>(1, (pack + rows - 1) / rows)),
+                  unsigned(kv_heads * s.splits), unsigned(batch.sequences()));
+  if constexpr (kType == DType::f32) {
+    launch("attention", attention_plain_kernel<T>, grid, dim3(unsigned(32 * warps)),
+           std::size_t(plain_shared_floats(a.dim, a.v_dim, warps)) * sizeof(float), stream, a);
+  } else if (a.v_dim > 128) {
+    launch_matrix<T, 32, 256>(a, grid, warps, stream);
+  } else if (a.v_dim > 64) {
+    launch_matrix<T, 64, 128>(a, grid, warps, stream);
+  } else {
+    launch_matrix<T, 64, 64>(a, grid, warps, stream);
+  }
+  if (s.splits == 1) return;
+  constexpr int kMergeWarps = 4;
+  launch("attention.merge", merge_kernel<T>,
+         dim3(unsigned((t.q.rows * counts.heads + kMergeWarps - 1) / kMergeWarps)),
+         dim3(32 * kMergeWarps), 0, stream, a);
+}
+
+template void attention(const AttentionTensors<float>&, const AttentionBatch&,
+                        const AttentionSettings&, const ModelShape&, const ShardingRules&, int, int,
+                        Stream&);
+template void attention(const AttentionTensors<f16>&, const AttentionBatch&,
+                        const AttentionSettings&, const ModelShape&, const ShardingRules&, int, int,
+                        Stream&);
+template void attention(const AttentionTensors<bf16>&, const AttentionBatch&,
+                        const AttentionSettings&, const ModelShape&, const ShardingRules&, int, int,
+                        Stream&);
+
+}  // namespace tp

@@ -1,0 +1,193 @@
+#pragma once
+// What both attention kernels share: their arguments, which keys a query sees, where a key lies,
+// what becomes of a logit, and how a row is finished.
+
+#include <cstdint>
+
+#include "harness/device/device.h"
+#include "kernels/attention.h"
+
+namespace tp {
+
+// One launch as the kernels see it. A KV head's queries are packed: row r of the pack is query
+// r / group of the sequence and head r % group of the KV head's, so that a key is loaded once for
+// all of them, in prefill and in decode.
+template <typename T>
+struct AttentionLaunch {
+  View<const T> q, k, v;
+  const float* sinks;
+  const float* slopes;
+  View<T> out;
+  View<float> lse;
+  float* parts;  // of all splits: out [split][token][head][v_dim], then lse [split][token][head]
+
+  const std::int32_t* query_start;
+  const std::int32_t* kv_len;
+  const std::int32_t* table;
+  std::int64_t table_stride;
+  std::int32_t page_size;  // 0: consecutive rows
+  int offset_bits;
+
+  int dim, v_dim, v_head_stride;
+  int heads, group, first_kv_head;
+  int tile;           // keys
+  int rows_of_block;  // of the pack
+  int splits, tiles_of_split;
+  bool causal;
+  bool vectors;  // rows of q, k and v are whole 16-byte vectors
+  int causal_ahead;
+  std::int32_t window_left, window_right;  // keys in front of and behind the own; -1: no window
+
+  float scale, softcap, hidden_logit, empty_maximum, lse_unit;
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// The part of one sequence that a block works on.
+template <typename T>
+struct AttentionBlock {
+  const AttentionLaunch<T>& a;
+  int sequence, kv_head, split;
+  int first_query, queries;  // of the sequence: row of q, and how many
+  int keys;
+  int first_row;  // of the pack
+
+  __device__ explicit AttentionBlock(const AttentionLaunch<T>& launch) : a(launch) {
+    sequence = int(blockIdx.z);
+    kv_head = int(blockIdx.y) / a.splits;
+    split = int(blockIdx.y) % a.splits;
+    first_query = a.query_start[sequence];
+    queries = a.query_start[sequence + 1] - first_query;
+    keys = a.kv_len[sequence];
+    first_row = int(blockIdx.x) * a.rows_of_block;
+  }
+  __device__ int rows() const { return queries * a.group; }
+  __device__ bool has_row(int row) const { return row < rows(); }
+  __device__ int query_of(int row) const { return row / a.group; }
+  __device__ int head_of(int row) const { return kv_head * a.group + row % a.group; }
+  __device__ std::int64_t token_of(int row) const { return first_query + query_of(row); }
+  __device__ int position_of(int row) const { return keys - queries + query_of(row); }
+
+  // Positions [first, end) of the keys that a row sees.
+  __device__ int first_key(int row) const {
+    const int first = a.window_left < 0 ? 0 : position_of(row) - a.window_left;
+    return first > 0 ? first : 0;
+  }
+  __device__ int end_key(int row) const {
+    int end = keys;
+    const int position = position_of(row);
+    if (a.window_right >= 0) end = min(end, position + a.window_right + 1);
+    if (a.causal) end = min(end, position + 1 + a.causal_ahead);
+    return end;
+  }
+
+  // Tiles [first, end) that this block's split has of what its rows see together.
+  __device__ int first_tile() const {
+    return first_key(first_row) / a.tile + split * a.tiles_of_split;
+  }
+  __device__ int end_tile() const {
+    const int last_row = min(first_row + a.rows_of_block, rows()) - 1;
+    const int end = end_key(last_row);
+    const int tiles = end <= 0 ? 0 : (end + a.tile - 1) / a.tile;
+    return min(tiles, first_tile() + a.tiles_of_split);
+  }
+
+  // Which row of k and v holds the key at a position, times the stride of a row: 64 bits, since
+  // pages times their stride are more than 2^31 in a pool of ordinary size (vllm#47671).
+  __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
+    const std::int32_t* row = a.table + sequence * a.table_stride;
+    if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
+    const std::int64_t page = row[position / a.page_size];
+    const int unused = 64 - a.offset_bits;
+    const auto kept = std::int64_t(std::uint64_t(page * (a.page_size * row_stride)) << unused);
+    return (kept >> unused) + position % a.page_size * row_stride;
+  }
+  __device__ const T* key(int position) const {
+    return a.k.data + offset_of(position, a.k.row_stride) +
+           (a.first_kv_head + kv_head) * std::int64_t(a.dim);
+  }
+  __device__ const T* value(int position) const {
+    return a.v.data + offset_of(position, a.v.row_stride) +
+           (a.first_kv_head + kv_head) * std::int64_t(a.v_head_stride);
+  }
+
+  // The logit of a product q.k; `slope`: the row's, or 0.
+  __device__ float logit(float product, int row, int position, float slope) const {
+    if (position < first_key(row) || position >= end_key(row)) return a.hidden_logit;
+    float s = product * a.scale;
+    if (a.softcap > 0.0f) s = a.softcap * tanhf(s / a.softcap);
+    const int distance = position_of(row) - position;
+    return a.slopes == nullptr ? s : s - slope * float(distance < 0 ? -distance : distance);
+  }
+  __device__ float slope_of(int row) const {
+    return a.slopes == nullptr || !has_row(row) ? 0.0f : a.slopes[head_of(row)];
+  }
+};
+
+// What exponents are taken relative to: the maximum, unless there is no logit yet.
+__device__ inline float exponent_base(float maximum, float empty_maximum) {
+  return maximum == -INFINITY ? empty_maximum : maximum;
+}
+// Exactly 1 at x = base, and 0 at -infinity.
+__device__ inline float weight(float x, float base) { return exp2f((x - base) * kLog2E); }
+
+// The softmax state of a row: the largest logit, and the sum of all weights relative to it.
+struct SoftmaxState {
+  float maximum;
+  float sum;
+};
+
+// Where a row's results go: to the outputs, with the sink's weight if there is one, or to the parts
+// of its split. Returns what an accumulated value must be multiplied by.
+template <typename T>
+__device__ float finish_row(const AttentionBlock<T>& block, int row, SoftmaxState s, float* lse) {
+  const AttentionLaunch<T>& a = block.a;
+  float scale = 1.0f;
+  if (a.splits == 1 && a.sinks != nullptr) {
+    const float sink = a.sinks[block.head_of(row)], m = larger(s.maximum, sink);
+    scale = weight(s.maximum, m);
+    s = {m, s.sum * scale + weight(sink, m)};
+  }
+  // A row that saw no key is nothing, and weighs nothing: 0 and -infinity (vllm#28181).
+  *lse = s.sum == 0.0f ? -INFINITY : (s.maximum + logf(s.sum)) * a.lse_unit;
+  return s.sum == 0.0f ? 0.0f : scale / s.sum;
+}
+
+template <typename T>
+__device__ std::int64_t part_of(const AttentionLaunch<T>& a, int split, std::int64_t token,
+                                int head) {
+  return (split * a.q.rows + token) * a.heads + head;
+}
+template <typename T>
+__device__ float* part_lse(const AttentionLaunch<T>& a) {
+  return a.parts + std::int64_t(a.splits) * a.q.rows * a.heads * a.v_dim;
+}
+
+// One warp for each token and head: merges the states of the splits, and the sink.
+template <typename T>
+__global__ void merge_kernel(AttentionLaunch<T> a) {
+  const std::int64_t warp = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (warp >= a.q.rows * a.heads) return;
+  const std::int64_t token = warp / a.heads;
+  const int head = int(warp % a.heads), lane = int(threadIdx.x % 32);
+  float m = a.sinks == nullptr ? -INFINITY : a.sinks[head];
+  for (int s = 0; s < a.splits; ++s) m = larger(m, part_lse(a)[part_of(a, s, token, head)]);
+  // All parts may be empty: exp(-infinity - -infinity) would be NaN (vllm#28181).
+  const float base = exponent_base(m, a.empty_maximum);
+  float sum = a.sinks == nullptr ? 0.0f : weight(a.sinks[head], base);
+  for (int s = 0; s < a.splits; ++s) sum += weight(part_lse(a)[part_of(a, s, token, head)], base);
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  T* out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
+  for (int d = lane; d < a.v_dim; d += 32) {
+    float total = 0.0f;
+    for (int s = 0; s < a.splits; ++s) {
+      const std::int64_t part = part_of(a, s, token, head);
+      total = fmaf(weight(part_lse(a)[part], base), a.parts[part * a.v_dim + d], total);
+    }
+    out[d] = from_float<T>(total * inverse);
+  }
+  if (lane == 0)
+    a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
+}
+
+}  // namespace tp
