@@ -137,18 +137,19 @@ std::int64_t attention_workspace(std::int64_t tokens, const ModelShape& model, i
   return splits * tokens * heads * (model.value_head_dim() + 1);
 }
 
-AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::int64_t max_visible,
-                                   std::int64_t splits) {
-  const int tile = tile_of(dtype, model, max_visible);
+AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::int64_t max_kv_len,
+                                   const AttentionSettings& settings) {
+  const std::int64_t visible = most_visible(max_kv_len, settings);
+  const int tile = tile_of(dtype, model, visible);
   const bool matrix = dtype != DType::f32;
   // A row's keys can begin and end within a tile, whose other keys take part with weight 0.
-  const std::int64_t keys = (max_visible + tile - 1) / tile * tile + tile;
+  const std::int64_t keys = (visible + tile - 1) / tile * tile + tile;
   return {
       .qk = {.depth = matrix ? (model.head_dim + 15) / 16 : model.head_dim, .matrix_steps = matrix},
       .pv = {.depth = matrix ? keys / 16 : keys, .matrix_steps = matrix},
       .p = dtype,
       .kv_tile = tile,
-      .splits = int(splits)};
+      .splits = int(settings.splits)};
 }
 
 template <typename T>

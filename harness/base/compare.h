@@ -39,6 +39,13 @@ struct Accumulation {
   }
 };
 
+struct AttentionProfile {
+  Accumulation qk, pv;
+  DType p = DType::f32;
+  std::int64_t kv_tile = 64;
+  int splits = 1;
+};
+
 // Value and radius of every element of a matrix, row-major.
 struct Budget {
   std::int64_t rows = 0;

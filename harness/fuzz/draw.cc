@@ -215,6 +215,15 @@ Case draw_rest(Dice& dice, Case c) {
   make_lighter(op, c);
   // An option that this shape does not allow (a law about heads where there is one) gives way to
   // its default: the shape was drawn with care, and stays.
+  // One alone, if that is enough.
+  if (op.refuse(c)) {
+    for (const Key& key : op.keys) {
+      if (key.get_field) continue;
+      Case other = c;
+      key.set(other, key.fallback);
+      if (!op.refuse(other)) return other;
+    }
+  }
   for (const Key& key : op.keys) {
     if (!op.refuse(c)) break;
     if (!key.get_field) key.set(c, key.fallback);
