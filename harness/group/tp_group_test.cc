@@ -480,7 +480,7 @@ TEST(Ledger, HasEveryCollectiveOfEveryLocalRank) {
     Buffer b("x", 64, 0);
     group.all_reduce_sum(b.as<float>(), 4, stream);
     group.barrier(stream);
-    group.reduce_scatter_sum(b.as<const float>(), b.as<float>(), 1, stream);
+    group.reduce_scatter_sum(b.as<const float>(), b.as<float>() + group.tp_rank(), 1, stream);
     group.broadcast(b.as<float>(), 2, 3, stream);
     stream.synchronize();
   });
