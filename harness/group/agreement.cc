@@ -26,6 +26,16 @@ Whereabouts whereabouts_of(const std::vector<CollectiveHeader>& headers, int fir
   return w;
 }
 
+namespace {
+
+// Ranks of a process that are there, as far as it says.
+int ranks_at(const CollectiveHeader& header, const Whereabouts& process) {
+  if (process.header == header) return process.ranks;
+  return process.other_rank >= 0 && process.other_header == header ? 1 : 0;
+}
+
+}  // namespace
+
 std::optional<Fault> disagreement(const std::vector<Whereabouts>& processes, int tp_size) {
   for (std::size_t p = 0; p < processes.size(); ++p) {
     if (processes[p].fault)
@@ -36,7 +46,7 @@ std::optional<Fault> disagreement(const std::vector<Whereabouts>& processes, int
   int with_right = 0;
   for (const Whereabouts& candidate : processes) {
     int ranks = 0;
-    for (const Whereabouts& w : processes) ranks += w.header == candidate.header ? w.ranks : 0;
+    for (const Whereabouts& w : processes) ranks += ranks_at(candidate.header, w);
     if (ranks <= with_right) continue;
     right = &candidate;
     with_right = ranks;
