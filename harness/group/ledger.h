@@ -15,7 +15,7 @@ namespace tp {
 // without padding, so that headers can be compared and sent as bytes.
 struct CollectiveHeader {
   std::int64_t sequence = 0;  // 1, 2, ... of this rank in this case
-  std::int64_t count = 0;     // elements, as the collective counts them
+  std::int64_t count = 0;     // elements, as its caller counts them
   char operation[24] = {};    // "all_reduce_sum", ..., or kEnd
   char dtype[8] = {};
   std::int64_t communicator = 0;  // 0: the group's own
