@@ -104,8 +104,8 @@ int run(std::string_view mode) {
   scheduler.add_rank(3, [&](Stream& stream) {
     std::vector<float> x(2 * kThreads);
     std::iota(x.begin(), x.end(), 0.0f);
-    const Buffer in("in", x.size() * sizeof(float), poison);
-    const Buffer out("sums", kThreads * sizeof(float), poison);
+    const Buffer in(stream, "in", x.size() * sizeof(float), poison);
+    const Buffer out(stream, "sums", kThreads * sizeof(float), poison);
     from_host(stream, in.data(), x.data(), in.bytes());
     launch("sum_tiles", sum_tiles, 1, kThreads, kThreads * sizeof(float), stream, in.as<float>(),
            out.as<float>(), bugs);
