@@ -173,6 +173,33 @@ TYPED_TEST(Matrix, ProductsOfIntegersAreExact) {
   }
 }
 
+TYPED_TEST(Matrix, OperandsAreLoadedInPairs) {
+  std::mt19937 generator(4);
+  for (const bool by_columns : {true, false}) {
+    std::vector<float> a(kM * kK), b(2 * kK * kN);
+    for (float& value : a) value = float(int(generator() % 255) - 127);
+    for (float& value : b) value = float(int(generator() % 255) - 127);
+    std::vector<float> expected(2 * kM * kN);
+    for (int i = 0; i < 2 * kM * kN; ++i) {
+      const int half = i / (kM * kN), m = i / kN % kM, n = i % kN;
+      for (int k = 0; k < kK; ++k) {
+        const int at = by_columns ? n * 2 * kK + half * kK + k : k * 2 * kN + half * kN + n;
+        expected[i] += a[m * kK + k] * b[at];
+      }
+    }
+    const auto convert = [](const std::vector<float>& from) {
+      std::vector<TypeParam> to;
+      for (float value : from) to.push_back(from_float<TypeParam>(value));
+      return to;
+    };
+    const auto got = results<float>(2 * kM * kN, [&](Stream& stream, float* out) {
+      const Buffer left = upload(stream, convert(a)), right = upload(stream, convert(b));
+      multiply_pairs(stream, left.as<TypeParam>(), right.as<TypeParam>(), by_columns, out);
+    });
+    EXPECT_EQ(got, expected);
+  }
+}
+
 // The exponent of a value of T or of fp32, as tensor cores take it.
 int exponent(double value, int smallest) { return std::max(std::ilogb(value), smallest); }
 

@@ -78,6 +78,10 @@ void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
 // or 8 x 16 if it is given by columns (load_b; otherwise load_b_transposed).
 template <typename T>
 void multiply(Stream& stream, const T* a, const T* b, bool by_columns, const float* c, float* out);
+// out (2 x 16 x 8): a times either half of b, which is 8 x 32 if by columns (load_b2) or 16 x 16
+// (load_b2_transposed).
+template <typename T>
+void multiply_pairs(Stream& stream, const T* a, const T* b, bool by_columns, float* out);
 // out (16 x 8) = to_a(c) b; c is 16 x 16, b is 16 x 8.
 template <typename T>
 void multiply_rounded(Stream& stream, const float* c, const T* b, float* out);
