@@ -5,7 +5,9 @@
 // A warp computes C (16 x 8) += A (16 x 16) * B (16 x 8): A and B of T (f16 or bf16), C in fp32.
 // All 32 lanes call each of these functions together, with the same tile. Tiles are in shared
 // memory, and every row of one begins at a multiple of 16 bytes: so do `tile`, and `stride`
-// elements. (Rows that are 16 bytes more than a multiple of 128 apart meet no bank conflicts.)
+// elements. (Rows that are 16 bytes more than a multiple of 128 apart meet no bank conflicts. The
+// GPU keeps loads and products in the order of the source: load what the next products need before
+// the products that can go on meanwhile.)
 
 #include <cstdint>
 
@@ -22,6 +24,10 @@ template <typename T>
 struct FragmentB {  // x[i]: column g, k = 2 t + 8 i and the next
   std::uint32_t x[2];
 };
+template <typename T>
+struct FragmentB2 {  // two operands that one instruction loads
+  FragmentB<T> x[2];
+};
 struct FragmentC {  // x[i]: row g + 8 * (i / 2), column 2 t + i % 2
   float x[4];
 };
@@ -35,6 +41,12 @@ __device__ FragmentB<T> load_b(const T* tile, int stride, Where where = Where::h
 // B[k][n] = tile[k * stride + n] (values).
 template <typename T>
 __device__ FragmentB<T> load_b_transposed(const T* tile, int stride, Where where = Where::here());
+// load_b of k = 0..15 and of k = 16..31, for the same 8 columns; a row is 32 elements.
+template <typename T>
+__device__ FragmentB2<T> load_b2(const T* tile, int stride, Where where = Where::here());
+// load_b_transposed of columns 0..7 and of columns 8..15, for the same 16 k.
+template <typename T>
+__device__ FragmentB2<T> load_b2_transposed(const T* tile, int stride, Where where = Where::here());
 
 // c += a * b. The products are exact; how they are added up is the tensor core's own: it shifts the
 // 16 products and c to the largest exponent among them, cuts off what is below 2^-25 of it, adds,
