@@ -26,9 +26,9 @@ struct Profile {
 // g(d) = d u / (1 - d u): the relative error of a chain of d roundings to nearest in fp32 (Higham).
 double chain_error(std::int64_t depth);
 
-// How a kernel adds products up: in a chain of `depth` fp32 roundings to nearest, or in `depth` matrix
-// steps (tensor cores). A step aligns 16 products and the accumulator to the largest of them and
-// truncates there and in the sum (numerics.md section 3, measured on H100 with mma.sync).
+// How a kernel adds products up: in a chain of `depth` fp32 roundings to nearest, or in `depth`
+// matrix steps (tensor cores). A step aligns 16 products and the accumulator to the largest of them
+// and truncates there and in the sum (numerics.md section 3, measured on H100 with mma.sync).
 struct Accumulation {
   std::int64_t depth = 0;  // what the first product passes
   bool matrix_steps = false;
@@ -39,11 +39,19 @@ struct Accumulation {
   }
 };
 
+// What an attention kernel declares about its arithmetic. All of them work online, tile of keys by
+// tile of keys, in fp32: scores are differences from the running maximum when they meet exp (so the
+// maximum itself weighs exactly 1), the row sum adds the weights before these are rounded to `p`,
+// and a sink joins when all keys have been seen. Exponents may be base e or base 2.
 struct AttentionProfile {
-  Accumulation qk, pv;
-  DType p = DType::f32;
-  std::int64_t kv_tile = 64;
-  int splits = 1;
+  Accumulation qk;                   // a score: over head_dim
+  Accumulation pv;                   // an output, rescaling apart: over the longest visible range
+  std::int64_t sum_depth = 1 << 24;  // longest chain of additions in the row sum; at most its keys
+  DType p = DType::f32;       // what weights are rounded to before the product with v; f32: nothing
+  std::int64_t kv_tile = 64;  // keys between two rescalings of the partial sums
+  int merges = 0;  // further rescalings of a partial sum (warps that meet with their own maxima)
+  int splits = 1;  // normalised partial outputs that are merged by their LSE
+  double exp_ulps = 2, tanh_ulps = 2, log_ulps = 2;  // errors, one ulp being at most 2^-23 relative
 };
 
 // Value and radius of every element of a matrix, row-major.

@@ -2,6 +2,7 @@
 // CUDA's words for kernels that run in the emulator. Only .cu files see this header (through
 // device.h).
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -24,6 +25,8 @@
 #define gridDim (::tp::emulator::running->block->grid_dim)
 
 inline constexpr int warpSize = 32;
+using std::max;  // CUDA has both without a namespace
+using std::min;
 
 inline void __syncthreads(tp::Where where = tp::Where::here()) {
   tp::emulator::block_barrier(where);
