@@ -155,12 +155,22 @@ bool is_model_key(const Key& key) {
   return touched.model != none.model;
 }
 
+// Whether the operator's keys take this model's shape.
+bool fits(const Operator& op, const Model& model) {
+  Case c = op.blank();
+  set_model(c, model);
+  return std::all_of(op.keys.begin(), op.keys.end(), [&](const Key& key) {
+    return !is_model_key(key) || (key.min <= key.get(c) && key.get(c) <= key.max);
+  });
+}
+
 void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const Operator& op,
                 Case& c) {
   const bool heads = has_heads(op);
   if (domain.models_only || dice.unit() < 0.5) {
     const Relation relation = draw_relation(dice, choices.models);
-    const auto& fitting = choices.models[int(relation)];
+    std::vector<Choices::OfModel> fitting = choices.models[int(relation)];
+    std::erase_if(fitting, [&](const auto& of) { return !fits(op, *of.model); });
     if (!fitting.empty()) {
       const Choices::OfModel& choice = dice.one_of(fitting);
       set_model(c, *choice.model);
