@@ -289,10 +289,12 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
       .run = run,
       .cost = [=](int tp_rank) -> Cost {
         const RankShape rank = partition(m, c.tp_size, tp_rank);
-        const double width = double(size_of(c.dtype)), rows = double(plan.seen_rows().size());
+        const double width = double(size_of(c.dtype)), rows = double(plan.seen_rows().size()),
+                     flops = 2 * plan.pairs() * double(rank.heads.size * (dim + v_dim));
         return {.bytes = width * double(rank.kv_heads.size) * rows * double(dim + v_dim) +
                          double(tokens * rank.heads.size) * (width * double(dim + v_dim) + 4),
-                .flops = 2 * plan.pairs() * double(rank.heads.size * (dim + v_dim))};
+                .flops = c.dtype == DType::f32 ? flops : 0,
+                .matrix_flops = c.dtype == DType::f32 ? 0 : flops};
       },
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         std::optional<Matrix> slopes;

@@ -19,7 +19,7 @@ constexpr int kMaxHeads = 128;
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
 constexpr std::int64_t kMaxElements = 1 << 19;
 // Of Operator::work: some milliseconds of the reference.
-constexpr double kMaxWork = 1 << 22;
+constexpr double kMaxWork = 1 << 20;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
