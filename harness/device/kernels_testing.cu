@@ -308,6 +308,7 @@ __global__ void pipeline_kernel(const float* x, float* out, int tiles) {
 
 __global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* out) {
   auto* shared = dynamic_shared<std::uint32_t>();
+  for (int i = 0; i < 5; ++i) shared[i] = 7;
   for (int i = 0; i < 4; ++i) {
     copy_async<4>(shared + i, in + i);
     copy_async_commit();
