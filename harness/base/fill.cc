@@ -115,7 +115,8 @@ void fill_typed(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols
   const bool all_equal = g.fill == Fill::equal && t.role == Role::activation;
   std::vector<std::uint32_t> bits(std::size_t(cols.size));
   for (std::int64_t i = 0; i < rows.size; ++i) {
-    const std::int64_t row = (rows.offset + i + g.rotate_rows) % t.rows;
+    std::int64_t row = (rows.offset + i + g.rotate_rows) % t.rows;
+    if (!t.source.empty()) row = t.source[std::size_t(row)];
     const std::uint64_t first = std::uint64_t(row * t.cols + cols.offset);
     words(g.seed, stream_of(t.name), first, bits);
     if (all_equal) {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "harness/base/dtype.h"
 #include "harness/base/shape.h"
@@ -21,9 +22,14 @@ enum class Fill : std::uint8_t {
   wide,        // 17 binades inside a row
   equal,       // all elements of a row are equal
   zero_shard,  // a run of heads holds zeros only
+  // Of attention, whose queries must know the keys (properties/attention_data.h).
+  one_hot,   // each query finds one key, and only that
+  ties,      // all keys a query sees weigh the same
+  tripwire,  // the keys at every edge carry most of the weight, forbidden ones too if they are seen
 };
-constexpr std::string_view kFillWords[] = {"exact", "dense", "small_rows",
-                                           "wide",  "equal", "zero_shard"};
+constexpr std::string_view kFillWords[] = {
+    "exact", "dense", "small_rows", "wide", "equal", "zero_shard", "one_hot", "ties", "tripwire"};
+constexpr int kPlainFills = 6;  // the first ones: a tensor is filled by itself
 
 enum class Role : std::uint8_t { activation, weight };
 
@@ -48,6 +54,9 @@ struct TensorSpec {
   // query shall find): the value of one, before it is rounded to dtype. A function of its arguments
   // only, no libm. Empty: filled by role and regime.
   std::function<double(const DataRegime&, std::int64_t row, std::int64_t col)> value = {};
+  // Filled by role and regime, row i holds what row source[i] of a tensor with enough rows would
+  // hold (keys in their slots). Empty: itself.
+  std::vector<std::int64_t> source = {};
 };
 
 // Writes rows x cols of the tensor, row-major with `out_stride` elements a row, in the tensor's
