@@ -124,7 +124,8 @@ Tensors tensors_of(const Plan& plan, const Variation& variation) {
                            .page_size = c.options.at("page_size"),
                            .kv_tile = 16,
                            .scale = plan.settings.scale,
-                           .fill = c.fill};
+                           .fill = c.fill,
+                           .softcap = plan.settings.softcap};
   Tensors t{attention_q(c.dtype, data), attention_k(c.dtype, data), attention_v(c.dtype, data),
             attention_sinks(data)};
   const std::int64_t dim = model.head_dim, v_dim = model.value_head_dim(),
@@ -387,7 +388,7 @@ std::optional<std::string> idle_law(const Case& c) {
   if (name == kDecode && option("mask") != 0) return "law=decode needs mask=causal";
   if (name == kMha && c.model.num_kv_heads == c.model.num_heads)
     return "law=mha needs fewer KV heads than heads";
-  if (name == kShift && int(c.fill) != 99) return "law=shift needs fill=one_hot";
+  if (name == kShift && c.fill != Fill::one_hot) return "law=shift needs fill=one_hot";
   if (name == kOutside && attention_call(c).fused) return "law=outside needs a cache";
   if (name == kPages && option("page_size") == 0) return "law=pages needs pages";
   if (name == kHeads && c.model.num_kv_heads == 1) return "law=heads needs several KV heads";
@@ -625,7 +626,10 @@ double work(const Case& c) {
                group = double(rank.heads.size / rank.kv_heads.size),
                dims = c.model.head_dim + c.model.value_head_dim();
   const double padded = kv_heads * std::max(16.0, tokens * group) * std::max(16.0, keys) * dims;
-  return std::max(tokens * double(c.model.num_heads) * keys * dims, padded / 8);
+  // An element that is made, copied and compared costs as much as a dozen products.
+  const double rows = double(c.options.at("num_seqs")) * keys,
+               made = dims * (rows * kv_heads + tokens * double(c.model.num_heads));
+  return std::max({tokens * double(c.model.num_heads) * keys * dims, padded / 8, 12 * made});
 }
 
 std::optional<std::string> refuse(const Case& c) {
