@@ -11,6 +11,7 @@ namespace tp {
 namespace {
 
 constexpr int kMaxWarps = 4;
+constexpr int kPlainRows = 4;  // of a warp in fp32
 
 std::int64_t largest(const std::vector<std::int32_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
@@ -22,11 +23,25 @@ std::int64_t most_visible(std::int64_t kv_len, const AttentionSettings& s) {
   return std::min(kv_len, s.causal ? *s.window : 2 * *s.window - 1);
 }
 
-// Keys of a tile. Wide heads take shorter ones, since a tile's rows fill shared memory.
+// Keys of a tile: few where few are visible; wide heads take shorter ones, since a tile's rows fill
+// shared memory.
 int tile_of(DType dtype, const ModelShape& model, std::int64_t visible) {
   if (dtype == DType::f32) return kPlainTile;
-  const int most = std::max(model.head_dim, model.value_head_dim()) > 128 ? 32 : 64;
-  return visible <= 16 ? 16 : visible <= 32 ? 32 : most;
+  if (visible <= 32) return 16;
+  return std::max(model.head_dim, model.value_head_dim()) > 128 ? 32 : 64;
+}
+
+// How the rows of a pack are taken by a block.
+struct BlockShape {
+  int rows;
+  int warps;
+};
+BlockShape block_shape(DType dtype, std::int64_t pack, std::int64_t visible) {
+  const int of_warp = dtype == DType::f32 ? (pack >= kPlainRows ? kPlainRows : 1) : 16;
+  const int working = int(std::clamp<std::int64_t>((pack + of_warp - 1) / of_warp, 1, kMaxWarps));
+  // Where there is much to read, warps without rows of their own help to bring it.
+  const bool helped = dtype != DType::f32 && visible > 256;
+  return {working * of_warp, helped ? kMaxWarps : working};
 }
 
 template <typename T>
@@ -113,11 +128,17 @@ void check_tensors(const AttentionTensors<T>& t, const ModelShape& model, HeadCo
           "the output overlaps q, k or v ({} rows)", {t.out.rows});
 }
 
-template <typename T, int kMaxTile, int kMaxDim>
+template <typename T, int kTile, int kMaxDim, bool kExact = false>
 void launch_matrix(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
-  launch("attention", attention_matrix_kernel<T, kMaxTile, kMaxDim>, grid,
+  launch("attention", attention_matrix_kernel<T, kTile, kMaxDim, kExact>, grid,
          dim3(unsigned(32 * warps)),
-         std::size_t(matrix_shared_bytes(a.dim, a.v_dim, warps, a.tile)), stream, a);
+         std::size_t(matrix_shared_bytes(a.dim, a.v_dim, a.rows_of_block, kTile)), stream, a);
+}
+
+template <typename T, int kRows>
+void launch_plain(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
+  launch("attention", attention_plain_kernel<T, kRows>, grid, dim3(unsigned(32 * warps)),
+         std::size_t(plain_shared_floats(a.dim, a.v_dim, warps, kRows)) * sizeof(float), stream, a);
 }
 
 }  // namespace
@@ -174,9 +195,8 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   const std::int64_t visible = most_visible(max_keys, s);
   constexpr DType kType = dtype_of<T>::value;
   const int tile = tile_of(kType, model, visible);
-  const std::int64_t pack = max_queries * map.group, warp_rows = kType == DType::f32 ? 1 : 16;
-  const int warps = int(std::clamp<std::int64_t>((pack + warp_rows - 1) / warp_rows, 1, kMaxWarps));
-  const std::int64_t rows = warps * warp_rows;
+  const std::int64_t pack = max_queries * map.group;
+  const auto [rows, warps] = block_shape(kType, pack, visible);
   // The rows of a block see `visible` keys each, from as many different positions as they have
   // queries.
   const std::int64_t spread = std::min(max_queries, (rows + map.group - 1) / map.group + 1);
@@ -234,14 +254,17 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   const dim3 grid(unsigned(std::max<std::int64_t>(1, (pack + rows - 1) / rows)),
                   unsigned(kv_heads * s.splits), unsigned(batch.sequences()));
   if constexpr (kType == DType::f32) {
-    launch("attention", attention_plain_kernel<T>, grid, dim3(unsigned(32 * warps)),
-           std::size_t(plain_shared_floats(a.dim, a.v_dim, warps)) * sizeof(float), stream, a);
-  } else if (a.v_dim > 128) {
+    rows == warps ? launch_plain<T, 1>(a, grid, warps, stream)
+                  : launch_plain<T, kPlainRows>(a, grid, warps, stream);
+  } else if (tile == 16) {
+    a.v_dim <= 64 ? launch_matrix<T, 16, 64>(a, grid, warps, stream)
+                  : launch_matrix<T, 16, 256>(a, grid, warps, stream);
+  } else if (tile == 32) {
     launch_matrix<T, 32, 256>(a, grid, warps, stream);
-  } else if (a.v_dim > 64) {
-    launch_matrix<T, 64, 128>(a, grid, warps, stream);
+  } else if (a.dim == 128 && a.v_dim == 128) {
+    launch_matrix<T, 64, 128, true>(a, grid, warps, stream);
   } else {
-    launch_matrix<T, 64, 64>(a, grid, warps, stream);
+    launch_matrix<T, 64, 128>(a, grid, warps, stream);
   }
   if (s.splits == 1) return;
   constexpr int kMergeWarps = 4;

@@ -92,16 +92,8 @@ struct AttentionBlock {
     return min(tiles, first_tile() + a.tiles_of_split);
   }
 
-  // Which row of k and v holds the key at a position, times the stride of a row: 64 bits, since
-  // pages times their stride are more than 2^31 in a pool of ordinary size (vllm#47671).
-  __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
-    const std::int32_t* row = a.table + sequence * a.table_stride;
-    if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
-    const std::int64_t page = row[position / a.page_size];
-    const int unused = 64 - a.offset_bits;
-    const auto kept = std::int64_t(std::uint64_t(page * (a.page_size * row_stride)) << unused);
-    return (kept >> unused) + position % a.page_size * row_stride;
-  }
+  // Which row of k and v holds the key at a position, and where rows begin. In 64 bits: pages times
+  // their stride are more than 2^31 in a pool of ordinary size (vllm#47671).
   __device__ const T* key(int position) const {
     return a.k.data + offset_of(position, a.k.row_stride) +
            (a.first_kv_head + kv_head) * std::int64_t(a.dim);
@@ -110,17 +102,38 @@ struct AttentionBlock {
     return a.v.data + offset_of(position, a.v.row_stride) +
            (a.first_kv_head + kv_head) * std::int64_t(a.v_head_stride);
   }
+  __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
+    const std::int32_t* row = a.table + sequence * a.table_stride;
+    if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
+    const int page = position / a.page_size;
+    const int unused = 64 - a.offset_bits;
+    const std::uint64_t begin = std::uint64_t(row[page] * (a.page_size * row_stride));
+    return std::int64_t(begin << unused >> unused) + (position - page * a.page_size) * row_stride;
+  }
+};
 
-  // The logit of a product q.k; `slope`: the row's, or 0.
-  __device__ float logit(float product, int row, int position, float slope) const {
-    if (position < first_key(row) || position >= end_key(row)) return a.hidden_logit;
+// What a row's logits depend on; of a row that is not there, nothing is visible.
+struct AttentionRow {
+  int position = 0, first = 0, end = 0;
+  float slope = 0.0f;
+
+  AttentionRow() = default;
+  template <typename T>
+  __device__ AttentionRow(const AttentionBlock<T>& block, int row) {
+    if (!block.has_row(row)) return;
+    position = block.position_of(row);
+    first = block.first_key(row);
+    end = block.end_key(row);
+    if (block.a.slopes != nullptr) slope = block.a.slopes[block.head_of(row)];
+  }
+
+  // The logit of a product q.k.
+  template <typename T>
+  __device__ float logit(const AttentionLaunch<T>& a, float product, int key) const {
     float s = product * a.scale;
     if (a.softcap > 0.0f) s = a.softcap * tanhf(s / a.softcap);
-    const int distance = position_of(row) - position;
-    return a.slopes == nullptr ? s : s - slope * float(distance < 0 ? -distance : distance);
-  }
-  __device__ float slope_of(int row) const {
-    return a.slopes == nullptr || !has_row(row) ? 0.0f : a.slopes[head_of(row)];
+    if (a.slopes != nullptr) s -= slope * float(abs(position - key));
+    return first <= key && key < end ? s : a.hidden_logit;
   }
 };
 
@@ -137,22 +150,6 @@ struct SoftmaxState {
   float sum;
 };
 
-// Where a row's results go: to the outputs, with the sink's weight if there is one, or to the parts
-// of its split. Returns what an accumulated value must be multiplied by.
-template <typename T>
-__device__ float finish_row(const AttentionBlock<T>& block, int row, SoftmaxState s, float* lse) {
-  const AttentionLaunch<T>& a = block.a;
-  float scale = 1.0f;
-  if (a.splits == 1 && a.sinks != nullptr) {
-    const float sink = a.sinks[block.head_of(row)], m = larger(s.maximum, sink);
-    scale = weight(s.maximum, m);
-    s = {m, s.sum * scale + weight(sink, m)};
-  }
-  // A row that saw no key is nothing, and weighs nothing: 0 and -infinity (vllm#28181).
-  *lse = s.sum == 0.0f ? -INFINITY : (s.maximum + logf(s.sum)) * a.lse_unit;
-  return s.sum == 0.0f ? 0.0f : scale / s.sum;
-}
-
 template <typename T>
 __device__ std::int64_t part_of(const AttentionLaunch<T>& a, int split, std::int64_t token,
                                 int head) {
@@ -162,6 +159,47 @@ template <typename T>
 __device__ float* part_lse(const AttentionLaunch<T>& a) {
   return a.parts + std::int64_t(a.splits) * a.q.rows * a.heads * a.v_dim;
 }
+
+// What comes of a row whose keys have all been seen, and where it goes: to the outputs, with the
+// sink's weight if there is one, or to its split's part, which is normalised by itself.
+template <typename T>
+struct RowResult {
+  T* out = nullptr;
+  float* part = nullptr;
+  float* lse_at = nullptr;
+  float lse, scale;  // `scale`: of what was accumulated
+
+  __device__ RowResult(const AttentionBlock<T>& block, int row, SoftmaxState s) {
+    const AttentionLaunch<T>& a = block.a;
+    const std::int64_t token = block.token_of(row);
+    const int head = block.head_of(row);
+    scale = 1.0f;
+    if (a.splits > 1) {
+      const std::int64_t at = part_of(a, block.split, token, head);
+      part = a.parts + at * a.v_dim;
+      lse_at = part_lse(a) + at;
+    } else {
+      out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
+      lse_at = a.lse.data + token * a.lse.row_stride + head;
+      if (a.sinks != nullptr) {
+        const float sink = a.sinks[head], m = larger(s.maximum, sink);
+        scale = weight(s.maximum, m);
+        s = {m, s.sum * scale + weight(sink, m)};
+      }
+    }
+    // A row that saw no key is nothing, and weighs nothing: 0 and -infinity (vllm#28181).
+    lse = s.sum == 0.0f ? -INFINITY : (s.maximum + logf(s.sum)) * a.lse_unit;
+    scale = s.sum == 0.0f ? 0.0f : scale / s.sum;
+  }
+  __device__ void store(int d, float value) const {
+    if (part != nullptr) {
+      part[d] = value * scale;
+    } else {
+      out[d] = from_float<T>(value * scale);
+    }
+  }
+  __device__ void store_lse() const { *lse_at = lse; }
+};
 
 // One warp for each token and head: merges the states of the splits, and the sink.
 template <typename T>

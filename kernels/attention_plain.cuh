@@ -1,6 +1,6 @@
 #pragma once
-// Attention in fp32: a warp for each row of the pack, a lane for each key of a tile, then for each
-// column of the output.
+// Attention in fp32: a warp for every few rows of the pack, a lane for each key of a tile, then for
+// each column of the output.
 
 #include "kernels/attention_parts.cuh"
 
@@ -8,85 +8,101 @@ namespace tp {
 
 inline constexpr int kPlainTile = 32;
 
-// Floats of shared memory for a block of `warps` rows.
-inline std::int64_t plain_shared_floats(int dim, int v_dim, int warps) {
-  // One column more, so that the lanes' rows of k begin in different banks.
-  return std::int64_t{kPlainTile} * (dim + 1) + std::int64_t{kPlainTile} * v_dim +
-         std::int64_t{warps} * (dim + kPlainTile);
+// Floats of shared memory for a block of `warps` warps of `rows` rows each.
+inline std::int64_t plain_shared_floats(int dim, int v_dim, int warps, int rows) {
+  // q and weights first, of which a warp's rows are read as one vector; k's rows lie one column
+  // further apart than they are wide, so that the lanes' begin in different banks.
+  return std::int64_t{warps} * rows * (dim + kPlainTile) +
+         std::int64_t{kPlainTile} * (dim + 1 + v_dim);
 }
 
-template <typename T>
+// kRows: of a warp, all multiplied with a value of k or v that is loaded once.
+template <typename T, int kRows>
 __global__ void attention_plain_kernel(AttentionLaunch<T> a) {
   const AttentionBlock<T> block(a);
   if (!block.has_row(block.first_row)) return;  // the whole block: this sequence is a short one
   const int warps = int(blockDim.x / 32), warp = int(threadIdx.x / 32),
-            lane = int(threadIdx.x % 32), row = block.first_row + warp;
-  float* k_tile = dynamic_shared<float>();
+            lane = int(threadIdx.x % 32), first_row = block.first_row + warp * kRows;
+  using Rows = Vec<float, kRows>;
+  Rows* q_rows = dynamic_shared<Rows>() + warp * (a.dim + kPlainTile);  // [dim]
+  Rows* p_rows = q_rows + a.dim;                                        // [keys]
+  float* k_tile = dynamic_shared<float>() + warps * kRows * (a.dim + kPlainTile);
   float* v_tile = k_tile + kPlainTile * (a.dim + 1);
-  float* q_row = v_tile + kPlainTile * a.v_dim + warp * a.dim;
-  float* p_row = v_tile + kPlainTile * a.v_dim + warps * a.dim + warp * kPlainTile;
 
-  const bool mine = block.has_row(row);
-  if (mine) {
+  AttentionRow rows[kRows];
+  SoftmaxState state[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int row = first_row + r;
+    rows[r] = AttentionRow(block, row);
+    state[r] = {a.hidden_logit, 0.0f};
     const T* q =
         a.q.data + block.token_of(row) * a.q.row_stride + block.head_of(row) * std::int64_t(a.dim);
-    for (int d = lane; d < a.dim; d += 32) q_row[d] = to_float(q[d]);
+    for (int d = lane; d < a.dim; d += 32)
+      q_rows[d][r] = block.has_row(row) ? to_float(q[d]) : 0.0f;
   }
-  const float slope = block.slope_of(row);
-  SoftmaxState state{a.hidden_logit, 0.0f};
-  float o[kMaxAttentionHeadDim / 32] = {};
+  float o[kMaxAttentionHeadDim / 32][kRows] = {};
   const int end = block.end_tile();
   for (int tile = block.first_tile(); tile < end; ++tile) {
-    const int base_key = tile * kPlainTile, keys = min(kPlainTile, block.keys - base_key);
+    const int first_key = tile * kPlainTile, keys = min(kPlainTile, block.keys - first_key);
     __syncthreads();  // the tile before is read by all
     for (int j = warp; j < keys; j += warps) {
-      const T* k = block.key(base_key + j);
-      const T* v = block.value(base_key + j);
+      const T* k = block.key(first_key + j);
+      const T* v = block.value(first_key + j);
       for (int d = lane; d < a.dim; d += 32) k_tile[j * (a.dim + 1) + d] = to_float(k[d]);
       for (int d = lane; d < a.v_dim; d += 32) v_tile[j * a.v_dim + d] = to_float(v[d]);
     }
     __syncthreads();
-    if (!mine) continue;
-    float s = a.hidden_logit;
+    if (!block.has_row(first_row)) continue;
+    float product[kRows] = {};
     if (lane < keys) {
-      float product = 0.0f;
-      for (int d = 0; d < a.dim; ++d)
-        product = fmaf(q_row[d], k_tile[lane * (a.dim + 1) + d], product);
-      s = block.logit(product, row, base_key + lane, slope);
+      for (int d = 0; d < a.dim; ++d) {
+        const float k = k_tile[lane * (a.dim + 1) + d];
+        const Rows q = load_vector<float, kRows>(&q_rows[d][0]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) product[r] = fmaf(q[r], k, product[r]);
+      }
     }
-    const float maximum = larger(state.maximum, warp_max(s));
-    const float base = exponent_base(maximum, a.empty_maximum);
-    const float p = lane < keys ? weight(s, base) : 0.0f, alpha = weight(state.maximum, base);
-    state = {maximum, state.sum * alpha + warp_sum(p)};
-    p_row[lane] = p;
+    float alpha[kRows];
+    Rows p;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float s = lane < keys ? rows[r].logit(a, product[r], first_key + lane) : a.hidden_logit;
+      const float maximum = larger(state[r].maximum, warp_max(s));
+      const float base = exponent_base(maximum, a.empty_maximum);
+      p[r] = lane < keys ? weight(s, base) : 0.0f;
+      alpha[r] = weight(state[r].maximum, base);
+      state[r] = {maximum, state[r].sum * alpha[r] + warp_sum(p[r])};
+    }
+    store_vector<float, kRows>(&p_rows[lane][0], p);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kMaxAttentionHeadDim / 32; ++i) {
       const int d = lane + 32 * i;
       if (d >= a.v_dim) break;
-      o[i] *= alpha;
-      for (int j = 0; j < keys; ++j) o[i] = fmaf(p_row[j], v_tile[j * a.v_dim + d], o[i]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) o[i][r] *= alpha[r];
+      for (int j = 0; j < keys; ++j) {
+        const float v = v_tile[j * a.v_dim + d];
+        const Rows weights = load_vector<float, kRows>(&p_rows[j][0]);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) o[i][r] = fmaf(weights[r], v, o[i][r]);
+      }
     }
     __syncwarp();
   }
-  if (!mine) return;
 
-  float lse;
-  const float scale = finish_row(block, row, state, &lse);
-  const std::int64_t token = block.token_of(row);
-  const int head = block.head_of(row);
-  const std::int64_t part = part_of(a, block.split, token, head);
-  for (int i = 0; lane + 32 * i < a.v_dim; ++i) {
-    const int d = lane + 32 * i;
-    if (a.splits > 1) {
-      a.parts[part * a.v_dim + d] = o[i] * scale;
-    } else {
-      a.out.data[token * a.out.row_stride + head * std::int64_t(a.v_dim) + d] =
-          from_float<T>(o[i] * scale);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int row = first_row + r;
+    if (!block.has_row(row)) return;
+    const RowResult<T> result(block, row, state[r]);
+#pragma unroll
+    for (int i = 0; i < kMaxAttentionHeadDim / 32; ++i) {
+      const int d = lane + 32 * i;
+      if (d < a.v_dim) result.store(d, o[i][r]);
     }
+    if (lane == 0) result.store_lse();
   }
-  if (lane == 0)
-    (a.splits > 1 ? part_lse(a)[part] : a.lse.data[token * a.lse.row_stride + head]) = lse;
 }
 
 }  // namespace tp
