@@ -73,6 +73,7 @@ tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test SOURCES properties/properties_test.cc LIBRARIES tp_properties tp_fuzz)
 
+tp_test(attention_test SOURCES properties/attention_test.cc LIBRARIES tp_kernels)
 tp_test(share_test SOURCES properties/run/share_test.cc LIBRARIES tp_run)
 tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)
 target_compile_definitions(sample_test PRIVATE TP_SAMPLE="${CMAKE_SOURCE_DIR}/properties/sample.cases")
