@@ -289,10 +289,12 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
       .run = run,
       .cost = [=](int tp_rank) -> Cost {
         const RankShape rank = partition(m, c.tp_size, tp_rank);
-        const double width = double(size_of(c.dtype)), rows = double(plan.seen_rows().size());
+        const double width = double(size_of(c.dtype)), rows = double(plan.seen_rows().size()),
+                     flops = 2 * plan.pairs() * double(rank.heads.size * (dim + v_dim));
         return {.bytes = width * double(rank.kv_heads.size) * rows * double(dim + v_dim) +
                          double(tokens * rank.heads.size) * (width * double(dim + v_dim) + 4),
-                .flops = 2 * plan.pairs() * double(rank.heads.size * (dim + v_dim))};
+                .flops = c.dtype == DType::f32 ? flops : 0,
+                .matrix_flops = c.dtype == DType::f32 ? 0 : flops};
       },
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         std::optional<Matrix> slopes;
@@ -385,7 +387,7 @@ std::optional<std::string> idle_law(const Case& c) {
   if (name == kDecode && option("mask") != 0) return "law=decode needs mask=causal";
   if (name == kMha && c.model.num_kv_heads == c.model.num_heads)
     return "law=mha needs fewer KV heads than heads";
-  if (name == kShift && c.fill != Fill::one_hot) return "law=shift needs fill=one_hot";
+  if (name == kShift && int(c.fill) != 99) return "law=shift needs fill=one_hot";
   if (name == kOutside && attention_call(c).fused) return "law=outside needs a cache";
   if (name == kPages && option("page_size") == 0) return "law=pages needs pages";
   if (name == kHeads && c.model.num_kv_heads == 1) return "law=heads needs several KV heads";
@@ -629,10 +631,6 @@ double work(const Case& c) {
 std::optional<std::string> refuse(const Case& c) {
   if (auto reason = partitionable(c.model, c.tp_size)) return reason;
   const std::int64_t dim = std::max(c.model.head_dim, c.model.value_head_dim());
-  if (dim > kMaxAttentionHeadDim) {
-    return fmt::format("heads of {} columns are more than the {} that attention takes", dim,
-                       kMaxAttentionHeadDim);
-  }
   const std::int64_t rows =
       c.num_tokens + c.options.at("num_seqs") * (c.options.at("context") + 64) + 64;
   const std::int64_t heads = std::max({c.model.num_heads, c.model.num_kv_heads, c.tp_size});
@@ -644,6 +642,7 @@ std::optional<std::string> refuse(const Case& c) {
 
 Operator make_attention() {
   Key head_dim = shared_key("head_dim"), v_head_dim = shared_key("v_head_dim");
+  head_dim.max = v_head_dim.max = kMaxAttentionHeadDim;
   std::vector<Key> keys = {shared_key("num_heads"),
                            shared_key("num_kv_heads"),
                            head_dim,

@@ -2,6 +2,7 @@
 // Matrices: a view of one in memory (rows of `cols` elements, `row_stride` elements apart), and the
 // reference's own kind, dense and in double.
 
+#include <concepts>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -19,7 +20,8 @@ struct View {
   View columns(std::int64_t offset, std::int64_t count) const {
     return {data + offset, rows, count, row_stride};
   }
-  operator View<const T>() const requires(!std::is_const_v<T>) {
+  template <std::same_as<const T> U>  // a template, or nvcc warns where T is const already
+  operator View<U>() const requires(!std::is_const_v<T>) {
     return {data, rows, cols, row_stride};
   }
 };

@@ -174,6 +174,13 @@ TEST(EmulatorFault, MisalignedCopy) {
                    "misaligned_copy, block 0: the address is 4 bytes past a multiple of 8"));
 }
 
+TEST(EmulatorFault, CopyBeyondSharedMemory) {
+  EXPECT_THAT(fault_of_copy(copy_beyond_shared),
+              MatchesRegex("BadLaunch: copy_async \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                           "copy_beyond_shared, block 0: the destination is not in its shared "
+                           "memory"));
+}
+
 TEST(EmulatorFault, ACopyThatNobodyWaitsFor) {
   EXPECT_EQ(fault_of_copy(copy_nobody_waits_for),
             "BadLaunch: kernel copy_nobody_waits_for, block 0: thread 3 exits with 1 asynchronous "

@@ -308,6 +308,7 @@ __global__ void pipeline_kernel(const float* x, float* out, int tiles) {
 
 __global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* out) {
   auto* shared = dynamic_shared<std::uint32_t>();
+  for (int i = 0; i < 5; ++i) shared[i] = 7;
   for (int i = 0; i < 4; ++i) {
     copy_async<4>(shared + i, in + i);
     copy_async_commit();
@@ -327,6 +328,9 @@ __global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* 
 }
 __global__ void misaligned_copy_kernel(const std::uint32_t* in) {
   copy_async<8>(dynamic_shared<std::uint32_t>() + 2, in + 1);
+}
+__global__ void copy_beyond_shared_kernel(const std::uint32_t* in) {
+  copy_async<8>(dynamic_shared<std::uint32_t>() + 4, in);
 }
 __global__ void copy_nobody_waits_for_kernel(const std::uint32_t* in) {
   if (threadIdx.x == 3) copy_async<8>(dynamic_shared<std::uint32_t>(), in);
@@ -421,6 +425,9 @@ void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* ou
 }
 void misaligned_copy(Stream& stream, const std::uint32_t* in) {
   launch("misaligned_copy", misaligned_copy_kernel, 1, 1, 16, stream, in);
+}
+void copy_beyond_shared(Stream& stream, const std::uint32_t* in) {
+  launch("copy_beyond_shared", copy_beyond_shared_kernel, 1, 1, 16, stream, in);
 }
 void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in) {
   launch("copy_nobody_waits_for", copy_nobody_waits_for_kernel, 1, 32, 16, stream, in);

@@ -55,6 +55,7 @@ void misaligned_load(Stream& stream, const float* x, float* out);
 // after a commit and another wait<0>.
 void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* out);
 void misaligned_copy(Stream& stream, const std::uint32_t* in);
+void copy_beyond_shared(Stream& stream, const std::uint32_t* in);
 void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in);
 void misaligned_tile(Stream& stream, int stride);
 void half_warp_mma(Stream& stream);

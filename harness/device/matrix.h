@@ -5,9 +5,7 @@
 // A warp computes C (16 x 8) += A (16 x 16) * B (16 x 8): A and B of T (f16 or bf16), C in fp32.
 // All 32 lanes call each of these functions together, with the same tile. Tiles are in shared
 // memory, and every row of one begins at a multiple of 16 bytes: so do `tile`, and `stride`
-// elements. (Rows that are 16 bytes more than a multiple of 128 apart meet no bank conflicts. The
-// GPU keeps loads and products in the order of the source: load what the next products need before
-// the products that can go on meanwhile.)
+// elements. (Rows that are 16 bytes more than a multiple of 128 apart meet no bank conflicts.)
 
 #include <cstdint>
 
@@ -48,10 +46,13 @@ __device__ FragmentB2<T> load_b2(const T* tile, int stride, Where where = Where:
 template <typename T>
 __device__ FragmentB2<T> load_b2_transposed(const T* tile, int stride, Where where = Where::here());
 
-// c += a * b. The products are exact; how they are added up is the tensor core's own: it shifts the
-// 16 products and c to the largest exponent among them, cuts off what is below 2^-25 of it, adds,
-// and rounds toward zero to fp32. That is TC(16, 25) of a Profile, and what the emulator does, bit
-// for bit; other GPUs than the H100 may differ.
+// c += a * b. The products are exact; how they are added up is the tensor core's own, and what the
+// emulator does is the published model of an H100, bit for bit: with u the largest exponent among
+// the 16 products and c, what lies below 2^(u - 25) is cut off each of them, and their sum is
+// rounded toward zero to fp32. A product's exponent is the sum of its operands', and a subnormal
+// operand has the exponent of the smallest normal one. This is TC(16, 25) of
+// research/numerics.md section 4, as long as no operand is subnormal: beside subnormal operands
+// more is cut off.
 template <typename T>
 __device__ void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b,
                     Where where = Where::here());

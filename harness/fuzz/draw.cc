@@ -19,7 +19,7 @@ constexpr int kMaxHeads = 128;
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
 constexpr std::int64_t kMaxElements = 1 << 19;
 // Of Operator::work: some milliseconds of the reference.
-constexpr double kMaxWork = 1 << 22;
+constexpr double kMaxWork = 1 << 20;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -155,12 +155,22 @@ bool is_model_key(const Key& key) {
   return touched.model != none.model;
 }
 
+// Whether the operator's keys take this model's shape.
+bool fits(const Operator& op, const Model& model) {
+  Case c = op.blank();
+  set_model(c, model);
+  return std::all_of(op.keys.begin(), op.keys.end(), [&](const Key& key) {
+    return !is_model_key(key) || (key.min <= key.get(c) && key.get(c) <= key.max);
+  });
+}
+
 void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const Operator& op,
                 Case& c) {
   const bool heads = has_heads(op);
   if (domain.models_only || dice.unit() < 0.5) {
     const Relation relation = draw_relation(dice, choices.models);
-    const auto& fitting = choices.models[int(relation)];
+    std::vector<Choices::OfModel> fitting = choices.models[int(relation)];
+    std::erase_if(fitting, [&](const auto& of) { return !fits(op, *of.model); });
     if (!fitting.empty()) {
       const Choices::OfModel& choice = dice.one_of(fitting);
       set_model(c, *choice.model);

@@ -166,8 +166,8 @@ Timing timing_of(const std::map<int, DeviceTime>& times, const std::vector<Stage
     if (!stage.cost) continue;
     const Cost cost = stage.cost(timing.slowest_rank);
     timing.bytes += cost.bytes;
-    timing.flops += cost.flops;
-    timing.floor_us += ceilings()->floor_us(cost.bytes, cost.flops);
+    timing.flops += cost.flops + cost.matrix_flops;
+    timing.floor_us += ceilings()->floor_us(cost.bytes, cost.flops, cost.matrix_flops);
   }
   return timing;
 }

@@ -104,7 +104,8 @@ class WholeInputs {
 // The least that a rank's kernels must do: each input read once, each output written once.
 struct Cost {
   double bytes = 0;
-  double flops = 0;
+  double flops = 0;         // outside matrix steps
+  double matrix_flops = 0;  // in them
 };
 
 struct Stage {

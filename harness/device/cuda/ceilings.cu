@@ -72,15 +72,28 @@ double bytes_per_us(cudaStream_t stream) {
   return 2 * double(kCopied) / us;
 }
 
-double flops_per_us() {
-  int device = 0, processors = 0, kilohertz = 0;
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cuda::check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda::check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device),
-              "cudaDeviceGetAttribute");
-  cuda::check(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrClockRate, device),
-              "cudaDeviceGetAttribute");
-  constexpr double kLanes = 128;  // fp32 of a multiprocessor from sm_86 on, a fused step in each
-  return processors * kLanes * 2 * double(kilohertz) * 1e-3;
+  cuda::check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Clocks of all multiprocessors together in a microsecond.
+double clocks_per_us() {
+  return attribute(cudaDevAttrMultiProcessorCount) * double(attribute(cudaDevAttrClockRate)) * 1e-3;
+}
+
+constexpr double kLanes = 128;  // fp32 of a multiprocessor from sm_86 on, a fused step in each
+
+// f16 or bf16 products and additions of a multiprocessor in a clock, from NVIDIA's data sheets. Of
+// a GPU that is not known yet the most, so that a floor stays one.
+double matrix_flops_per_clock() {
+  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
+                         attribute(cudaDevAttrComputeCapabilityMinor);
+  if (capability == 80) return 2048;
+  if (capability == 86 || capability == 89) return 1024;
+  return capability == 90 ? 4096 : 8192;
 }
 
 }  // namespace
@@ -92,7 +105,10 @@ const std::optional<Ceilings>& ceilings() {
     try {
       cudaStream_t stream = nullptr;
       cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
-      c = {launch_us(stream), bytes_per_us(stream), flops_per_us()};
+      c = {.launch_us = launch_us(stream),
+           .bytes_per_us = bytes_per_us(stream),
+           .flops_per_us = clocks_per_us() * kLanes * 2,
+           .matrix_flops_per_us = clocks_per_us() * matrix_flops_per_clock()};
       cudaStreamDestroy(stream);
       if (!(c->launch_us > 0 && c->bytes_per_us > 0 && c->flops_per_us > 0)) c.reset();
     } catch (const Fault&) {

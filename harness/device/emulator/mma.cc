@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "harness/base/dtype.h"
+#include "harness/device/sanitizer.h"
 
 namespace tp::emulator {
 namespace {
@@ -197,6 +198,7 @@ void gather(const std::uint64_t* value) {
 
 template <typename T>
 bool multiply(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
+  const Overlooked overlooked;
   gather<T>(value);
   auto& result = operands.result;
   for (int i = 0; i < kRows; ++i) {
