@@ -526,6 +526,39 @@ TEST(AttentionReference, AgreesWithASecondAlgorithm) {
   }
 }
 
+// One head of width 1 with scores 0 and `lower`: values 3 and 5.
+reference::Attention two_keys(double lower, const Matrix* sinks = nullptr) {
+  Matrix q(1, 1), k(2, 1), v(2, 1);
+  q.values = {1};
+  k.values = {0, lower};
+  v.values = {3, 5};
+  return reference::attention(q, k, v, sinks, nullptr, {.num_heads = 1, .num_kv_heads = 1},
+                              {{{0, 1}, {0, 1}}}, {}, {.qk = {.depth = 1}, .pv = {.depth = 2}});
+}
+
+TEST(AttentionReference, IsExactWhereAKernelIs) {
+  // exp(-29) leaves no trace in a sum of 1 and 3; the LSE of a kernel is 0, that in double is not.
+  reference::Attention a = two_keys(-29);
+  EXPECT_EQ(a.out.r[0], 3);
+  EXPECT_EQ(a.out.rho[0], 0);
+  EXPECT_GT(a.lse.r[0], 0);
+  EXPECT_LE(a.lse.r[0] - a.lse.rho[0], 0);
+  EXPECT_GT(two_keys(-9).out.rho[0], 0);
+  // Two keys at the peak: their sum is exact, and so is a half of it.
+  a = two_keys(0);
+  EXPECT_EQ(a.out.r[0], 4);
+  EXPECT_EQ(a.out.rho[0], 0);
+  // A sink that takes a quarter of the weight; one that takes none.
+  Matrix sinks(1, 1);
+  sinks.values = {std::log(2.0 / 3)};
+  a = two_keys(0, &sinks);
+  EXPECT_NEAR(a.out.r[0], 3, 1e-12);
+  EXPECT_GT(a.out.rho[0], 0);
+  EXPECT_LT(a.out.rho[0], 1e-5);
+  sinks.values = {-60};
+  EXPECT_EQ(two_keys(0, &sinks).out.rho[0], 0);
+}
+
 class CorrectKernels : public testing::TestWithParam<int> {};
 
 TEST_P(CorrectKernels, AreAccepted) {
