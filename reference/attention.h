@@ -382,6 +382,7 @@ class AttentionRow {
     const double log_error = 2 * profile_.log_ulps + 2;
     const double largest = std::max(std::fabs(top_), std::fabs(lse_));
     double rho = kU * (3 * largest + log_error * (lse_ - top_));
+    rho += double(visible_.size - 1 + sunk_) * 0x1p-52;  // of the sum in this very loop
     const double states = double(profile_.splits) + sunk_;
     if (states > 1) rho += kU * (3 * largest + log_error * std::log(states));
     if (absorbed_ && (profile_.splits == 1 || peak_ == 1)) return rho + peak_error_ + rest_;
