@@ -6,6 +6,8 @@
 //   - dynamic_shared<T>() replaces __shared__,
 //   - warp_sum, warp_max, block_sum, block_max, load_vector, store_vector are called, not written
 //     again,
+//   - matrix products on tensor cores are mma and its helpers (matrix.h), copies to shared memory
+//     that run meanwhile are copy_async and its wait (copy_async.h),
 //   - load_acquire, store_release, load_volatile, store_volatile, peer_load, peer_store are called
 //     wherever memory is shared,
 // and a kernel file has neither PTX nor #ifdef. In the emulator atomics and that last group are
@@ -23,6 +25,8 @@
 #include "harness/device/emulator/dialect.h"
 #endif
 
+#include "harness/device/copy_async.h"
 #include "harness/device/larger.h"
+#include "harness/device/matrix.h"
 #include "harness/device/reduce.h"
 #include "harness/device/vector.h"

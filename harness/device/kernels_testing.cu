@@ -192,6 +192,141 @@ __global__ void roundings_kernel(const float* x, std::uint32_t* out, int count) 
     out[i * count + j] = std::bit_cast<std::uint32_t>(results[i]);
 }
 
+// Rows of 16 values, 24 apart in shared memory.
+constexpr int kTileStride = 24;
+template <typename T>
+__device__ void load_tile(T* tile, const T* from, int rows, int columns) {
+  for (int i = int(threadIdx.x); i < rows * columns; i += 32) {
+    tile[i / columns * kTileStride + i % columns] = from[i];
+  }
+  __syncwarp();
+}
+__device__ int quad() { return int(threadIdx.x) / 4; }
+__device__ int in_quad() { return int(threadIdx.x) % 4; }
+__device__ FragmentC read_c(const float* c, int stride) {
+  const float* upper = c + quad() * stride + in_quad() * 2;
+  return {{upper[0], upper[1], upper[8 * stride], upper[8 * stride + 1]}};
+}
+__device__ void write_c(const FragmentC& c, float* out) {
+  float* upper = out + quad() * 8 + in_quad() * 2;
+  upper[0] = c.x[0];
+  upper[1] = c.x[1];
+  upper[64] = c.x[2];
+  upper[65] = c.x[3];
+}
+
+template <typename T>
+__global__ void multiply_kernel(const T* a, const T* b, bool by_columns, const float* c,
+                                float* out) {
+  T* a_tile = dynamic_shared<T>();
+  T* b_tile = a_tile + 16 * kTileStride;
+  load_tile(a_tile, a, 16, 16);
+  load_tile(b_tile, b, by_columns ? 8 : 16, by_columns ? 16 : 8);
+  FragmentC sum = read_c(c, 8);
+  const FragmentA<T> left = load_a(a_tile, kTileStride);
+  const FragmentB<T> right =
+      by_columns ? load_b(b_tile, kTileStride) : load_b_transposed(b_tile, kTileStride);
+  mma(sum, left, right);
+  write_c(sum, out);
+}
+
+template <typename T>
+__global__ void multiply_rounded_kernel(const float* c, const T* b, float* out) {
+  T* b_tile = dynamic_shared<T>();
+  load_tile(b_tile, b, 16, 8);
+  FragmentC sum{};
+  mma(sum, to_a<T>(read_c(c, 16), read_c(c + 8, 16)), load_b_transposed(b_tile, kTileStride));
+  write_c(sum, out);
+}
+
+__global__ void quads_kernel(const float* x, float* sums, float* shuffled_sums, float* maxima,
+                             float* shuffled_maxima) {
+  const float value = x[threadIdx.x];
+  sums[threadIdx.x] = quad_sum(value);
+  maxima[threadIdx.x] = quad_max(value);
+  float sum = value, maximum = value;
+  for (int distance = 1; distance <= 2; distance *= 2) {
+    sum += __shfl_xor_sync(kAll, sum, distance);
+    maximum = larger(maximum, __shfl_xor_sync(kAll, maximum, distance));
+  }
+  shuffled_sums[threadIdx.x] = sum;
+  shuffled_maxima[threadIdx.x] = maximum;
+}
+
+constexpr int kPipelineTile = 1024, kPipelineThreads = 64;
+
+template <int Bytes, int Stages>
+__global__ void pipeline_kernel(const float* x, float* out, int tiles) {
+  float* ring = dynamic_shared<float>();
+  const int thread = int(threadIdx.x);
+  const auto begin_tile = [&](int tile) {
+    if (tile < tiles) {
+      constexpr int kWidth = Bytes / 4;
+      for (int i = thread * kWidth; i < kPipelineTile; i += kPipelineThreads * kWidth) {
+        copy_async<Bytes>(ring + tile % Stages * kPipelineTile + i, x + tile * kPipelineTile + i);
+      }
+    }
+    copy_async_commit();  // without copies, too, so that the wait always counts the same
+  };
+  for (int stage = 0; stage < Stages - 1; ++stage) begin_tile(stage);
+  float sums[kPipelineTile / kPipelineThreads] = {};
+  for (int tile = 0; tile < tiles; ++tile) {
+    copy_async_wait<Stages - 2>();
+    __syncthreads();  // all threads' copies are there, and the last tile's readers are through
+    begin_tile(tile + Stages - 1);
+    for (int i = 0; i < kPipelineTile / kPipelineThreads; ++i) {
+      // Another thread's copies.
+      const int from = i * kPipelineThreads + (thread + 5) % kPipelineThreads;
+      sums[i] += ring[tile % Stages * kPipelineTile + from];
+    }
+  }
+  for (int i = 0; i < kPipelineTile / kPipelineThreads; ++i) {
+    out[i * kPipelineThreads + (thread + 5) % kPipelineThreads] = sums[i];
+  }
+}
+
+__global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* out) {
+  auto* shared = dynamic_shared<std::uint32_t>();
+  for (int i = 0; i < 4; ++i) {
+    copy_async<4>(shared + i, in + i);
+    copy_async_commit();
+  }
+  copy_async<4>(shared + 4, in + 4);
+  const auto look = [&](int row) {
+    for (int i = 0; i < 5; ++i) out[row * 5 + i] = shared[i];
+  };
+  look(0);
+  copy_async_wait<2>();
+  look(1);
+  copy_async_wait<0>();
+  look(2);
+  copy_async_commit();
+  copy_async_wait<0>();
+  look(3);
+}
+__global__ void misaligned_copy_kernel(const std::uint32_t* in) {
+  copy_async<8>(dynamic_shared<std::uint32_t>() + 2, in + 1);
+}
+__global__ void copy_nobody_waits_for_kernel(const std::uint32_t* in) {
+  if (threadIdx.x == 3) copy_async<8>(dynamic_shared<std::uint32_t>(), in);
+  copy_async_commit();
+}
+__global__ void misaligned_tile_kernel(int stride) {
+  load_a(dynamic_shared<bf16>() + (stride == 0 ? 4 : 0), stride);
+}
+template <typename T>
+__device__ void multiply_nothing() {
+  FragmentC c{};
+  mma(c, FragmentA<T>{}, FragmentB<T>{});
+}
+__global__ void half_warp_mma_kernel() { multiply_nothing<f16>(); }
+__global__ void some_skip_mma_kernel() {
+  if (threadIdx.x < 20) multiply_nothing<f16>();
+}
+__global__ void two_kinds_of_mma_kernel() {
+  threadIdx.x < 20 ? multiply_nothing<f16>() : multiply_nothing<bf16>();
+}
+
 }  // namespace
 
 void warp_functions(Stream& stream, std::int64_t* out) {
@@ -260,6 +395,27 @@ void read_outside_mask(Stream& stream) {
 void misaligned_load(Stream& stream, const float* x, float* out) {
   launch("misaligned_load", misaligned_load_kernel, 1, 2, 0, stream, x, out);
 }
+void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* out) {
+  launch("copies_in_flight", copies_in_flight_kernel, 1, 1, 20, stream, in, out);
+}
+void misaligned_copy(Stream& stream, const std::uint32_t* in) {
+  launch("misaligned_copy", misaligned_copy_kernel, 1, 1, 16, stream, in);
+}
+void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in) {
+  launch("copy_nobody_waits_for", copy_nobody_waits_for_kernel, 1, 32, 16, stream, in);
+}
+void misaligned_tile(Stream& stream, int stride) {
+  launch("misaligned_tile", misaligned_tile_kernel, 1, 32, 1024, stream, stride);
+}
+void half_warp_mma(Stream& stream) {
+  launch("half_warp_mma", half_warp_mma_kernel, 1, 48, 0, stream);
+}
+void some_skip_mma(Stream& stream) {
+  launch("some_skip_mma", some_skip_mma_kernel, 1, 32, 0, stream);
+}
+void two_kinds_of_mma(Stream& stream) {
+  launch("two_kinds_of_mma", two_kinds_of_mma_kernel, 1, 32, 0, stream);
+}
 void write_shared(Stream& stream, int floats, int index) {
   launch("write_shared", write_shared_kernel, 3, 1, floats * sizeof(float), stream, index);
 }
@@ -280,6 +436,39 @@ void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out
 
 void roundings(Stream& stream, const float* x, std::uint32_t* out, int count) {
   launch("roundings", roundings_kernel, (count + 63) / 64, 64, 0, stream, x, out, count);
+}
+
+template <typename T>
+void multiply(Stream& stream, const T* a, const T* b, bool by_columns, const float* c, float* out) {
+  launch("multiply", multiply_kernel<T>, 1, 32, 32 * kTileStride * sizeof(T), stream, a, b,
+         by_columns, c, out);
+}
+template <typename T>
+void multiply_rounded(Stream& stream, const float* c, const T* b, float* out) {
+  launch("multiply_rounded", multiply_rounded_kernel<T>, 1, 32, 16 * kTileStride * sizeof(T),
+         stream, c, b, out);
+}
+template void multiply(Stream&, const f16*, const f16*, bool, const float*, float*);
+template void multiply(Stream&, const bf16*, const bf16*, bool, const float*, float*);
+template void multiply_rounded(Stream&, const float*, const f16*, float*);
+template void multiply_rounded(Stream&, const float*, const bf16*, float*);
+void quads(Stream& stream, const float* x, float* sums, float* shuffled_sums, float* maxima,
+           float* shuffled_maxima) {
+  launch("quads", quads_kernel, 1, 32, 0, stream, x, sums, shuffled_sums, maxima, shuffled_maxima);
+}
+void pipeline(Stream& stream, const float* x, float* out, int tiles, int stages, int bytes) {
+  const auto kernel = [&] {
+    if (stages == 2) {
+      return bytes == 4   ? pipeline_kernel<4, 2>
+             : bytes == 8 ? pipeline_kernel<8, 2>
+                          : pipeline_kernel<16, 2>;
+    }
+    return bytes == 4   ? pipeline_kernel<4, 3>
+           : bytes == 8 ? pipeline_kernel<8, 3>
+                        : pipeline_kernel<16, 3>;
+  }();
+  launch("pipeline", kernel, 1, kPipelineThreads, stages * kPipelineTile * sizeof(float), stream, x,
+         out, tiles);
 }
 
 void publish(Stream& stream, int* data, int* flag, int value) {

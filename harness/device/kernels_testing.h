@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "harness/base/dtype.h"
 #include "harness/device/stream.h"
 
 namespace tp::testing {
@@ -49,6 +50,15 @@ void barriers(Stream& stream, int threads);  // nothing wrong but for lack of me
 void half_warp_sum(Stream& stream);          // a block of 48 threads
 void read_outside_mask(Stream& stream);
 void misaligned_load(Stream& stream, const float* x, float* out);
+// out[0..3]: what a thread finds in shared memory after copies of 1, 2, 3 and 4 in groups of their
+// own and a fifth in none: before any wait, after wait<2>, after wait<0>, and of the fifth.
+void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* out);
+void misaligned_copy(Stream& stream, const std::uint32_t* in);
+void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in);
+void misaligned_tile(Stream& stream, int stride);
+void half_warp_mma(Stream& stream);
+void some_skip_mma(Stream& stream);
+void two_kinds_of_mma(Stream& stream);
 void write_shared(Stream& stream, int floats, int index);
 void launch_sized(Stream& stream, unsigned grid_x, unsigned block_x, unsigned block_y,
                   std::size_t shared);
@@ -62,6 +72,20 @@ void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out
 // use it, and conversions.
 inline constexpr int kRoundings = 8;
 void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
+
+// One warp: out (16 x 8) = c + a b, by one mma of T (f16 or bf16): a is 16 x 16, and b is 16 x 8,
+// or 8 x 16 if it is given by columns (load_b; otherwise load_b_transposed).
+template <typename T>
+void multiply(Stream& stream, const T* a, const T* b, bool by_columns, const float* c, float* out);
+// The same with two products: out (16 x 8) = to_a(c) b, c being 16 x 16 and b 16 x 8.
+template <typename T>
+void multiply_rounded(Stream& stream, const float* c, const T* b, float* out);
+// One warp: quad_sum and quad_max of x, and the shuffles they are defined by.
+void quads(Stream& stream, const float* x, float* sums, float* shuffled_sums, float* maxima,
+           float* shuffled_maxima);
+// out[i] = sum over tiles t of x[t * 1024 + i], i < 1024, each of 64 threads copying `bytes` at a
+// time to a ring of `stages` tiles in shared memory.
+void pipeline(Stream& stream, const float* x, float* out, int tiles, int stages, int bytes);
 
 // Publishes data and then *flag = 1; waits for *flag and then copies the data.
 void publish(Stream& stream, int* data, int* flag, int value);

@@ -71,3 +71,6 @@ __device__ inline void peer_store(T* address, const std::type_identity_t<T>& val
 }
 
 }  // namespace tp
+
+#include "harness/device/cuda/copy_async.h"
+#include "harness/device/cuda/matrix.h"

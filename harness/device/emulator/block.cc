@@ -23,6 +23,7 @@ void Block::make_threads(const LaunchSize& size) {
   block_dim = {size.block[0], size.block[1], size.block[2]};
   threads_.assign(size.threads(), {});
   warps_.assign((threads_.size() + 31) / 32, {});
+  copies_.assign(threads_.size(), {});
   yielded_.reserve(threads_.size());
   std::uint16_t index = 0;
   for (unsigned z = 0; z < block_dim.z; ++z) {
@@ -36,13 +37,14 @@ void Block::make_threads(const LaunchSize& size) {
   }
 }
 
-void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory, FiberPool& fibers,
-                  std::uint64_t seed) {
+void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory,
+                  std::uint8_t shared_poison, FiberPool& fibers, std::uint64_t seed) {
   const LaunchSize& size = launch.size;
   launch_ = &launch;
   fibers_ = &fibers;
   random_ = Random(seed);
   shared = shared_memory;
+  poison = shared_poison;
   grid_dim = {size.grid[0], size.grid[1], size.grid[2]};
   block_idx = {unsigned(index % grid_dim.x), unsigned(index / grid_dim.x % grid_dim.y),
                unsigned(index / grid_dim.x / grid_dim.y)};
@@ -98,6 +100,15 @@ void Block::drop() {
 }
 
 void Block::exit(Thread& thread) {
+  AsyncCopies& copies = copies_[thread.index];
+  if (!copies.begun.empty()) {
+    fail(thread, [this, &thread, &copies] {
+      return fmt::format(
+          "{}: thread {} exits with {} asynchronous copies for which it did not wait", name(),
+          thread.index, copies.begun.size());
+    });
+  }
+  copies.groups = 0;
   release(fibers_);
   thread.state = State::unstarted;
   thread.fenced = false;

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "harness/device/emulator/async_copies.h"
 #include "harness/device/emulator/fiber_pool.h"
 #include "harness/device/emulator/launch.h"
 #include "harness/device/emulator/thread.h"
@@ -34,8 +35,8 @@ class ReadyList {
 class Block : public BlockInfo {
  public:
   // Prepares to run block `index` of a launch; a Block object is used for one after another.
-  void begin(const Launch& launch, std::uint64_t index, void* shared_memory, FiberPool& fibers,
-             std::uint64_t seed);
+  void begin(const Launch& launch, std::uint64_t index, void* shared_memory,
+             std::uint8_t shared_poison, FiberPool& fibers, std::uint64_t seed);
 
   // Runs its threads until all wait, yielded or are through. Throws the Fault they made.
   Progress run();
@@ -51,6 +52,7 @@ class Block : public BlockInfo {
   void yield(Thread& thread);
   std::uint64_t meet(Thread& thread, const WarpOperation& operation, std::uint32_t mask,
                      std::uint64_t value, std::uint32_t parameter);
+  AsyncCopies& copies(const Thread& thread) { return copies_[thread.index]; }
   // Ends the run as BadLaunch. `tell` is asked for the sentence after the thread's stack was left
   // for good (whose objects still exist, but will never be destroyed).
   [[noreturn]] void fail(Thread& thread, std::function<std::string()> tell);
@@ -75,6 +77,7 @@ class Block : public BlockInfo {
   std::vector<std::uint16_t> yielded_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
+  std::vector<AsyncCopies> copies_;  // of each thread
   int alive_ = 0;
   int at_barrier_ = 0;
   int barrier_line_ = 0;          // of the first thread at it

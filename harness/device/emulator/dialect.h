@@ -54,3 +54,6 @@ inline void check_aligned(const void* address, std::size_t bytes, const char* wh
 }
 
 }  // namespace tp
+
+#include "harness/device/emulator/copy_async.h"
+#include "harness/device/emulator/matrix.h"

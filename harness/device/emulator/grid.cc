@@ -114,7 +114,8 @@ void Grid::begin_block(Random& random) {
   }
   resident_threads += threads_;
   const std::uint64_t index = (begun_++ * stride_ + offset_) % blocks_;
-  resident_.back()->begin(launch_, index, shared, queue_.fibers(), random.next());
+  resident_.back()->begin(launch_, index, shared, stream_.scheduler().options().poison,
+                          queue_.fibers(), random.next());
   stream_.scheduler().count(1, threads_);
 }
 

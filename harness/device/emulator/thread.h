@@ -18,6 +18,7 @@ struct BlockInfo {
   dim3 block_dim;
   dim3 grid_dim;
   void* shared = nullptr;
+  std::uint8_t poison = 0;  // every byte of shared memory, at first
 };
 
 enum class State : std::uint8_t {
@@ -65,7 +66,7 @@ std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint
                    std::uint32_t parameter, Where where);
 
 extern const WarpOperation kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp,
-    kShuffleDown, kWarpSum, kWarpMax;
+    kShuffleDown, kWarpSum, kWarpMax, kQuadSum, kQuadMax;
 
 // For TSan: what an atomic or volatile access of the running thread means after or before a fence.
 void fence();

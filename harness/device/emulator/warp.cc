@@ -21,6 +21,16 @@ void fold(std::uint64_t* value, F f) {
   for (int i = 0; i < 32; ++i) value[i] = std::bit_cast<std::uint32_t>(v[0]);
 }
 
+// The same for each 4 neighbours, with distances 1 and 2.
+template <typename F>
+void fold_quads(std::uint64_t* value, F f) {
+  for (int i = 0; i < 32; i += 4) {
+    const float v = f(f(as_float(value[i]), as_float(value[i + 1])),
+                      f(as_float(value[i + 2]), as_float(value[i + 3])));
+    for (int j = 0; j < 4; ++j) value[i + j] = std::bit_cast<std::uint32_t>(v);
+  }
+}
+
 bool sync(std::uint64_t*, const std::uint32_t*, std::uint32_t) { return true; }
 
 bool sum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
@@ -30,6 +40,16 @@ bool sum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
 
 bool maximum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
   fold(value, [](float a, float b) { return larger(a, b); });
+  return true;
+}
+
+bool quad_sum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
+  fold_quads(value, [](float a, float b) { return a + b; });
+  return true;
+}
+
+bool quad_maximum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
+  fold_quads(value, [](float a, float b) { return larger(a, b); });
   return true;
 }
 
@@ -69,5 +89,7 @@ const WarpOperation kShuffleUp{"__shfl_up_sync", false, shuffle};
 const WarpOperation kShuffleDown{"__shfl_down_sync", false, shuffle};
 const WarpOperation kWarpSum{"warp_sum", false, sum};
 const WarpOperation kWarpMax{"warp_max", false, maximum};
+const WarpOperation kQuadSum{"quad_sum", false, quad_sum};
+const WarpOperation kQuadMax{"quad_max", false, quad_maximum};
 
 }  // namespace tp::emulator

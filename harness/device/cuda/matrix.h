@@ -1,0 +1,102 @@
+#pragma once
+// Tensor cores of the GPU: ldmatrix and mma.sync (sm_80).
+
+#include <cstdint>
+#include <type_traits>
+
+#include "harness/device/larger.h"
+#include "harness/device/matrix.h"
+
+namespace tp {
+namespace cuda {
+
+// Of up to four 8 x 8 matrices, each lane names one row: lane 8 i + j row j of matrix i.
+template <typename T>
+__device__ inline unsigned row_address(const T* tile, int stride, int row, int column) {
+  return unsigned(__cvta_generic_to_shared(tile + row * stride + column));
+}
+__device__ inline int lane() {
+  return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+}
+
+// Two floats rounded to T, `low` in the low half.
+template <typename T>
+__device__ inline std::uint32_t pack(float low, float high) {
+  std::uint32_t packed;
+  if constexpr (std::is_same_v<T, f16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  }
+  return packed;
+}
+
+}  // namespace cuda
+
+template <typename T>
+__device__ inline FragmentA<T> load_a(const T* tile, int stride, Where) {
+  const int lane = cuda::lane();
+  const unsigned row = cuda::row_address(tile, stride, lane % 16, lane / 16 * 8);
+  FragmentA<T> a;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a.x[0]), "=r"(a.x[1]), "=r"(a.x[2]), "=r"(a.x[3])
+               : "r"(row)
+               : "memory");
+  return a;
+}
+template <typename T>
+__device__ inline FragmentB<T> load_b(const T* tile, int stride, Where) {
+  const int lane = cuda::lane();  // those of lanes 16..31 are not read
+  const unsigned row = cuda::row_address(tile, stride, lane % 8, lane / 8 % 2 * 8);
+  FragmentB<T> b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b.x[0]), "=r"(b.x[1])
+               : "r"(row)
+               : "memory");
+  return b;
+}
+template <typename T>
+__device__ inline FragmentB<T> load_b_transposed(const T* tile, int stride, Where) {
+  const unsigned row = cuda::row_address(tile, stride, cuda::lane() % 16, 0);
+  FragmentB<T> b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(b.x[0]), "=r"(b.x[1])
+               : "r"(row)
+               : "memory");
+  return b;
+}
+
+template <typename T>
+__device__ inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b, Where) {
+  if constexpr (std::is_same_v<T, f16>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  } else {
+    static_assert(std::is_same_v<T, bf16>);
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b.x[0]), "r"(b.x[1]));
+  }
+}
+
+template <typename T>
+__device__ inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
+  return {{cuda::pack<T>(left.x[0], left.x[1]), cuda::pack<T>(left.x[2], left.x[3]),
+           cuda::pack<T>(right.x[0], right.x[1]), cuda::pack<T>(right.x[2], right.x[3])}};
+}
+
+__device__ inline float quad_sum(float value, Where) {
+  value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
+  return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
+}
+__device__ inline float quad_max(float value, Where) {
+  value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, 1));
+  return larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, 2));
+}
+
+}  // namespace tp

@@ -1,0 +1,213 @@
+// The arithmetic of an H100's tensor cores (matrix.h), as published and validated against the
+// hardware by github.com/north-numerical-computing/MATLAB-tensor-core (Generic_BFMA_TC.m, H100TC.m)
+// and probed by us (research/numerics.md section 3): of a term a * b the exponent is that of a plus
+// that of b, subnormal operands have the smallest normal exponent, and nothing is normalised before
+// the sum.
+
+#include "harness/device/emulator/mma.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "harness/base/dtype.h"
+
+namespace tp::emulator {
+namespace {
+
+constexpr int kRows = 16, kColumns = 8, kDepth = 16;
+constexpr int kFraction = 25;           // bits kept below the largest exponent
+constexpr int kSmallestLargest = -133;  // no largest exponent counts as less
+
+// Exponents of zero, and of infinities and NaNs: sums of two and the largest of sums tell them from
+// all others, whatever is added.
+constexpr std::int16_t kNone = -8192;
+constexpr std::int16_t kSpecial = 16000;
+constexpr bool is_none(int exponent) { return exponent < -4000; }
+constexpr bool is_special(int exponent) { return exponent > 4000; }
+
+// Largest exponents for which fp32 and int32 arithmetic is exact where it must be.
+constexpr int kFastLow = -100, kFastHigh = 120;
+
+struct Operands {
+  alignas(16) float a[kRows][kDepth];
+  alignas(16) float b[kDepth][kColumns];
+  alignas(16) float c[kRows][kColumns];
+  alignas(16) std::int16_t a_exponent[kRows][kDepth];
+  alignas(16) std::int16_t b_exponent[kDepth][kColumns];
+  alignas(16) std::int16_t c_exponent[kRows][kColumns];
+};
+
+// Conversions of whole arrays, without branches, so that compilers use vectors.
+void expand(const std::uint16_t* bits, int count, bf16, float* values, std::int16_t* exponents) {
+  for (int i = 0; i < count; ++i) {
+    const std::uint32_t wide = std::uint32_t(bits[i]) << 16;
+    values[i] = std::bit_cast<float>(wide);
+  }
+  for (int i = 0; i < count; ++i) {
+    const std::int16_t field = std::int16_t(bits[i] >> 7 & 0xFF);
+    const std::int16_t nonzero = std::int16_t((bits[i] & 0x7FFF) == 0 ? kNone : 0);
+    const std::int16_t special = std::int16_t(field == 0xFF ? kSpecial : 0);
+    exponents[i] = std::int16_t((field == 0 ? 1 : field) - 127 + nonzero + special);
+  }
+}
+void expand(const std::uint16_t* bits, int count, f16, float* values, std::int16_t* exponents) {
+  for (int i = 0; i < count; ++i) {
+    const std::uint32_t sign = std::uint32_t(bits[i] & 0x8000) << 16;
+    const std::uint32_t magnitude = bits[i] & 0x7FFF;
+    const std::uint32_t normal = (magnitude << 13) + (112u << 23);
+    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(float(int(magnitude)) * 0x1p-24f);
+    const std::uint32_t finite = magnitude < 0x400 ? subnormal : normal;
+    const std::uint32_t special = magnitude >= 0x7C00 ? 0x7F800000u : 0u;
+    values[i] = std::bit_cast<float>(sign | finite | special);
+  }
+  for (int i = 0; i < count; ++i) {
+    const std::int16_t field = std::int16_t(bits[i] >> 10 & 0x1F);
+    const std::int16_t nonzero = std::int16_t((bits[i] & 0x7FFF) == 0 ? kNone : 0);
+    const std::int16_t special = std::int16_t(field == 0x1F ? kSpecial : 0);
+    exponents[i] = std::int16_t((field == 0 ? 1 : field) - 15 + nonzero + special);
+  }
+}
+std::int16_t exponent_of(float value) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(value) & 0x7FFFFFFFu;
+  const int field = int(bits >> 23);
+  if (bits == 0) return kNone;
+  if (field == 0xFF) return kSpecial;
+  return std::int16_t(std::max(field, 1) - 127);
+}
+
+// x cut to fp32's significand, overflow to infinity: the tensor cores' own.
+float truncated(double x) {
+  if (x == 0) return 0.0f;
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), -126) - 23);
+  const double cut = std::trunc(x / unit) * unit;
+  if (std::abs(cut) > double(std::numeric_limits<float>::max())) {
+    return std::copysign(std::numeric_limits<float>::infinity(), float(x));
+  }
+  return float(cut);
+}
+
+// One element, for any operands.
+float element(const Operands& operands, int row, int column, int largest) {
+  const float c = operands.c[row][column];
+  double sum = 0.0;
+  if (is_special(largest)) {  // adding up tells which infinity, or NaN
+    for (int k = 0; k < kDepth; ++k) {
+      sum += double(operands.a[row][k]) * double(operands.b[k][column]);
+    }
+    sum += double(c);
+    return std::isnan(sum) ? std::bit_cast<float>(0x7FFFFFFFu) : float(sum);
+  }
+  const double unit = std::ldexp(1.0, std::max(largest, kSmallestLargest) - kFraction);
+  for (int k = 0; k < kDepth; ++k) {
+    sum += std::trunc(double(operands.a[row][k]) * double(operands.b[k][column]) / unit);
+  }
+  sum += std::trunc(double(c) / unit);
+  return truncated(sum * unit);
+}
+
+// A row of C, if all its largest exponents allow it: what element() does, in vectors.
+void fast_row(const Operands& operands, int row, const std::int16_t* largest, float* result) {
+  alignas(16) float scale[kColumns];
+  alignas(16) std::int32_t low[kColumns], high[kColumns];
+  for (int n = 0; n < kColumns; ++n) {
+    scale[n] = std::bit_cast<float>(std::int32_t(127 + kFraction - largest[n]) << 23);
+    low[n] = std::int32_t(operands.c[row][n] * scale[n]);
+    high[n] = 0;
+  }
+  // A term is less than 2^27 (c: 2^26), so a sum of 8 of them and c fits in 32 bits.
+  for (int k = 0; k < kDepth / 2; ++k) {
+    const float first = operands.a[row][k];
+    for (int n = 0; n < kColumns; ++n) low[n] += std::int32_t(first * operands.b[k][n] * scale[n]);
+  }
+  for (int k = kDepth / 2; k < kDepth; ++k) {
+    const float second = operands.a[row][k];
+    for (int n = 0; n < kColumns; ++n) {
+      high[n] += std::int32_t(second * operands.b[k][n] * scale[n]);
+    }
+  }
+  alignas(16) double sum[kColumns];
+  for (int n = 0; n < kColumns; ++n) sum[n] = double(low[n]) + double(high[n]);
+  for (int n = 0; n < kColumns; ++n) {
+    const std::uint64_t cut =
+        std::bit_cast<std::uint64_t>(sum[n]) & ~((std::uint64_t{1} << 29) - 1);
+    const std::uint64_t unit = std::uint64_t(1023 - kFraction + largest[n]) << 52;
+    result[n] = float(std::bit_cast<double>(cut) * std::bit_cast<double>(unit));
+  }
+}
+
+template <typename T>
+void gather(const std::uint64_t* value, Operands& operands) {
+  alignas(16) std::uint32_t a[kRows][kDepth / 2];
+  alignas(16) std::uint32_t b[kColumns][kDepth / 2];  // transposed
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& from = *reinterpret_cast<const MmaOperands*>(value[lane]);
+    const int g = lane / 4, t = lane % 4;
+    a[g][t] = from.a[0];
+    a[g + 8][t] = from.a[1];
+    a[g][t + 4] = from.a[2];
+    a[g + 8][t + 4] = from.a[3];
+    b[g][t] = from.b[0];
+    b[g][t + 4] = from.b[1];
+    std::memcpy(&operands.c[g][2 * t], from.c, 8);
+    std::memcpy(&operands.c[g + 8][2 * t], from.c + 2, 8);
+  }
+  std::uint16_t bits[kRows * kDepth];
+  std::memcpy(bits, a, sizeof(a));
+  expand(bits, kRows * kDepth, T{}, operands.a[0], operands.a_exponent[0]);
+  std::memcpy(bits, b, sizeof(b));
+  std::uint16_t turned[kDepth * kColumns];
+  for (int k = 0; k < kDepth; ++k) {
+    for (int n = 0; n < kColumns; ++n) turned[k * kColumns + n] = bits[n * kDepth + k];
+  }
+  expand(turned, kDepth * kColumns, T{}, operands.b[0], operands.b_exponent[0]);
+  for (int i = 0; i < kRows; ++i) {
+    for (int n = 0; n < kColumns; ++n) {
+      operands.c_exponent[i][n] = exponent_of(operands.c[i][n]);
+    }
+  }
+}
+
+template <typename T>
+bool multiply(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
+  Operands operands;
+  gather<T>(value, operands);
+  float result[kRows][kColumns];
+  for (int i = 0; i < kRows; ++i) {
+    alignas(16) std::int16_t largest[kColumns];
+    for (int n = 0; n < kColumns; ++n) largest[n] = operands.c_exponent[i][n];
+    for (int k = 0; k < kDepth; ++k) {
+      const std::int16_t exponent = operands.a_exponent[i][k];
+      for (int n = 0; n < kColumns; ++n) {
+        const std::int16_t sum = std::int16_t(exponent + operands.b_exponent[k][n]);
+        largest[n] = sum > largest[n] ? sum : largest[n];
+      }
+    }
+    bool fast = true;
+    for (int n = 0; n < kColumns; ++n) {
+      if (is_none(largest[n])) largest[n] = 0;  // nothing but zeros
+      fast &= kFastLow <= largest[n] && largest[n] <= kFastHigh;
+    }
+    if (fast) {
+      fast_row(operands, i, largest, result[i]);
+    } else {
+      for (int n = 0; n < kColumns; ++n) result[i][n] = element(operands, i, n, largest[n]);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& to = *reinterpret_cast<const MmaOperands*>(value[lane]);
+    std::memcpy(to.c, &result[lane / 4][lane % 4 * 2], 8);
+    std::memcpy(to.c + 2, &result[lane / 4 + 8][lane % 4 * 2], 8);
+  }
+  return true;
+}
+
+}  // namespace
+
+const WarpOperation kMmaF16{"mma", false, multiply<f16>};
+const WarpOperation kMmaBf16{"mma", false, multiply<bf16>};
+
+}  // namespace tp::emulator

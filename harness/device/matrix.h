@@ -1,0 +1,57 @@
+#pragma once
+// Products of small matrices on tensor cores, a warp at a time. Included by device.h through its
+// dialects, which define what is declared here.
+//
+// A warp computes C (16 x 8) += A (16 x 16) * B (16 x 8): A and B of T (f16 or bf16), C in fp32.
+// All 32 lanes call each of these functions together, with the same tile. Tiles are in shared
+// memory, and every row of one begins at a multiple of 16 bytes: so do `tile`, and `stride`
+// elements. (Rows that are 16 bytes more than a multiple of 128 apart meet no bank conflicts.)
+
+#include <cstdint>
+
+#include "harness/base/dtype.h"
+
+namespace tp {
+
+// One lane's parts of the operands of mma.sync.m16n8k16. With g = lane / 4 and t = lane % 4:
+template <typename T>
+struct FragmentA {  // x[i]: row g + 8 * (i % 2), k = 2 t + 8 * (i / 2) and the next
+  std::uint32_t x[4];
+};
+template <typename T>
+struct FragmentB {  // x[i]: column g, k = 2 t + 8 i and the next
+  std::uint32_t x[2];
+};
+struct FragmentC {  // x[i]: row g + 8 * (i / 2), column 2 t + i % 2
+  float x[4];
+};
+
+// A[i][k] = tile[i * stride + k].
+template <typename T>
+__device__ FragmentA<T> load_a(const T* tile, int stride, Where where = Where::here());
+// B[k][n] = tile[n * stride + k]: the rows of an [n, k] matrix (weights, keys).
+template <typename T>
+__device__ FragmentB<T> load_b(const T* tile, int stride, Where where = Where::here());
+// B[k][n] = tile[k * stride + n] (values).
+template <typename T>
+__device__ FragmentB<T> load_b_transposed(const T* tile, int stride, Where where = Where::here());
+
+// c += a * b. The products are exact; how they are added up is the tensor core's own: it shifts the
+// 16 products and c to the largest exponent among them, cuts off what is below 2^-25 of it, adds,
+// and rounds toward zero to fp32. That is TC(16, 25) of a Profile, and what the emulator does, bit
+// for bit; other GPUs than the H100 may differ.
+template <typename T>
+__device__ void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b,
+                    Where where = Where::here());
+
+// Two accumulators side by side (columns 0..7 and 8..15), each value rounded to T as from_float
+// does, as the A operand of the next product.
+template <typename T>
+__device__ FragmentA<T> to_a(const FragmentC& left, const FragmentC& right);
+
+// Over the 4 lanes that hold a row of C: v += __shfl_xor_sync(~0u, v, o) for o = 1, 2; and the same
+// with `larger`: NaN if any lane's value is.
+__device__ float quad_sum(float value, Where where = Where::here());
+__device__ float quad_max(float value, Where where = Where::here());
+
+}  // namespace tp
