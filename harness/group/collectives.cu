@@ -23,14 +23,32 @@ struct Members {
   int ins, outs;
 };
 
+// Element i of all ins, folded.
+template <typename T, int kMax>
+__device__ T folded(const Members<T, kMax>& m, bool sum, std::int64_t i) {
+  T total = m.in[0][i];
+  for (int r = 1; r < m.ins; ++r) total = combine(sum, total, m.in[r][i]);
+  return total;
+}
+
 template <typename T, int kMax>
 __global__ void fold_kernel(Members<T, kMax> m, bool sum, std::int64_t count) {
   const std::int64_t stride = std::int64_t(blockDim.x) * gridDim.x;
   for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += stride) {
-    T total = m.in[0][i];
-    for (int r = 1; r < m.ins; ++r) total = combine(sum, total, m.in[r][i]);
+    const T total = folded(m, sum, i);
     for (int r = 0; r < m.outs; ++r) m.out[r][i] = total;
+  }
+}
+
+// blockIdx.y: which of the outs.
+template <typename T, int kMax>
+__global__ void sum_parts_kernel(Members<T, kMax> m, std::int64_t first_part, std::int64_t count) {
+  const std::int64_t begin = (first_part + blockIdx.y) * count;
+  const std::int64_t stride = std::int64_t(blockDim.x) * gridDim.x;
+  for (std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += stride) {
+    m.out[blockIdx.y][i] = folded(m, true, begin + i);
   }
 }
 
@@ -69,8 +87,8 @@ void with_members(DType dtype, const std::vector<const void*>& in, const std::ve
   });
 }
 
-dim3 blocks_of(std::int64_t count) {
-  return dim3(unsigned(std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, kMaxBlocks)));
+unsigned blocks_of(std::int64_t count) {
+  return unsigned(std::clamp<std::int64_t>((count + kThreads - 1) / kThreads, 1, kMaxBlocks));
 }
 dim3 threads_of(std::int64_t count) {
   return dim3(unsigned(std::clamp<std::int64_t>((count + 31) / 32 * 32, 32, kThreads)));
@@ -78,19 +96,28 @@ dim3 threads_of(std::int64_t count) {
 
 }  // namespace
 
-void fold_ranks(Collective what, DType dtype, const std::vector<const void*>& in,
+void fold_ranks(bool sum, DType dtype, const std::vector<const void*>& in,
                 const std::vector<void*>& out, std::int64_t count, Stream& stream) {
   with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
-    launch("group.fold", fold_kernel<T, kMax>, blocks_of(count), threads_of(count), 0, stream, m,
-           what == Collective::all_reduce_sum, count);
+    launch("group.fold", fold_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0, stream,
+           m, sum, count);
+  });
+}
+
+void sum_parts(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
+               std::int64_t first_part, std::int64_t count, Stream& stream) {
+  with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
+    launch("group.sum_parts", sum_parts_kernel<T, kMax>,
+           dim3(blocks_of(count), unsigned(out.size())), threads_of(count), 0, stream, m,
+           first_part, count);
   });
 }
 
 void gather_ranks(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
                   std::int64_t count, Stream& stream) {
   with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
-    launch("group.gather", gather_kernel<T, kMax>, blocks_of(count), threads_of(count), 0, stream,
-           m, count);
+    launch("group.gather", gather_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0,
+           stream, m, count);
   });
 }
 

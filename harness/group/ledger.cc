@@ -21,7 +21,8 @@ namespace {
 
 template <std::size_t N>
 void copy_text(char (&to)[N], std::string_view from) {
-  std::memcpy(to, from.data(), std::min(from.size(), N - 1));
+  TP_CHECK(from.size() < N, "a name too long for a header");
+  std::memcpy(to, from.data(), from.size());
 }
 
 }  // namespace
@@ -42,7 +43,8 @@ std::string describe(const CollectiveHeader& h) {
   const std::string on =
       h.communicator == 0 ? "" : fmt::format(" on communicator {}", h.communicator);
   const std::string of = h.dtype[0] == 0 ? "" : fmt::format(" of {} {}", h.count, h.dtype);
-  return fmt::format("#{} {}{}{}", h.sequence, h.operation, of, on);
+  const std::string from = h.root < 0 ? "" : fmt::format(" from root {}", h.root);
+  return fmt::format("#{} {}{}{}{}", h.sequence, h.operation, of, from, on);
 }
 
 void LedgerPage::begin_case(int first, int count) {

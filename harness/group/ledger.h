@@ -15,10 +15,11 @@ namespace tp {
 // without padding, so that headers can be compared and sent as bytes.
 struct CollectiveHeader {
   std::int64_t sequence = 0;  // 1, 2, ... of this rank in this case
-  std::int64_t count = 0;     // elements a rank contributes
-  char operation[16] = {};    // "all_reduce_sum", ..., or kEnd
+  std::int64_t count = 0;     // elements, as its caller counts them
+  char operation[24] = {};    // "all_reduce_sum", ..., or kEnd
   char dtype[8] = {};
   std::int64_t communicator = 0;  // 0: the group's own
+  std::int64_t root = -1;         // whose data everybody gets; -1: not of this operation
 
   bool operator==(const CollectiveHeader&) const = default;
 };

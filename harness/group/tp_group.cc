@@ -6,10 +6,11 @@
 #include <algorithm>
 #include <climits>
 #include <cstring>
-#include <string_view>
 
 #include "harness/base/check.h"
 #include "harness/base/values_text.h"
+#include "harness/device/require.h"
+#include "harness/group/agreement.h"
 #include "harness/group/combine.h"
 #include "harness/group/device_link.h"
 
@@ -17,22 +18,28 @@ namespace tp {
 
 namespace {
 
-constexpr std::string_view kNames[] = {"all_reduce_sum", "all_reduce_max", "all_gather", "barrier"};
+Shard overlap(const Shard& a, const Shard& b) {
+  const std::int64_t offset = std::max(a.offset, b.offset);
+  return {offset, std::max<std::int64_t>(std::min(a.end(), b.end()) - offset, 0)};
+}
 
 }  // namespace
 
 int TpGroup::tp_size() const { return session_.tp_size_; }
 
 void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t count, DType dtype,
-                    Stream& stream) {
+                    Stream& stream, int root) {
   GroupSession& s = session_;
-  const std::size_t bytes = std::size_t(count) * std::size_t(size_of(dtype));
-  const std::string_view name = kNames[std::size_t(what)];
+  require(what != Collective::broadcast || (root >= 0 && root < s.tp_size_), name_of(what),
+          "root {} is none of {} ranks", {root, s.tp_size_});
   GroupSession::Entry& e = s.entries_.emplace_back();
-  e.header = make_header(++s.ranks_[std::size_t(tp_rank_ - s.local_.offset)].issued, name, count,
-                         what == Collective::barrier ? "" : name_of(dtype));
+  e.header = make_header(++s.ranks_[std::size_t(tp_rank_ - s.local_.offset)].issued, name_of(what),
+                         count, what == Collective::barrier ? "" : name_of(dtype));
   e.header.communicator = communicator_;
+  e.header.root = root;
   e.what = what;
+  e.volume = volume_of(what, count, root, s.tp_size_);
+  e.in_count = e.volume.in * overlap(e.volume.contributors, {tp_rank_, 1}).size;
   e.dtype = dtype;
   e.stream = &stream;
   e.in_data = in;
@@ -40,33 +47,32 @@ void TpGroup::enter(Collective what, const void* in, void* out, std::int64_t cou
   e.gate.for_others = e.done.point->gate.for_others = true;
   e.gate.what = e.done.point->gate.what = describe(e.header);
   e.ready.point->gate.what = fmt::format("tp_rank {} in {}", tp_rank_, e.gate.what);
-  const std::int64_t all_count = what == Collective::all_gather ? count * s.tp_size_ : count;
-  const std::size_t all_bytes = std::size_t(all_count) * std::size_t(size_of(dtype));
+  const auto element = std::size_t(size_of(dtype));
   const auto arrive = [&s, &e, rank = tp_rank_] {
     s.ledger_.enter(rank, e.header);
     s.ranks_[std::size_t(rank - s.local_.offset)].entered.emplace(e.header.sequence, &e);
   };
   const bool staged = !s.direct();
   if (staged || s.trace_) {
-    e.in.resize(bytes);
-    e.out.resize(all_bytes);
-    to_host(stream, e.in.data(), in, bytes);
+    e.in.resize(std::size_t(e.in_count) * element);
+    e.out.resize(std::size_t(e.volume.out) * element);
+    to_host(stream, e.in.data(), in, e.in.size());
   }
   if (staged) {
     stream.call(arrive);
     stream.wait(e.gate);
-    from_host_when_reached(stream, out, e.out.data(), all_bytes);
+    from_host_when_reached(stream, out, e.out.data(), e.out.size());
   } else {
     stream.record(e.ready);
     stream.pass(arrive);
     stream.wait(e.done);
-    if (s.trace_) to_host(stream, e.out.data(), out, all_bytes);
+    if (s.trace_) to_host(stream, e.out.data(), out, e.out.size());
   }
   if (s.trace_) {
-    stream.call([&s, &e, rank = tp_rank_, count, all_count] {
+    stream.call([&s, &e, rank = tp_rank_] {
       s.trace_(fmt::format("tp_rank {:2}  {}  in{}  out{}", rank, describe(e.header),
-                           first_values(e.dtype, e.in.data(), count),
-                           first_values(e.dtype, e.out.data(), all_count)));
+                           first_values(e.dtype, e.in.data(), e.in_count),
+                           first_values(e.dtype, e.out.data(), e.volume.out)));
     });
   }
 }
@@ -112,80 +118,42 @@ bool GroupSession::all_wait() const {
                      [this](const LocalRank& rank) { return at(rank) || rank.ended; });
 }
 
-// Where most of the local ranks are, and the first one that is not there.
-GroupSession::Message GroupSession::local_message() const {
-  const auto place_of = [&](std::size_t r) {
-    const Entry* entry = at(ranks_[r]);
-    return entry ? entry->header : make_header(completed_ + 1, kEnd, 0, "");
-  };
-  Message m;
-  for (std::size_t r = 0; r < ranks_.size() && 2 * std::size_t(m.ranks) < ranks_.size(); ++r) {
-    const CollectiveHeader header = place_of(r);
-    int ranks = 0;
-    for (std::size_t other = 0; other < ranks_.size(); ++other) ranks += place_of(other) == header;
-    if (ranks <= m.ranks) continue;
-    m.header = header;
-    m.ranks = ranks;
-    m.first_rank = int(local_.offset) + int(r);
+void GroupSession::start_headers(bool fault) {
+  std::vector<CollectiveHeader> headers;
+  for (const LocalRank& rank : ranks_) {
+    const Entry* entry = at(rank);
+    headers.push_back(entry ? entry->header : make_header(completed_ + 1, kEnd, 0, ""));
   }
-  for (std::size_t r = 0; r < ranks_.size() && m.other_rank < 0; ++r) {
-    if (place_of(r) == m.header) continue;
-    m.other_rank = int(local_.offset) + int(r);
-    m.other_header = place_of(r);
-  }
-  return m;
-}
-
-void GroupSession::start_headers(const Message& mine) {
+  const Whereabouts mine = whereabouts_of(headers, int(local_.offset), fault);
   const auto* bytes = reinterpret_cast<const std::byte*>(&mine);
-  channel_.start({bytes, bytes + sizeof(Message)},
-                 std::vector<int>(std::size_t(processes_), int(sizeof(Message))));
+  channel_.start({bytes, bytes + sizeof(mine)},
+                 std::vector<int>(std::size_t(processes_), int(sizeof(mine))));
   phase_ = Phase::headers;
 }
 
-// Ranks that do not agree, as a fault; the same text on every process.
 std::optional<Fault> GroupSession::disagreement() const {
-  std::vector<Message> messages(static_cast<std::size_t>(processes_));
-  std::memcpy(messages.data(), channel_.received().data(), channel_.received().size());
-  for (std::size_t p = 0; p < messages.size(); ++p) {
-    // Only that there is one: its own process says which.
-    if (messages[p].fault)
-      return Fault{Outcome::Pass, fmt::format("process {} reports a fault", p), -1};
-  }
-  // The majority is right, as far as anybody can tell from here.
-  const Message* right = &messages[0];
-  int with_right = 0;
-  for (const Message& candidate : messages) {
-    int ranks = 0;
-    for (const Message& m : messages) ranks += m.header == candidate.header ? m.ranks : 0;
-    if (ranks <= with_right) continue;
-    right = &candidate;
-    with_right = ranks;
-  }
-  const std::string others =
-      2 * with_right > tp_size_ ? "most others" : fmt::format("tp_rank {}", right->first_rank);
-  for (const Message& m : messages) {
-    const bool at_right = m.header == right->header;
-    if (at_right && m.other_rank < 0) continue;
-    return Fault{
-        Outcome::CollectiveMismatch,
-        fmt::format("tp_rank {} is at {}, {} at {}", at_right ? m.other_rank : m.first_rank,
-                    describe(at_right ? m.other_header : m.header), others,
-                    describe(right->header)),
-        -1};
-  }
-  return std::nullopt;
+  std::vector<Whereabouts> all(static_cast<std::size_t>(processes_));
+  std::memcpy(all.data(), channel_.received().data(), channel_.received().size());
+  return tp::disagreement(all, tp_size_);
+}
+
+// How many of these ranks each process has.
+std::vector<std::int64_t> GroupSession::contributors_of_processes(const Shard& contributors) const {
+  std::vector<std::int64_t> ranks;
+  for (int p = 0; p < processes_; ++p)
+    ranks.push_back(overlap(ranks_of_process(tp_size_, processes_, p), contributors).size);
+  return ranks;
 }
 
 void GroupSession::start_payload() {
+  const Entry& first = *at(ranks_[0]);
+  const std::size_t each = std::size_t(first.volume.in) * std::size_t(size_of(first.dtype));
   std::vector<std::byte> mine;
-  std::vector<int> bytes;
-  const std::size_t each = at(ranks_[0])->in.size();
-  for (const LocalRank& rank : ranks_) {
+  for (const LocalRank& rank : ranks_)
     mine.insert(mine.end(), at(rank)->in.begin(), at(rank)->in.end());
-  }
-  for (int p = 0; p < processes_; ++p) {
-    const std::size_t size = each * std::size_t(ranks_of_process(tp_size_, processes_, p).size);
+  std::vector<int> bytes;
+  for (const std::int64_t ranks : contributors_of_processes(first.volume.contributors)) {
+    const std::size_t size = each * std::size_t(ranks);
     TP_CHECK(size <= std::size_t(INT_MAX), "a collective of more than 2 GiB");
     bytes.push_back(int(size));
   }
@@ -200,6 +168,30 @@ std::byte* GroupSession::grown(Buffer& buffer, std::size_t bytes) {
   return buffer.as<std::byte>();
 }
 
+// The contributions of all processes, in tp_rank order, where the link puts them. `in`: this one's.
+std::vector<const void*> GroupSession::through_link(const Entry& first,
+                                                    const std::vector<const void*>& in) {
+  const auto element = std::size_t(size_of(first.dtype));
+  const std::size_t each = std::size_t(first.volume.in) * element;
+  const std::vector<std::int64_t> ranks = contributors_of_processes(first.volume.contributors);
+  std::vector<std::size_t> bytes;
+  std::size_t total = 0;
+  for (const std::int64_t n : ranks) {
+    // One element at least: everybody waits for everybody, and what follows stays aligned.
+    bytes.push_back(std::max(element, each * std::size_t(n)));
+    total += bytes.back();
+  }
+  std::byte* mine = grown(mine_, bytes[std::size_t(process_)]);
+  std::byte* all = grown(all_, total);
+  if (!in.empty()) gather_ranks(first.dtype, in, {mine}, first.volume.in, *device_stream_);
+  device_link()->all_gather(*device_stream_, mine, all, bytes, describe(first.header));
+  std::vector<const void*> arrived;
+  for (std::size_t p = 0; p < ranks.size(); all += bytes[p++]) {
+    for (std::int64_t i = 0; i < ranks[p]; ++i) arrived.push_back(all + std::size_t(i) * each);
+  }
+  return arrived;
+}
+
 // All ranks agree on the next collective: queues it on the device, after all local ranks'
 // contributions are ready and before any of them goes on.
 void GroupSession::issue() {
@@ -210,29 +202,27 @@ void GroupSession::issue() {
   std::vector<void*> out;
   for (const LocalRank& rank : ranks_) {
     stream.wait(at(rank)->ready);
-    in.push_back(at(rank)->in_data);
+    if (at(rank)->in_count > 0) in.push_back(at(rank)->in_data);
     out.push_back(at(rank)->out_data);
   }
-  const bool barrier = first.what == Collective::barrier;
+  if (processes_ > 1) in = through_link(first, in);
   const std::int64_t count = first.header.count;
-  const std::size_t each = std::size_t(count) * std::size_t(size_of(first.dtype));
-  if (processes_ > 1) {
-    std::vector<std::size_t> bytes;
-    for (int p = 0; p < processes_; ++p) {
-      bytes.push_back(std::max<std::size_t>(
-          1, each * std::size_t(ranks_of_process(tp_size_, processes_, p).size)));
+  if (count > 0) {
+    switch (first.what) {
+      case Collective::all_reduce_sum:
+      case Collective::all_reduce_max:
+        fold_ranks(first.what == Collective::all_reduce_sum, first.dtype, in, out, count, stream);
+        break;
+      case Collective::reduce_scatter_sum:
+        sum_parts(first.dtype, in, out, local_.offset, count, stream);
+        break;
+      case Collective::all_gather:
+      case Collective::broadcast:
+        gather_ranks(first.dtype, in, out, count, stream);
+        break;
+      case Collective::barrier:
+        break;
     }
-    std::byte* mine = grown(mine_, bytes[std::size_t(process_)]);
-    std::byte* all = grown(all_, std::max(each * std::size_t(tp_size_), std::size_t(processes_)));
-    if (count > 0) gather_ranks(first.dtype, in, {mine}, count, stream);
-    device_link()->all_gather(stream, mine, all, bytes, describe(first.header));
-    in.clear();
-    for (int r = 0; r < tp_size_; ++r) in.push_back(all + std::size_t(r) * each);
-  }
-  if (count > 0 && first.what == Collective::all_gather) {
-    gather_ranks(first.dtype, in, out, count, stream);
-  } else if (count > 0 && !barrier) {
-    fold_ranks(first.what, first.dtype, in, out, count, stream);
   }
   for (const LocalRank& rank : ranks_) stream.record(at(rank)->done);
   step_over();
@@ -245,29 +235,49 @@ void GroupSession::step_over() {
   phase_ = Phase::idle;
 }
 
-// All contributions are here, in tp_rank order: computes the result once and opens the ranks'
-// gates.
+// Elements [part.offset, part.end()) of the ranks' contributions, folded on the host.
+std::vector<std::byte> GroupSession::folded(const Entry& first, const Shard& part) const {
+  const auto element = std::size_t(size_of(first.dtype));
+  const std::size_t each = std::size_t(first.volume.in) * element;
+  const std::byte* in = channel_.received().data() + std::size_t(part.offset) * element;
+  std::vector<std::byte> result(in, in + std::size_t(part.size) * element);
+  dispatch(first.dtype, [&]<typename T>(T) {
+    T* total = reinterpret_cast<T*>(result.data());
+    for (int r = 1; r < tp_size_; ++r) {
+      const T* x = reinterpret_cast<const T*>(in + std::size_t(r) * each);
+      for (std::int64_t i = 0; i < part.size; ++i)
+        total[i] = combine(first.what != Collective::all_reduce_max, total[i], x[i]);
+    }
+  });
+  return result;
+}
+
+// All contributions are here, in tp_rank order: computes what the ranks get and opens their gates.
 void GroupSession::complete() {
   const Entry& first = *at(ranks_[0]);
-  const std::vector<std::byte>& received = channel_.received();
-  std::vector<std::byte> result;
-  if (first.what == Collective::all_gather) {
-    result = received;
-  } else if (first.what != Collective::barrier) {
-    const std::size_t each = first.in.size();
-    result.assign(received.begin(), received.begin() + std::ptrdiff_t(each));
-    dispatch(first.dtype, [&]<typename T>(T) {
-      T* total = reinterpret_cast<T*>(result.data());
-      for (int r = 1; r < tp_size_; ++r) {
-        const T* x = reinterpret_cast<const T*>(received.data() + std::size_t(r) * each);
-        for (std::int64_t i = 0; i < first.header.count; ++i)
-          total[i] = combine(first.what == Collective::all_reduce_sum, total[i], x[i]);
-      }
-    });
+  std::vector<std::byte> result;  // every rank's, or the local ranks' parts
+  std::size_t step = 0;           // from one rank's to the next one's
+  switch (first.what) {
+    case Collective::all_reduce_sum:
+    case Collective::all_reduce_max:
+      result = folded(first, {0, first.header.count});
+      break;
+    case Collective::reduce_scatter_sum:
+      result = folded(first, local_.times(first.header.count));
+      step = first.out.size();
+      break;
+    case Collective::all_gather:
+    case Collective::broadcast:
+      result = channel_.received();
+      break;
+    case Collective::barrier:
+      break;
   }
+  const std::byte* from = result.data();
   for (LocalRank& rank : ranks_) {
     Entry& entry = *at(rank);
-    entry.out = result;
+    std::copy_n(from, entry.out.size(), entry.out.begin());
+    from += step;
     entry.gate.is_open = true;
   }
   step_over();
@@ -289,7 +299,7 @@ Idle GroupSession::progress() {
         std::any_of(ranks_.begin(), ranks_.end(), [&](const LocalRank& r) { return at(r); });
     // A rank that is neither in a collective nor at its end is busy, or waits for something else.
     if (!anyone || !all_wait()) return Idle::stuck;
-    start_headers(local_message());
+    start_headers(false);
   }
   if (!poll()) return Idle::waiting;
   if (phase_ == Phase::headers) {
@@ -341,9 +351,7 @@ std::optional<Fault> GroupSession::finish(const std::optional<Fault>& fault) {
     if (!wait_to_the_end()) return gave_up();
     complete();
   }
-  Message m = local_message();
-  m.fault = fault.has_value();
-  start_headers(m);
+  start_headers(fault.has_value());
   if (!wait_to_the_end()) return gave_up();
   phase_ = Phase::idle;
   fault_ = disagreement();

@@ -48,10 +48,23 @@ class TpGroup {
   void all_reduce_max(T* data, std::int64_t count, Stream& stream) {
     enter(Collective::all_reduce_max, data, data, count, dtype_of<T>::value, stream);
   }
+  // mine[0..count): the sum of all ranks' all[tp_rank * count .. (tp_rank+1) * count), which
+  // all_reduce_sum would have put there. `all` has tp_size * count elements, and `mine` may be its
+  // own place in it.
+  template <typename T>
+  void reduce_scatter_sum(const T* all, T* mine, std::int64_t count, Stream& stream) {
+    enter(Collective::reduce_scatter_sum, all, mine, count, dtype_of<T>::value, stream);
+  }
   // all[r * count .. (r+1) * count): what rank r passed as mine[0..count), on every rank.
   template <typename T>
   void all_gather(const T* mine, T* all, std::int64_t count, Stream& stream) {
     enter(Collective::all_gather, mine, all, count, dtype_of<T>::value, stream);
+  }
+  // data[0..count): rank root's, on every rank. All ranks name the same root. Throws
+  // Fault(BadLaunch) where that is no rank of the group.
+  template <typename T>
+  void broadcast(T* data, std::int64_t count, int root, Stream& stream) {
+    enter(Collective::broadcast, data, data, count, dtype_of<T>::value, stream, root);
   }
   void barrier(Stream& stream) {
     enter(Collective::barrier, nullptr, nullptr, 0, DType::f32, stream);
@@ -69,7 +82,7 @@ class TpGroup {
   friend class GroupSession;
   TpGroup(GroupSession& session, int tp_rank) : session_(session), tp_rank_(tp_rank) {}
   void enter(Collective what, const void* in, void* out, std::int64_t count, DType dtype,
-             Stream& stream);
+             Stream& stream, int root = -1);
 
   GroupSession& session_;
   int tp_rank_;
@@ -108,6 +121,8 @@ class GroupSession {
   struct Entry {
     CollectiveHeader header;
     Collective what = Collective::barrier;
+    Volume volume;
+    std::int64_t in_count = 0;  // elements that this rank contributes
     DType dtype = DType::f32;
     Stream* stream = nullptr;       // the rank's
     const void* in_data = nullptr;  // device memory
@@ -124,30 +139,24 @@ class GroupSession {
     std::int64_t issued = 0;  // collectives that its host code has called for
     bool ended = false;
   };
-  struct Message {                 // what processes exchange before anything else
-    CollectiveHeader header;       // where most local ranks are
-    std::int32_t ranks = 0;        // how many are there
-    std::int32_t first_rank = -1;  // the first of them
-    std::int32_t other_rank = -1;  // the first local rank that is not
-    std::int32_t fault = 0;
-    CollectiveHeader other_header;  // where that one is
-  };
   enum class Phase : std::uint8_t { idle, headers, payload };
 
   // Whether the data of collectives move without the host: inside one process, or through a link.
   bool direct() const;
   bool all_wait() const;
   Entry* at(const LocalRank& rank) const;
-  Message local_message() const;
-  void start_headers(const Message& mine);
+  void start_headers(bool fault);
+  std::optional<Fault> disagreement() const;
   void start_payload();
+  std::vector<std::byte> folded(const Entry& first, const Shard& part) const;
   void complete();
   void step_over();
   void issue();
+  std::vector<const void*> through_link(const Entry& first, const std::vector<const void*>& in);
+  std::vector<std::int64_t> contributors_of_processes(const Shard& contributors) const;
   std::byte* grown(Buffer& buffer, std::size_t bytes);
   bool poll();
   bool wait_to_the_end();
-  std::optional<Fault> disagreement() const;
 
   int tp_size_;
   Shard local_;

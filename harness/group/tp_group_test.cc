@@ -30,9 +30,9 @@ struct Outcomes {
 Outcomes run_ranks(int tp_size, std::uint64_t seed,
                    const std::function<void(TpGroup&, Stream&)>& body,
                    std::chrono::milliseconds patience = std::chrono::seconds(20),
-                   bool delays = false) {
+                   bool delays = false, const std::function<void(const std::string&)>& trace = {}) {
   const auto deadline = Clock::now() + patience;
-  GroupSession session(test_world(), tp_size, deadline);
+  GroupSession session(test_world(), tp_size, deadline, trace);
   Scheduler scheduler({.seed = seed, .deadline = deadline, .delays = delays});
   for (std::int64_t r = session.local_ranks().offset; r < session.local_ranks().end(); ++r) {
     scheduler.add_rank(int(r), [&, r](Stream& stream) {
@@ -48,10 +48,59 @@ Outcomes run_ranks(int tp_size, std::uint64_t seed,
   return outcomes;
 }
 
+// What went wrong, as one text: a test that fails on one process must not leave the others in the
+// next run.
+std::string text_of(const Outcomes& result) {
+  return result.fault ? std::string(name_of(result.fault->outcome)) + ": " + result.fault->what
+                      : "no fault";
+}
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
 template <typename T>
 T value(int rank, std::int64_t i) {
   return from_float<T>(float(philox(1, std::uint64_t(rank), std::uint64_t(i))[0]) * 0x1p-30f -
                        2.0f);
+}
+
+// values[i]: value<T>(rank, i).
+template <typename T>
+std::vector<T> values_of(int rank, std::int64_t count) {
+  std::vector<T> values;
+  for (std::int64_t i = 0; i < count; ++i) values.push_back(value<T>(rank, i));
+  return values;
+}
+
+// The sum of all ranks' values, folded in tp_rank order and rounded to T each time, whatever the
+// processes are.
+template <typename T>
+T folded(int tp_size, std::int64_t i) {
+  T total = value<T>(0, i);
+  for (int r = 1; r < tp_size; ++r)
+    total = from_float<T>(to_float(total) + to_float(value<T>(r, i)));
+  return total;
+}
+
+template <typename T>
+bool same_bits(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+template <typename T>
+Buffer buffer_of(const std::vector<T>& values, Stream& stream) {
+  Buffer b("values", sizeof(T) * values.size(), 0);
+  from_host(stream, b.data(), values.data(), b.bytes());
+  return b;
+}
+
+// Once the stream is there.
+template <typename T>
+std::vector<T> contents(const Buffer& b, Stream& stream) {
+  std::vector<T> values(b.bytes() / sizeof(T));
+  to_host(stream, values.data(), b.data(), b.bytes());
+  stream.synchronize();
+  return values;
 }
 
 template <typename T>
@@ -59,26 +108,15 @@ void check_all_reduce(int tp_size) {
   constexpr std::int64_t kCount = 37;
   int wrong = 0;
   const Outcomes result = run_ranks(tp_size, 3, [&](TpGroup& group, Stream& stream) {
-    std::vector<T> data(kCount), got(kCount);
-    for (std::int64_t i = 0; i < kCount; ++i) data[std::size_t(i)] = value<T>(group.tp_rank(), i);
-    Buffer sum("sum", sizeof(T) * kCount, 0), max("max", sizeof(T) * kCount, 0);
-    from_host(stream, sum.data(), data.data(), sum.bytes());
-    from_host(stream, max.data(), data.data(), max.bytes());
+    const std::vector<T> data = values_of<T>(group.tp_rank(), kCount);
+    const Buffer sum = buffer_of(data, stream), max = buffer_of(data, stream);
     group.all_reduce_sum(sum.as<T>(), kCount, stream);
     group.all_reduce_max(max.as<T>(), kCount, stream);
-    std::vector<T> sums(kCount), maxima(kCount);
-    to_host(stream, sums.data(), sum.data(), sum.bytes());
-    to_host(stream, maxima.data(), max.data(), max.bytes());
-    stream.synchronize();
+    const std::vector<T> sums = contents<T>(sum, stream), maxima = contents<T>(max, stream);
     for (std::int64_t i = 0; i < kCount; ++i) {
-      // Folded in tp_rank order, rounded to T each time, whatever the processes are.
-      T expected = value<T>(0, i);
-      float largest = to_float(expected);
-      for (int r = 1; r < tp_size; ++r) {
-        expected = from_float<T>(to_float(expected) + to_float(value<T>(r, i)));
-        largest = std::max(largest, to_float(value<T>(r, i)));
-      }
-      wrong += std::memcmp(&sums[std::size_t(i)], &expected, sizeof(T)) != 0;
+      float largest = to_float(value<T>(0, i));
+      for (int r = 1; r < tp_size; ++r) largest = std::max(largest, to_float(value<T>(r, i)));
+      wrong += !same_bits(sums[std::size_t(i)], folded<T>(tp_size, i));
       wrong += to_float(maxima[std::size_t(i)]) != largest;
     }
   });
@@ -92,6 +130,126 @@ TEST(TpGroup, AllReduceFoldsInRankOrderForEveryTypeAndSize) {
     check_all_reduce<f16>(tp_size);
     check_all_reduce<bf16>(tp_size);
   }
+}
+
+// Into memory of its own, and into its own place, beside which nothing may change.
+template <typename T>
+void check_reduce_scatter(int tp_size) {
+  constexpr std::int64_t kCount = 37;
+  int wrong = 0;
+  const Outcomes result = run_ranks(tp_size, 3, [&](TpGroup& group, Stream& stream) {
+    const std::vector<T> data = values_of<T>(group.tp_rank(), tp_size * kCount);
+    const std::int64_t begin = group.tp_rank() * kCount;
+    const Buffer all = buffer_of(data, stream), in_place = buffer_of(data, stream);
+    const Buffer mine("mine", sizeof(T) * kCount, 0);
+    group.reduce_scatter_sum(all.as<const T>(), mine.as<T>(), kCount, stream);
+    group.reduce_scatter_sum(in_place.as<const T>(), in_place.as<T>() + begin, kCount, stream);
+    const std::vector<T> apart = contents<T>(mine, stream), placed = contents<T>(in_place, stream);
+    const std::vector<T> kept = contents<T>(all, stream);
+    for (std::int64_t i = 0; i < tp_size * kCount; ++i) {
+      const std::int64_t j = i - begin;
+      const bool is_mine = j >= 0 && j < kCount;
+      const T& input = data[std::size_t(i)];
+      wrong += !same_bits(kept[std::size_t(i)], input);
+      wrong += !same_bits(placed[std::size_t(i)], is_mine ? folded<T>(tp_size, i) : input);
+      wrong += is_mine && !same_bits(apart[std::size_t(j)], folded<T>(tp_size, i));
+    }
+  });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+  EXPECT_EQ(wrong, 0) << "tp_size " << tp_size;
+}
+
+TEST(TpGroup, ReduceScatterFoldsInRankOrderForEveryTypeAndSize) {
+  for (int tp_size = 1; tp_size <= 16; ++tp_size) {
+    check_reduce_scatter<float>(tp_size);
+    check_reduce_scatter<f16>(tp_size);
+    check_reduce_scatter<bf16>(tp_size);
+  }
+}
+
+template <typename T>
+void check_all_reduce_in_halves(int tp_size) {
+  constexpr std::int64_t kCount = 300;  // more than a block has threads
+  int wrong = 0;
+  const Outcomes result = run_ranks(tp_size, 4, [&](TpGroup& group, Stream& stream) {
+    const std::vector<T> data = values_of<T>(group.tp_rank(), tp_size * kCount);
+    const Buffer halves = buffer_of(data, stream), whole = buffer_of(data, stream);
+    T* const mine = halves.as<T>() + group.tp_rank() * kCount;
+    group.reduce_scatter_sum(halves.as<const T>(), mine, kCount, stream);
+    group.all_gather(mine, halves.as<T>(), kCount, stream);
+    group.all_reduce_sum(whole.as<T>(), tp_size * kCount, stream);
+    const std::vector<T> got = contents<T>(halves, stream), expected = contents<T>(whole, stream);
+    for (std::size_t i = 0; i < got.size(); ++i) wrong += !same_bits(got[i], expected[i]);
+  });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+  EXPECT_EQ(wrong, 0) << "tp_size " << tp_size;
+}
+
+TEST(TpGroup, AReduceScatterAndAnAllGatherAreAnAllReduce) {
+  for (int tp_size : {1, 2, 5, 6, 13}) {
+    check_all_reduce_in_halves<float>(tp_size);
+    check_all_reduce_in_halves<f16>(tp_size);
+    check_all_reduce_in_halves<bf16>(tp_size);
+  }
+}
+
+template <typename T>
+void check_broadcast(int tp_size) {
+  constexpr std::int64_t kCount = 37;
+  int wrong = 0;
+  const Outcomes result = run_ranks(tp_size, 6, [&](TpGroup& group, Stream& stream) {
+    for (int root = 0; root < tp_size; ++root) {
+      const Buffer data = buffer_of(values_of<T>(group.tp_rank(), kCount), stream);
+      group.broadcast(data.as<T>(), kCount, root, stream);
+      const std::vector<T> got = contents<T>(data, stream);
+      for (std::int64_t i = 0; i < kCount; ++i)
+        wrong += !same_bits(got[std::size_t(i)], value<T>(root, i));
+    }
+  });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+  EXPECT_EQ(wrong, 0) << "tp_size " << tp_size;
+}
+
+TEST(TpGroup, ABroadcastGivesTheDataOfEveryRoot) {
+  for (int tp_size : {1, 2, 3, 4, 7, 16}) {
+    check_broadcast<float>(tp_size);
+    check_broadcast<f16>(tp_size);
+    check_broadcast<bf16>(tp_size);
+  }
+}
+
+TEST(TpGroup, NoElementsAreAsGoodAsAny) {
+  const Outcomes result = run_ranks(5, 2, [&](TpGroup& group, Stream& stream) {
+    const std::vector<float> data = values_of<float>(group.tp_rank(), 1);
+    const Buffer b = buffer_of(data, stream);
+    group.reduce_scatter_sum(b.as<const float>(), b.as<float>(), 0, stream);
+    group.broadcast(b.as<float>(), 0, 3, stream);
+    EXPECT_EQ(contents<float>(b, stream), data);
+  });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+}
+
+TEST(TpGroup, ATraceSaysWhatWentInAndWhatCameOut) {
+  std::vector<std::string> lines(2);
+  std::vector<std::string> expected(2);
+  const Outcomes result = run_ranks(
+      2, 1,
+      [&](TpGroup& group, Stream& stream) {
+        const Buffer b = buffer_of<float>({1.0f + float(group.tp_rank()), 5.0f}, stream);
+        group.reduce_scatter_sum(b.as<const float>(), b.as<float>() + group.tp_rank(), 1, stream);
+        group.broadcast(b.as<float>(), 2, 1, stream);
+        stream.synchronize();
+        expected[std::size_t(group.tp_rank())] =
+            group.tp_rank() == 0
+                ? "tp_rank  0  #1 reduce_scatter_sum of 1 f32  in 1 5  out 3\n"
+                  "tp_rank  0  #2 broadcast of 2 f32 from root 1  in  out 2 10\n"
+                : "tp_rank  1  #1 reduce_scatter_sum of 1 f32  in 2 5  out 10\n"
+                  "tp_rank  1  #2 broadcast of 2 f32 from root 1  in 2 10  out 2 10\n";
+      },
+      std::chrono::seconds(20), false,
+      [&](const std::string& line) { lines[contains(line, "tp_rank  1")] += line + "\n"; });
+  EXPECT_FALSE(result.fault) << result.fault->what;
+  EXPECT_EQ(lines, expected);
 }
 
 TEST(TpGroup, AMaximumKeepsNaN) {
@@ -145,16 +303,6 @@ TEST(TpGroup, ARankThatSkipsACollectiveIsAMismatchAtOnce) {
   EXPECT_FALSE(result.broken);
 }
 
-// What went wrong, as one text: a test that fails on one process must not leave the others in the
-// next run.
-std::string text_of(const Outcomes& result) {
-  return result.fault ? std::string(name_of(result.fault->outcome)) + ": " + result.fault->what
-                      : "no fault";
-}
-bool contains(const std::string& text, const std::string& part) {
-  return text.find(part) != std::string::npos;
-}
-
 TEST(TpGroup, ARankThatEndsEarlyIsAMismatchAtOnce) {
   for (int silent : {0, 3}) {
     const std::string text = text_of(run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
@@ -182,6 +330,41 @@ TEST(TpGroup, CountsAndTypesMustAgree) {
     stream.synchronize();
   }));
   EXPECT_TRUE(contains(type, "CollectiveMismatch")) << type;
+}
+
+TEST(TpGroup, RootsMustAgree) {
+  const std::string text = text_of(run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    const Buffer b("x", 64, 0);
+    group.broadcast(b.as<float>(), 4, group.tp_rank() == 2 ? 1 : 0, stream);
+    stream.synchronize();
+  }));
+  EXPECT_EQ(text,
+            "CollectiveMismatch: tp_rank 2 is at #1 broadcast of 4 f32 from root 1, most others at "
+            "#1 broadcast of 4 f32 from root 0");
+}
+
+TEST(TpGroup, ARootOutsideTheGroupIsABadLaunch) {
+  for (int root : {-1, 4}) {
+    const std::string text = text_of(run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+      const Buffer b("x", 64, 0);
+      group.broadcast(b.as<float>(), 4, root, stream);
+      stream.synchronize();
+    }));
+    EXPECT_EQ(text, "BadLaunch: broadcast: root " + std::to_string(root) + " is none of 4 ranks");
+  }
+}
+
+TEST(TpGroup, AReduceScatterAmongAllReducesIsAMismatch) {
+  const std::string text = text_of(run_ranks(4, 1, [&](TpGroup& group, Stream& stream) {
+    const Buffer b("x", 64, 0);
+    float* const x = b.as<float>();
+    if (group.tp_rank() == 1) group.reduce_scatter_sum(x, x + 4, 4, stream);
+    if (group.tp_rank() != 1) group.all_reduce_sum(x, 4, stream);
+    stream.synchronize();
+  }));
+  EXPECT_EQ(text,
+            "CollectiveMismatch: tp_rank 1 is at #1 reduce_scatter_sum of 4 f32, most others at #1 "
+            "all_reduce_sum of 4 f32");
 }
 
 // Legal in NCCL: the order is that of the calls, whichever stream gets there first.
@@ -297,15 +480,21 @@ TEST(Ledger, HasEveryCollectiveOfEveryLocalRank) {
     Buffer b("x", 64, 0);
     group.all_reduce_sum(b.as<float>(), 4, stream);
     group.barrier(stream);
+    group.reduce_scatter_sum(b.as<const float>(), b.as<float>() + group.tp_rank(), 1, stream);
+    group.broadcast(b.as<float>(), 2, 3, stream);
     stream.synchronize();
   });
+  CollectiveHeader broadcast = make_header(4, "broadcast", 2, "f32");
+  broadcast.root = 3;
   const LedgerPage& page = ledger_page(test_world().process());
   const Shard local = ranks_of_process(4, test_world().processes(), test_world().process());
   EXPECT_EQ(page.num_ranks, local.size);
   for (std::int64_t r = 0; r < local.size; ++r) {
-    EXPECT_EQ(page.ranks[std::size_t(r)].entered, 2);
+    EXPECT_EQ(page.ranks[std::size_t(r)].entered, 4);
     EXPECT_EQ(page.ranks[std::size_t(r)].ring[0], make_header(1, "all_reduce_sum", 4, "f32"));
     EXPECT_EQ(page.ranks[std::size_t(r)].ring[1], make_header(2, "barrier", 0, ""));
+    EXPECT_EQ(page.ranks[std::size_t(r)].ring[2], make_header(3, "reduce_scatter_sum", 1, "f32"));
+    EXPECT_EQ(page.ranks[std::size_t(r)].ring[3], broadcast);
   }
 }
 
