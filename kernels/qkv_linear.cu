@@ -1,7 +1,6 @@
-#include "kernels/qkv_linear.h"
-
 #include "harness/device/matmul.h"
 #include "harness/device/require.h"
+#include "kernels/qkv_linear.h"
 
 namespace tp {
 

@@ -1,12 +1,22 @@
-#include "kernels/row_linear.h"
-
 #include "harness/device/device.h"
 #include "harness/device/matmul.h"
 #include "harness/device/require.h"
+#include "kernels/row_linear.h"
 
 namespace tp {
 
 namespace {
+
+template <typename R>
+__global__ void zero_rows_kernel(View<R> rows) {
+  R* row = rows.data + std::int64_t{blockIdx.x} * rows.row_stride;
+  for (std::int64_t j = threadIdx.x; j < rows.cols; j += blockDim.x) row[j] = R{};
+}
+
+// Threads of a block that takes a row of `cols` elements: whole warps.
+unsigned threads_of(std::int64_t cols) {
+  return unsigned(cols < 1024 ? (cols + 31) / 32 : 32) * 32;
+}
 
 template <typename R>
 void require_dense(const View<R>& sums) {
@@ -24,11 +34,10 @@ __global__ void store_sums_kernel(View<const R> sums, View<T> out) {
   }
 }
 
-}  // namespace
-
+// What this rank adds to the sums.
 template <typename T, typename R>
-void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
-                bool reduce_results, const ShardingRules& rules, TpGroup& group, Stream& stream) {
+void partial_sums(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
+                  const ShardingRules& rules, const TpGroup& group, Stream& stream) {
   require(weight.cols == x.cols, "row_linear", "the weight has {} columns, the input {}",
           {weight.cols, x.cols});
   require(bias.rows == 0 || bias.cols == weight.rows, "row_linear",
@@ -36,8 +45,37 @@ void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<
   require_dense(sums);
   const bool adds_bias = bias.rows > 0 && rules.row_adds_bias(group.tp_rank());
   matmul<T, R>(x, weight, adds_bias ? bias.data : nullptr, sums, stream);
+}
+
+}  // namespace
+
+template <typename T, typename R>
+void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
+                bool reduce_results, const ShardingRules& rules, TpGroup& group, Stream& stream) {
+  partial_sums(x, weight, bias, sums, rules, group, stream);
   for (int i = 0; i < rules.row_reductions(reduce_results, x.rows, group.tp_size()); ++i)
     group.all_reduce_sum(sums.data, sums.rows * sums.cols, stream);
+}
+
+template <typename T, typename R>
+void row_linear_scattered(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
+                          View<R> mine, const ShardingRules& rules, TpGroup& group,
+                          Stream& stream) {
+  require(sums.rows == mine.rows * group.tp_size() && mine.cols == sums.cols && sums.rows >= x.rows,
+          "row_linear", "{} rows of sums, of {} tokens, are scattered as {} rows to {} ranks",
+          {sums.rows, x.rows, mine.rows, group.tp_size()});
+  require_dense(mine);
+  View<R> of_tokens = sums, beyond = sums;
+  of_tokens.rows = x.rows;
+  beyond.rows = sums.rows - x.rows;
+  beyond.data += x.rows * sums.row_stride;
+  partial_sums(x, weight, bias, of_tokens, rules, group, stream);
+  if (beyond.rows > 0) {
+    launch("zero_rows", zero_rows_kernel<R>, dim3(unsigned(beyond.rows)),
+           dim3(threads_of(beyond.cols)), 0, stream, beyond);
+  }
+  group.reduce_scatter_sum(static_cast<const R*>(sums.data), mine.data, mine.rows * mine.cols,
+                           stream);
 }
 
 template <typename R>
@@ -52,21 +90,32 @@ template <typename T, typename R>
 void store_sums(View<const R> sums, View<T> out, Stream& stream) {
   require(sums.rows >= out.rows && sums.cols == out.cols, "store_sums",
           "sums are {} x {}, out is {} x {}", {sums.rows, sums.cols, out.rows, out.cols});
-  const std::int64_t warps = out.cols < 1024 ? (out.cols + 31) / 32 : 32;
   launch("store_sums", store_sums_kernel<T, R>, dim3(unsigned(out.rows)),
-         dim3(unsigned(warps) * 32), 0, stream, sums, out);
+         dim3(threads_of(out.cols)), 0, stream, sums, out);
 }
 
 template void row_linear(View<const float>, View<const float>, View<const float>, View<float>, bool,
                          const ShardingRules&, TpGroup&, Stream&);
+template void row_linear_scattered(View<const float>, View<const float>, View<const float>,
+                                   View<float>, View<float>, const ShardingRules&, TpGroup&,
+                                   Stream&);
 template void row_linear(View<const f16>, View<const f16>, View<const f16>, View<f16>, bool,
                          const ShardingRules&, TpGroup&, Stream&);
+template void row_linear_scattered(View<const f16>, View<const f16>, View<const f16>, View<f16>,
+                                   View<f16>, const ShardingRules&, TpGroup&, Stream&);
 template void row_linear(View<const f16>, View<const f16>, View<const f16>, View<float>, bool,
                          const ShardingRules&, TpGroup&, Stream&);
+template void row_linear_scattered(View<const f16>, View<const f16>, View<const f16>, View<float>,
+                                   View<float>, const ShardingRules&, TpGroup&, Stream&);
 template void row_linear(View<const bf16>, View<const bf16>, View<const bf16>, View<bf16>, bool,
                          const ShardingRules&, TpGroup&, Stream&);
+template void row_linear_scattered(View<const bf16>, View<const bf16>, View<const bf16>, View<bf16>,
+                                   View<bf16>, const ShardingRules&, TpGroup&, Stream&);
 template void row_linear(View<const bf16>, View<const bf16>, View<const bf16>, View<float>, bool,
                          const ShardingRules&, TpGroup&, Stream&);
+template void row_linear_scattered(View<const bf16>, View<const bf16>, View<const bf16>,
+                                   View<float>, View<float>, const ShardingRules&, TpGroup&,
+                                   Stream&);
 template void reduce_row_linear(View<float>, bool, const ShardingRules&, TpGroup&, Stream&);
 template void reduce_row_linear(View<f16>, bool, const ShardingRules&, TpGroup&, Stream&);
 template void reduce_row_linear(View<bf16>, bool, const ShardingRules&, TpGroup&, Stream&);

@@ -18,12 +18,19 @@ template <typename T, typename R>
 void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
                 bool reduce_results, const ShardingRules& rules, TpGroup& group, Stream& stream);
 
+// The same for sequence parallelism: the tokens are shared out, too, ceil(tokens / tp_size) to each
+// rank, and sums [tp_size * that, out_features] is workspace, whose rows beyond the tokens are
+// zeros. mine [ceil(tokens / tp_size), out_features], dense, becomes this rank's rows of the sum.
+template <typename T, typename R>
+void row_linear_scattered(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
+                          View<R> mine, const ShardingRules& rules, TpGroup& group, Stream& stream);
+
 // What a caller does to the sums that row_linear left to it, or did not.
 template <typename R>
 void reduce_row_linear(View<R> sums, bool reduced_results, const ShardingRules& rules,
                        TpGroup& group, Stream& stream);
 
-// out = sums, rounded to T. Any row stride of out.
+// out = the first out.rows rows of sums, rounded to T. Any row stride of out.
 template <typename T, typename R>
 void store_sums(View<const R> sums, View<T> out, Stream& stream);
 
