@@ -1,6 +1,7 @@
 #include "harness/device/device.h"
 #include "harness/device/matmul.h"
 #include "harness/device/require.h"
+#include "kernels/reduce.cuh"
 #include "kernels/row_linear.h"
 
 namespace tp {
@@ -11,11 +12,6 @@ template <typename R>
 __global__ void zero_rows_kernel(View<R> rows) {
   R* row = rows.data + std::int64_t{blockIdx.x} * rows.row_stride;
   for (std::int64_t j = threadIdx.x; j < rows.cols; j += blockDim.x) row[j] = R{};
-}
-
-// Threads of a block that takes a row of `cols` elements: whole warps.
-unsigned threads_of(std::int64_t cols) {
-  return unsigned(cols < 1024 ? (cols + 31) / 32 : 32) * 32;
 }
 
 template <typename R>
@@ -72,7 +68,7 @@ void row_linear_scattered(View<const T> x, View<const T> weight, View<const T> b
   partial_sums(x, weight, bias, of_tokens, rules, group, stream);
   if (beyond.rows > 0) {
     launch("zero_rows", zero_rows_kernel<R>, dim3(unsigned(beyond.rows)),
-           dim3(threads_of(beyond.cols)), 0, stream, beyond);
+           dim3(unsigned(row_threads(beyond.cols))), 0, stream, beyond);
   }
   group.reduce_scatter_sum(static_cast<const R*>(sums.data), mine.data, mine.rows * mine.cols,
                            stream);
@@ -91,7 +87,7 @@ void store_sums(View<const R> sums, View<T> out, Stream& stream) {
   require(sums.rows >= out.rows && sums.cols == out.cols, "store_sums",
           "sums are {} x {}, out is {} x {}", {sums.rows, sums.cols, out.rows, out.cols});
   launch("store_sums", store_sums_kernel<T, R>, dim3(unsigned(out.rows)),
-         dim3(threads_of(out.cols)), 0, stream, sums, out);
+         dim3(unsigned(row_threads(out.cols))), 0, stream, sums, out);
 }
 
 template void row_linear(View<const float>, View<const float>, View<const float>, View<float>, bool,

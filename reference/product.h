@@ -20,13 +20,15 @@ struct Bounded {
   double rho = 0;
 };
 
-// The largest q such that v is a multiple of 2^q; of zero, which is a multiple of all, a large one.
+// The largest q such that v, a normal number or zero, is a multiple of 2^q; of zero, which is a
+// multiple of all of them, a large one.
 inline int least_bit(double v) {
-  if (v == 0) return 4096;
-  int exponent = 0;
-  const double significand = std::frexp(v, &exponent);  // [1/2, 1), of at most 53 bits
-  const auto integer = std::uint64_t(std::fabs(std::ldexp(significand, 53)));
-  return exponent - 53 + std::countr_zero(integer);
+  const auto bits = std::bit_cast<std::uint64_t>(v);
+  if (bits << 1 == 0) return 4096;
+  const int exponent = int(bits >> 52 & 0x7FF) - 1023;
+  const std::uint64_t significand = (bits & ((std::uint64_t{1} << 52) - 1)) | std::uint64_t{1}
+                                                                                  << 52;
+  return exponent - 52 + std::countr_zero(significand);
 }
 
 // Of each row: all its elements in `cols` are multiples of 2^q.
