@@ -36,12 +36,15 @@ inline DataRegime regime(const Case& c, const Variation& v) {
   return {c.fill, c.seed, 1e-6, v.scale_log2 + small, v.rotate_rows};
 }
 
-// Multiply-adds of a product on all ranks, as far as they take time, in those of the reference: 16
-// rows are one to a tensor core; the emulator takes about twice as long; and for each element of a
-// weight so much is done (drawn twice, copied, converted) that it counts as many more.
-inline double work(const Case& c, double weight_elements) {
-  const std::int64_t rows = c.dtype == DType::f32 ? c.num_tokens : (c.num_tokens + 15) / 16 * 16;
-  return 2 * weight_elements * double(rows + 8);
+// Multiply-adds of products of `cols` columns of output on all ranks together, `depth` deep each,
+// as far as they take time, in those of the reference: tensor cores take 16 rows and 16 of the
+// depth as one; the emulator takes about twice as long as the reference; and each element of a
+// weight is drawn twice, copied and converted, for which it counts as some more.
+inline double work(const Case& c, double cols, std::int64_t depth) {
+  const auto padded = [&](std::int64_t n) {
+    return c.dtype == DType::f32 ? n : (n + 15) / 16 * 16;
+  };
+  return 2 * cols * (double(padded(depth)) * double(padded(c.num_tokens)) + 8 * double(depth));
 }
 
 // A tensor of a linear layer: small integers of both signs where the case wants exact data, so that

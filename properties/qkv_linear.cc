@@ -152,10 +152,10 @@ std::optional<std::string> blind_to(const Case& c, const Projections& p) {
   return std::nullopt;
 }
 
-double weight_elements(const Case& c) {
+// Of q, k and v on all ranks together.
+double output_columns(const Case& c) {
   const double kv_heads = std::max(c.model.num_kv_heads, c.tp_size);
-  return ((c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * c.model.value_head_dim()) *
-         c.model.hidden_size;
+  return (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * c.model.value_head_dim();
 }
 
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation&) {
@@ -261,7 +261,7 @@ Operator make_qkv_linear() {
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
           },
-      .work = [](const Case& c) { return linear::work(c, weight_elements(c)); },
+      .work = [](const Case& c) { return linear::work(c, output_columns(c), c.model.hidden_size); },
       .regime = linear::regime,
       .stages = stages,
   });

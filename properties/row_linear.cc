@@ -215,7 +215,7 @@ Operator make_row_linear() {
       },
       .work =
           [](const Case& c) {
-            return linear::work(c, double(in_features(c)) * c.model.hidden_size);
+            return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c));
           },
       .regime = linear::regime,
       .stages = stages,

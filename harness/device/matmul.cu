@@ -28,14 +28,15 @@ constexpr int kThreadsDown = kFloatRows / 4, kThreadsAcross = kFloatCols / 4;
 constexpr int kFloatThreads = kThreadsDown * kThreadsAcross;
 constexpr int kFloatStride = kFloatDepth + 1;  // rows of a tile begin at different banks
 
-// Rows [first, first + rows) and columns [k, k + kFloatDepth) of `from`, zero beyond its end.
+// Rows [first, first + rows) and columns [k, k + kFloatDepth) of `from`; rows beyond its end are
+// zeros, columns beyond it are left as they are.
 __device__ void load_float_tile(const View<const float>& from, std::int64_t first, int rows,
                                 std::int64_t k, float* tile) {
   for (int i = int(threadIdx.x); i < rows * kFloatDepth; i += kFloatThreads) {
     const std::int64_t row = first + i / kFloatDepth, col = k + i % kFloatDepth;
-    const bool inside = row < from.rows && col < from.cols;
+    if (col >= from.cols) continue;
     tile[i / kFloatDepth * kFloatStride + i % kFloatDepth] =
-        inside ? from.data[row * from.row_stride + col] : 0.0f;
+        row < from.rows ? from.data[row * from.row_stride + col] : 0.0f;
   }
 }
 
@@ -51,7 +52,7 @@ __global__ void float_kernel(Product<float, float> p) {
     load_float_tile(p.w, first_col, kFloatCols, k, w_tile);
     __syncthreads();
     const int depth = p.x.cols - k < kFloatDepth ? int(p.x.cols - k) : kFloatDepth;
-    if (first_row + down < p.x.rows) {
+    if (first_row + down < p.x.rows && first_col + across < p.w.rows) {
       for (int kk = 0; kk < depth; ++kk) {
         float w[4];
 #pragma unroll
@@ -105,6 +106,7 @@ using ManyRows = Tiling<2, 4, 4, 4, 32, 4>;
 constexpr std::int64_t kFewRows = 64;
 
 constexpr int kChunk = 8;  // elements of one 16-byte copy
+constexpr int kStep = 16;  // columns that one matrix step multiplies
 
 template <typename T>
 bool is_aligned(const View<const T>& view) {
@@ -112,7 +114,7 @@ bool is_aligned(const View<const T>& view) {
 }
 
 // Begins to bring rows [first, first + Rows) and columns [k, k + Depth) of `from` to `tile`, with
-// zeros beyond its end.
+// zeros beyond its end, as far as the matrix step that contains its last column.
 template <typename Tile, int Rows, typename T>
 __device__ void load_tile(const View<const T>& from, bool aligned, std::int64_t first,
                           std::int64_t k, T* tile) {
@@ -120,6 +122,7 @@ __device__ void load_tile(const View<const T>& from, bool aligned, std::int64_t 
   for (int i = int(threadIdx.x); i < Rows * kChunks; i += Tile::kThreads) {
     const std::int64_t row = first + i / kChunks, col = k + i % kChunks * kChunk;
     T* to = tile + i / kChunks * Tile::kStride + i % kChunks * kChunk;
+    if (col >= (from.cols + kStep - 1) / kStep * kStep) continue;
     const T* source = from.data + row * from.row_stride + col;
     if (aligned && row < from.rows && col + kChunk <= from.cols) {
       copy_async<16>(to, source);
@@ -164,7 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const T* w = stages + step % Tile::kStages * Tile::kStageElements +
                  (Tile::kRows + warp_col) * Tile::kStride;
 #pragma unroll
-    for (int kk = 0; kk < Tile::kDepth; kk += 16) {
+    for (int kk = 0; kk < Tile::kDepth; kk += kStep) {
       if (step * Tile::kDepth + kk >= p.x.cols) break;
       FragmentA<T> a[Tile::kTilesDown];
       FragmentB<T> b[Tile::kTilesAcross];
@@ -225,7 +228,7 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
 
 Accumulation matmul_accumulation(DType t, std::int64_t k) {
   return t == DType::f32 ? Accumulation{.depth = k}
-                         : Accumulation{.depth = (k + 15) / 16, .matrix_steps = true};
+                         : Accumulation{.depth = (k + kStep - 1) / kStep, .matrix_steps = true};
 }
 
 template void matmul(View<const float>, View<const float>, const float*, View<float>, Stream&);
