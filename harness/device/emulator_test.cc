@@ -20,6 +20,7 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::Each;
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::MatchesRegex;
 
@@ -139,6 +140,73 @@ TEST(EmulatorFault, MisalignedVector) {
       }),
       MatchesRegex("BadLaunch: load_vector \\(kernels_testing.cu:[0-9]+\\) in kernel "
                    "misaligned_load, block 0: the address is 4 bytes past a multiple of 16"));
+}
+
+// Until the wait that covers a copy, its destination is poison, whatever was there before.
+TEST(Emulator, CopiesArriveAtTheirWait) {
+  const std::vector<std::uint32_t> in = {11, 12, 13, 14, 15};
+  const auto out = results<std::uint32_t>(20, [&](Stream& stream, std::uint32_t* out) {
+    const Buffer x = upload(stream, in);
+    copies_in_flight(stream, x.as<std::uint32_t>(), out);
+  });
+  constexpr std::uint32_t kPoison = 0xFFFFFFFF;
+  const auto look = [&](int i) {
+    return std::vector<std::uint32_t>(out.begin() + i * 5, out.begin() + i * 5 + 5);
+  };
+  EXPECT_THAT(look(0), Each(kPoison));
+  EXPECT_THAT(look(1), ElementsAre(11, 12, kPoison, kPoison, kPoison));
+  EXPECT_THAT(look(2), ElementsAre(11, 12, 13, 14, kPoison));
+  EXPECT_THAT(look(3), ElementsAre(11, 12, 13, 14, 15));
+}
+
+std::string fault_of_copy(void (*kernel)(Stream&, const std::uint32_t*)) {
+  return fault_of([=](Stream& stream) {
+    const Buffer x("x", 64, 0);
+    kernel(stream, x.as<std::uint32_t>());
+    stream.synchronize();
+  });
+}
+
+TEST(EmulatorFault, MisalignedCopy) {
+  EXPECT_THAT(
+      fault_of_copy(misaligned_copy),
+      MatchesRegex("BadLaunch: copy_async \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                   "misaligned_copy, block 0: the address is 4 bytes past a multiple of 8"));
+}
+
+TEST(EmulatorFault, CopyBeyondSharedMemory) {
+  EXPECT_THAT(fault_of_copy(copy_beyond_shared),
+              MatchesRegex("BadLaunch: copy_async \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                           "copy_beyond_shared, block 0: the destination is not in its shared "
+                           "memory"));
+}
+
+TEST(EmulatorFault, ACopyThatNobodyWaitsFor) {
+  EXPECT_EQ(fault_of_copy(copy_nobody_waits_for),
+            "BadLaunch: kernel copy_nobody_waits_for, block 0: thread 3 exits with 1 asynchronous "
+            "copies for which it did not wait");
+}
+
+TEST(EmulatorFault, MisalignedTile) {
+  const auto fault = [](int stride) {
+    return fault_of([=](Stream& stream) { misaligned_tile(stream, stride); });
+  };
+  EXPECT_EQ(fault(16), "");
+  EXPECT_THAT(
+      fault(20),
+      MatchesRegex("BadLaunch: load_a \\(kernels_testing.cu:[0-9]+\\) in kernel "
+                   "misaligned_tile, block 0: the address is 8 bytes past a multiple of 16"));
+  EXPECT_THAT(fault(0), HasSubstr("the address is 8 bytes past a multiple of 16"));
+}
+
+TEST(EmulatorFault, MmaIsForWholeWarps) {
+  EXPECT_THAT(fault_of(half_warp_mma), AllOf(HasSubstr("BadLaunch: warp collective divergence"),
+                                             HasSubstr("warp 1: 16 of 32 lanes at mma"),
+                                             HasSubstr("16 beyond the block's 48 threads")));
+  EXPECT_THAT(fault_of(some_skip_mma),
+              MatchesRegex("BadLaunch: warp collective divergence in kernel some_skip_mma, block "
+                           "0, warp 0: 20 of 32 lanes at mma \\(.*\\), 12 exited"));
+  EXPECT_THAT(fault_of(two_kinds_of_mma), HasSubstr("others wait at mma"));
 }
 
 TEST(EmulatorFault, SharedMemoryOverrun) {

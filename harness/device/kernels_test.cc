@@ -129,6 +129,288 @@ TEST(Kernels, BlockMaxKeepsNanAndTheSignOfZero) {
   EXPECT_FALSE(std::signbit(maximum(x)));
 }
 
+template <typename T>
+class Matrix : public ::testing::Test {};
+using MatrixTypes = ::testing::Types<f16, bf16>;
+TYPED_TEST_SUITE(Matrix, MatrixTypes);
+
+constexpr int kM = 16, kN = 8, kK = 16;
+
+// c + a b by one mma; b is k x n.
+template <typename T>
+std::vector<float> product(const std::vector<float>& a, const std::vector<float>& b,
+                           const std::vector<float>& c, bool by_columns) {
+  std::vector<T> left(kM * kK), right(kK * kN);
+  for (int i = 0; i < kM * kK; ++i) left[i] = from_float<T>(a[i]);
+  for (int k = 0; k < kK; ++k) {
+    for (int n = 0; n < kN; ++n) {
+      right[by_columns ? n * kK + k : k * kN + n] = from_float<T>(b[k * kN + n]);
+    }
+  }
+  return results<float>(kM * kN, [&](Stream& stream, float* out) {
+    const Buffer a_buffer = upload(stream, left), b_buffer = upload(stream, right),
+                 c_buffer = upload(stream, c);
+    multiply(stream, a_buffer.as<T>(), b_buffer.as<T>(), by_columns, c_buffer.as<float>(), out);
+  });
+}
+
+// Every element of every operand counts, each with a factor of its own.
+TYPED_TEST(Matrix, ProductsOfIntegersAreExact) {
+  std::mt19937 generator(3);
+  for (int round = 0; round < 8; ++round) {
+    std::vector<float> a(kM * kK), b(kK * kN), c(kM * kN);
+    for (float& value : a) value = float(int(generator() % 255) - 127);
+    for (float& value : b) value = float(int(generator() % 255) - 127);
+    for (float& value : c) value = float(int(generator() % 100000) - 50000);
+    std::vector<float> expected = c;
+    for (int m = 0; m < kM; ++m) {
+      for (int n = 0; n < kN; ++n) {
+        for (int k = 0; k < kK; ++k) expected[m * kN + n] += a[m * kK + k] * b[k * kN + n];
+      }
+    }
+    EXPECT_EQ((product<TypeParam>(a, b, c, true)), expected);
+    EXPECT_EQ((product<TypeParam>(a, b, c, false)), expected);
+  }
+}
+
+TYPED_TEST(Matrix, OperandsAreLoadedInPairs) {
+  std::mt19937 generator(4);
+  for (const bool by_columns : {true, false}) {
+    std::vector<float> a(kM * kK), b(2 * kK * kN);
+    for (float& value : a) value = float(int(generator() % 255) - 127);
+    for (float& value : b) value = float(int(generator() % 255) - 127);
+    std::vector<float> expected(2 * kM * kN);
+    for (int i = 0; i < 2 * kM * kN; ++i) {
+      const int half = i / (kM * kN), m = i / kN % kM, n = i % kN;
+      for (int k = 0; k < kK; ++k) {
+        const int at = by_columns ? n * 2 * kK + half * kK + k : k * 2 * kN + half * kN + n;
+        expected[i] += a[m * kK + k] * b[at];
+      }
+    }
+    const auto convert = [](const std::vector<float>& from) {
+      std::vector<TypeParam> to;
+      for (float value : from) to.push_back(from_float<TypeParam>(value));
+      return to;
+    };
+    const auto got = results<float>(2 * kM * kN, [&](Stream& stream, float* out) {
+      const Buffer left = upload(stream, convert(a)), right = upload(stream, convert(b));
+      multiply_pairs(stream, left.as<TypeParam>(), right.as<TypeParam>(), by_columns, out);
+    });
+    EXPECT_EQ(got, expected);
+  }
+}
+
+// The exponent of a value of T or of fp32, as tensor cores take it.
+int exponent(double value, int smallest) { return std::max(std::ilogb(value), smallest); }
+
+// An element as matrix.h says it is computed, written independently of the emulator.
+template <typename T>
+float documented_product(const float* a, const float* b, float c) {
+  int largest = c == 0 ? -1000 : exponent(c, -126);
+  const int smallest = format_of(dtype_of<T>::value).emin;
+  for (int k = 0; k < kK; ++k) {
+    if (a[k] == 0 || b[k * kN] == 0) continue;
+    largest = std::max(largest, exponent(a[k], smallest) + exponent(b[k * kN], smallest));
+  }
+  const double unit = std::exp2(std::max(largest, -133) - 25);
+  double sum = std::trunc(c / unit);
+  for (int k = 0; k < kK; ++k) sum += std::trunc(double(a[k]) * double(b[k * kN]) / unit);
+  sum *= unit;
+  if (sum == 0) return 0;
+  const double last = std::exp2(exponent(sum, -126) - 23);
+  return float(std::trunc(sum / last) * last);  // beyond the largest: infinity
+}
+
+// Random significands at scales that let terms of all sizes meet; c as large as the products.
+template <typename T>
+std::vector<float> values(int count, int low, int high, std::mt19937& generator) {
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  std::vector<float> values(count);
+  for (float& value : values) {
+    value = to_float(from_float<T>(
+        std::ldexp(uniform(generator), low + int(generator() % unsigned(high - low + 1)))));
+  }
+  return values;
+}
+
+template <typename T>
+bool is_normal(float value) {
+  return value == 0 || std::ilogb(value) >= format_of(dtype_of<T>::value).emin;
+}
+
+TYPED_TEST(Matrix, ProductsAreRoundedAsDocumented) {
+  std::mt19937 generator(5);
+  const bool half = std::is_same_v<TypeParam, f16>;
+  const int ranges[][2] = {{0, 0},
+                           {-4, 4},
+                           {-14, 14},
+                           {half ? -24 : -60, half ? 15 : 60},
+                           {half ? -26 : -132, half ? -12 : -50},
+                           {half ? 8 : 50, half ? 15 : 64}};
+  for (const auto& [low, high] : ranges) {
+    for (int round = 0; round < 20; ++round) {
+      std::vector<float> a = values<TypeParam>(kM * kK, low, high, generator);
+      const std::vector<float> b = values<TypeParam>(kK * kN, low, high, generator);
+      std::vector<float> c = values<float>(kM * kN, 2 * low, std::min(2 * high, 127), generator);
+      for (int i = 0; i < kM * kN; i += 3) c[i] = 0.0f;
+      for (int i = 0; i < kM * kK; i += 7) a[i] = 0.0f;
+      const std::vector<float> got = product<TypeParam>(a, b, c, round % 2 == 0);
+      for (int m = 0; m < kM; ++m) {
+        for (int n = 0; n < kN; ++n) {
+          const float element = c[m * kN + n];
+          ASSERT_EQ(got[m * kN + n], documented_product<TypeParam>(&a[m * kK], &b[n], element));
+          double exact = element, sum = std::abs(double(element));
+          bool normal = true;
+          for (int k = 0; k < kK; ++k) {
+            normal &= is_normal<TypeParam>(a[m * kK + k]) && is_normal<TypeParam>(b[k * kN + n]);
+            const double term = double(a[m * kK + k]) * double(b[k * kN + n]);
+            exact += term;
+            sum += std::abs(term);
+          }
+          // TC(16, 25) of research/numerics.md section 4, with c among the terms. Subnormal
+          // operands count as larger than they are, so that more is cut off.
+          const double bound = (17 * std::exp2(-25) + std::exp2(-23)) * sum + std::exp2(-149);
+          const double error = std::abs(got[m * kN + n] - exact);
+          ASSERT_TRUE(error <= bound || !normal || !std::isfinite(got[m * kN + n]));
+        }
+      }
+    }
+  }
+}
+
+TYPED_TEST(Matrix, ProductsAreTruncated) {
+  std::vector<float> a(kM * kK), b(kK * kN), c(kM * kN);
+  a[0] = 1;
+  b[0] = 1;
+  a[1] = 3 * std::exp2(-12.0f);
+  b[kN] = std::exp2(-12.0f);
+  EXPECT_EQ(product<TypeParam>(a, b, c, true)[0], 1 + 2 * std::exp2(-24.0f)) << "not to nearest";
+  // Two terms of 2^-24 below 1 are kept until they are added up; in pairs of 2^-26 they are not.
+  a[1] = a[2] = std::exp2(-12.0f);
+  b[kN] = b[2 * kN] = std::exp2(-12.0f);
+  EXPECT_EQ(product<TypeParam>(a, b, c, true)[0], 1 + std::exp2(-23.0f));
+  for (int k = 1; k < kK; ++k) {
+    a[k] = std::exp2(-13.0f);
+    b[k * kN] = std::exp2(-13.0f);
+  }
+  EXPECT_EQ(product<TypeParam>(a, b, c, true)[0], 1.0f);
+  a[0] = 0;
+  c[0] = 1;
+  EXPECT_EQ(product<TypeParam>(a, b, c, true)[0], 1.0f) << "below c it is the same";
+}
+
+TYPED_TEST(Matrix, ProductsOfInfinitiesAndNans) {
+  std::vector<float> a(kM * kK), b(kK * kN, 1.0f), c(kM * kN);
+  a[0 * kK + 3] = INFINITY;
+  a[1 * kK + 5] = INFINITY;
+  a[1 * kK + 6] = -INFINITY;
+  a[2 * kK + 7] = NAN;
+  a[3 * kK + 0] = -INFINITY;
+  a[9 * kK + 8] = INFINITY;
+  b[8 * kN + 4] = 0.0f;
+  c[4 * kN + 2] = -INFINITY;
+  c[5 * kN + 2] = NAN;
+  const std::vector<float> got = product<TypeParam>(a, b, c, true);
+  for (int n = 0; n < kN; ++n) {
+    EXPECT_EQ(got[n], INFINITY);
+    EXPECT_TRUE(std::isnan(got[kN + n]));
+    EXPECT_TRUE(std::isnan(got[2 * kN + n]));
+    EXPECT_EQ(got[3 * kN + n], -INFINITY);
+    EXPECT_EQ(got[4 * kN + n], n == 2 ? -INFINITY : 0.0f);
+    EXPECT_EQ(std::isnan(got[5 * kN + n]), n == 2);
+    EXPECT_EQ(std::isnan(got[9 * kN + n]), n == 4);
+    EXPECT_EQ(std::isinf(got[9 * kN + n]), n != 4);
+    EXPECT_EQ(got[15 * kN + n], 0.0f);
+  }
+}
+
+// The accumulators of one product, as the A operand of the next: with columns of the identity for
+// B, what comes out is what was rounded.
+TYPED_TEST(Matrix, AccumulatorsAreRoundedToOperands) {
+  using T = TypeParam;
+  std::mt19937 generator(11);
+  for (int round = 0; round < 8; ++round) {
+    std::vector<float> c(kM * kK);
+    for (float& value : c) {
+      value = std::ldexp(float(int(generator())) * 0x1p-31f, int(generator() % 46) - 30);
+      if (generator() % 4 != 0) continue;  // halfway between two values of T, then
+      const std::uint32_t even = std::bit_cast<std::uint32_t>(to_float(from_float<T>(value)));
+      value = std::bit_cast<float>(even | 1u << (23 - format_of(dtype_of<T>::value).p));
+    }
+    c[20] = 1e9f;
+    c[40] = 65519.0f;
+    const bool infinite = std::isinf(to_float(from_float<T>(c[20])));
+    for (int first : {0, 8}) {
+      std::vector<T> b(kK * kN);
+      for (int n = 0; n < kN; ++n) b[(first + n) * kN + n] = from_float<T>(1.0f);
+      const auto got = results<float>(kM * kN, [&](Stream& stream, float* out) {
+        const Buffer in = upload(stream, c), right = upload(stream, b);
+        multiply_rounded(stream, in.as<float>(), right.as<T>(), out);
+      });
+      for (int m = 0; m < kM; ++m) {
+        for (int n = 0; n < kN; ++n) {
+          if (infinite && m == 1 && first + n != 4) {
+            EXPECT_TRUE(std::isnan(got[m * kN + n])) << "infinity times 0";
+          } else {
+            EXPECT_EQ(got[m * kN + n], to_float(from_float<T>(c[m * kK + first + n])));
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Kernels, QuadsAreFourNeighbours) {
+  for (unsigned data = 0; data < 10; ++data) {
+    std::vector<float> x = noise(32, data);
+    x[13] = NAN;
+    x[16] = x[18] = -0.0f;
+    x[17] = x[19] = data % 2 == 0 ? 0.0f : -0.0f;
+    const auto out = results<std::uint32_t>(128, [&](Stream& stream, std::uint32_t* out) {
+      const Buffer in = upload(stream, x);
+      auto* to = reinterpret_cast<float*>(out);
+      quads(stream, in.as<float>(), to, to + 32, to + 64, to + 96);
+    });
+    for (int lane = 0; lane < 32; ++lane) {
+      const bool nan = lane / 4 == 3;
+      const float* first = &x[lane / 4 * 4];
+      const float sum = std::bit_cast<float>(out[lane]);
+      const float maximum = std::bit_cast<float>(out[64 + lane]);
+      EXPECT_EQ(std::isnan(sum), nan);
+      EXPECT_EQ(std::isnan(maximum), nan);
+      if (nan) continue;
+      EXPECT_EQ(out[lane], out[32 + lane]);
+      EXPECT_EQ(out[64 + lane], out[96 + lane]);
+      EXPECT_EQ(sum, (first[0] + first[1]) + (first[2] + first[3]));
+      EXPECT_EQ(maximum, *std::max_element(first, first + 4));
+    }
+  }
+}
+
+TEST(Kernels, CopiesRunAheadOfTheirReaders) {
+  constexpr int kTile = 1024;
+  for (int tiles : {1, 2, 7}) {
+    std::vector<float> x(tiles * kTile);
+    std::iota(x.begin(), x.end(), 1.0f);
+    std::vector<float> expected(kTile);
+    for (int i = 0; i < tiles * kTile; ++i) expected[i % kTile] += x[i];
+    for (int stages : {2, 3}) {
+      for (int bytes : {4, 8, 16}) {
+        for (std::uint64_t seed = 0; seed < 3; ++seed) {
+          const auto out = results<float>(
+              kTile,
+              [&](Stream& stream, float* out) {
+                const Buffer in = upload(stream, x);
+                pipeline(stream, in.as<float>(), out, tiles, stages, bytes);
+              },
+              seed);
+          EXPECT_EQ(out, expected) << tiles << " tiles, " << stages << " stages, " << bytes;
+        }
+      }
+    }
+  }
+}
+
 TEST(Kernels, AtomicsAddUp) {
   constexpr int kBlocks = 6;
   constexpr int kThreads = 40;

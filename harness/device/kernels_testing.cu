@@ -194,6 +194,7 @@ __global__ void roundings_kernel(const float* x, std::uint32_t* out, int count) 
 
 // Rows of 16 values, 24 apart in shared memory.
 constexpr int kTileStride = 24;
+constexpr int kPairStride = 40;
 template <typename T>
 __device__ void load_tile(T* tile, const T* from, int rows, int columns) {
   for (int i = int(threadIdx.x); i < rows * columns; i += 32) {
@@ -228,6 +229,26 @@ __global__ void multiply_kernel(const T* a, const T* b, bool by_columns, const f
       by_columns ? load_b(b_tile, kTileStride) : load_b_transposed(b_tile, kTileStride);
   mma(sum, left, right);
   write_c(sum, out);
+}
+
+template <typename T>
+__global__ void multiply_pairs_kernel(const T* a, const T* b, bool by_columns, float* out) {
+  T* a_tile = dynamic_shared<T>();
+  T* b_tile = a_tile + 16 * kTileStride;
+  load_tile(a_tile, a, 16, 16);
+  const FragmentA<T> left = load_a(a_tile, kTileStride);
+  const int columns = by_columns ? 32 : 16;
+  for (int i = int(threadIdx.x); i < 256; i += 32) {
+    b_tile[i / columns * kPairStride + i % columns] = b[i];
+  }
+  __syncwarp();
+  const FragmentB2<T> right =
+      by_columns ? load_b2(b_tile, kPairStride) : load_b2_transposed(b_tile, kPairStride);
+  for (int i = 0; i < 2; ++i) {
+    FragmentC sum{};
+    mma(sum, left, right.x[i]);
+    write_c(sum, out + i * 128);
+  }
 }
 
 template <typename T>
@@ -287,6 +308,7 @@ __global__ void pipeline_kernel(const float* x, float* out, int tiles) {
 
 __global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* out) {
   auto* shared = dynamic_shared<std::uint32_t>();
+  for (int i = 0; i < 5; ++i) shared[i] = 7;
   for (int i = 0; i < 4; ++i) {
     copy_async<4>(shared + i, in + i);
     copy_async_commit();
@@ -306,6 +328,9 @@ __global__ void copies_in_flight_kernel(const std::uint32_t* in, std::uint32_t* 
 }
 __global__ void misaligned_copy_kernel(const std::uint32_t* in) {
   copy_async<8>(dynamic_shared<std::uint32_t>() + 2, in + 1);
+}
+__global__ void copy_beyond_shared_kernel(const std::uint32_t* in) {
+  copy_async<8>(dynamic_shared<std::uint32_t>() + 4, in);
 }
 __global__ void copy_nobody_waits_for_kernel(const std::uint32_t* in) {
   if (threadIdx.x == 3) copy_async<8>(dynamic_shared<std::uint32_t>(), in);
@@ -401,6 +426,9 @@ void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* ou
 void misaligned_copy(Stream& stream, const std::uint32_t* in) {
   launch("misaligned_copy", misaligned_copy_kernel, 1, 1, 16, stream, in);
 }
+void copy_beyond_shared(Stream& stream, const std::uint32_t* in) {
+  launch("copy_beyond_shared", copy_beyond_shared_kernel, 1, 1, 16, stream, in);
+}
 void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in) {
   launch("copy_nobody_waits_for", copy_nobody_waits_for_kernel, 1, 32, 16, stream, in);
 }
@@ -444,12 +472,19 @@ void multiply(Stream& stream, const T* a, const T* b, bool by_columns, const flo
          by_columns, c, out);
 }
 template <typename T>
+void multiply_pairs(Stream& stream, const T* a, const T* b, bool by_columns, float* out) {
+  launch("multiply_pairs", multiply_pairs_kernel<T>, 1, 32,
+         16 * (kTileStride + kPairStride) * sizeof(T), stream, a, b, by_columns, out);
+}
+template <typename T>
 void multiply_rounded(Stream& stream, const float* c, const T* b, float* out) {
   launch("multiply_rounded", multiply_rounded_kernel<T>, 1, 32, 16 * kTileStride * sizeof(T),
          stream, c, b, out);
 }
 template void multiply(Stream&, const f16*, const f16*, bool, const float*, float*);
 template void multiply(Stream&, const bf16*, const bf16*, bool, const float*, float*);
+template void multiply_pairs(Stream&, const f16*, const f16*, bool, float*);
+template void multiply_pairs(Stream&, const bf16*, const bf16*, bool, float*);
 template void multiply_rounded(Stream&, const float*, const f16*, float*);
 template void multiply_rounded(Stream&, const float*, const bf16*, float*);
 void quads(Stream& stream, const float* x, float* sums, float* shuffled_sums, float* maxima,

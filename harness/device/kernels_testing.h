@@ -50,10 +50,12 @@ void barriers(Stream& stream, int threads);  // nothing wrong but for lack of me
 void half_warp_sum(Stream& stream);          // a block of 48 threads
 void read_outside_mask(Stream& stream);
 void misaligned_load(Stream& stream, const float* x, float* out);
-// out[0..3]: what a thread finds in shared memory after copies of 1, 2, 3 and 4 in groups of their
-// own and a fifth in none: before any wait, after wait<2>, after wait<0>, and of the fifth.
+// Five words copied to shared memory, the first four in groups of their own, the fifth in none; and
+// out[look * 5 + i]: word i as it was found before any wait, after wait<2>, after wait<0>, and
+// after a commit and another wait<0>.
 void copies_in_flight(Stream& stream, const std::uint32_t* in, std::uint32_t* out);
 void misaligned_copy(Stream& stream, const std::uint32_t* in);
+void copy_beyond_shared(Stream& stream, const std::uint32_t* in);
 void copy_nobody_waits_for(Stream& stream, const std::uint32_t* in);
 void misaligned_tile(Stream& stream, int stride);
 void half_warp_mma(Stream& stream);
@@ -77,7 +79,11 @@ void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
 // or 8 x 16 if it is given by columns (load_b; otherwise load_b_transposed).
 template <typename T>
 void multiply(Stream& stream, const T* a, const T* b, bool by_columns, const float* c, float* out);
-// The same with two products: out (16 x 8) = to_a(c) b, c being 16 x 16 and b 16 x 8.
+// out (2 x 16 x 8): a times either half of b, which is 8 x 32 if by columns (load_b2) or 16 x 16
+// (load_b2_transposed).
+template <typename T>
+void multiply_pairs(Stream& stream, const T* a, const T* b, bool by_columns, float* out);
+// out (16 x 8) = to_a(c) b; c is 16 x 16, b is 16 x 8.
 template <typename T>
 void multiply_rounded(Stream& stream, const float* c, const T* b, float* out);
 // One warp: quad_sum and quad_max of x, and the shuffles they are defined by.

@@ -22,6 +22,10 @@ template <typename T>
 struct FragmentB {  // x[i]: column g, k = 2 t + 8 i and the next
   std::uint32_t x[2];
 };
+template <typename T>
+struct FragmentB2 {  // two operands that one instruction loads
+  FragmentB<T> x[2];
+};
 struct FragmentC {  // x[i]: row g + 8 * (i / 2), column 2 t + i % 2
   float x[4];
 };
@@ -35,11 +39,20 @@ __device__ FragmentB<T> load_b(const T* tile, int stride, Where where = Where::h
 // B[k][n] = tile[k * stride + n] (values).
 template <typename T>
 __device__ FragmentB<T> load_b_transposed(const T* tile, int stride, Where where = Where::here());
+// load_b of k = 0..15 and of k = 16..31, for the same 8 columns; a row is 32 elements.
+template <typename T>
+__device__ FragmentB2<T> load_b2(const T* tile, int stride, Where where = Where::here());
+// load_b_transposed of columns 0..7 and of columns 8..15, for the same 16 k.
+template <typename T>
+__device__ FragmentB2<T> load_b2_transposed(const T* tile, int stride, Where where = Where::here());
 
-// c += a * b. The products are exact; how they are added up is the tensor core's own: it shifts the
-// 16 products and c to the largest exponent among them, cuts off what is below 2^-25 of it, adds,
-// and rounds toward zero to fp32. That is TC(16, 25) of a Profile, and what the emulator does, bit
-// for bit; other GPUs than the H100 may differ.
+// c += a * b. The products are exact; how they are added up is the tensor core's own, and what the
+// emulator does is the published model of an H100, bit for bit: with u the largest exponent among
+// the 16 products and c, what lies below 2^(u - 25) is cut off each of them, and their sum is
+// rounded toward zero to fp32. A product's exponent is the sum of its operands', and a subnormal
+// operand has the exponent of the smallest normal one. This is TC(16, 25) of
+// research/numerics.md section 4, as long as no operand is subnormal: beside subnormal operands
+// more is cut off.
 template <typename T>
 __device__ void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b,
                     Where where = Where::here());

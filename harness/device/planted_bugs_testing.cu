@@ -1,9 +1,10 @@
 // Kernels with a mistake planted, so that it can be seen that each build finds its kind: run with
-// none, missing_barrier, shared_overrun, block_race, missing_fence or buffer_overrun; and for
-// compute-sanitizer, in memory without poison and guards, bare_overrun or unwritten. Exit code 0:
-// nothing was found, 1: something was.
+// none, missing_barrier, missing_wait, early_copy, shared_overrun, block_race, missing_fence or
+// buffer_overrun; and for compute-sanitizer, in memory without poison and guards, bare_overrun or
+// unwritten. Exit code 0: nothing was found, 1: something was.
 
 #include <cstdio>
+#include <numeric>
 #include <optional>
 #include <string_view>
 #include <vector>
@@ -19,6 +20,8 @@ constexpr int kBlocks = 4;
 
 struct Bugs {
   bool missing_barrier;
+  bool missing_wait;
+  bool early_copy;
   bool shared_overrun;
   bool block_race;
   bool missing_fence;
@@ -39,6 +42,24 @@ __global__ void rotate(const float* zeros, float* out, Bugs bugs) {
   if (bugs.buffer_overrun && block + 1 == kBlocks && i == 0) out[kBlocks * kThreads] = 0.0f;
 }
 
+// out[i]: the sum over two tiles of what the thread's neighbour copied to the one buffer in shared
+// memory: element i + 1 of each.
+__global__ void sum_tiles(const float* x, float* out, Bugs bugs) {
+  float* shared = dynamic_shared<float>();
+  const int i = int(threadIdx.x);
+  float sum = 0.0f;
+  for (int tile = 0; tile < 2; ++tile) {
+    if (!bugs.early_copy) __syncthreads();  // the last tile was read
+    copy_async<4>(shared + i, x + tile * kThreads + i);
+    copy_async_commit();
+    if (!bugs.missing_wait) copy_async_wait<0>();
+    __syncthreads();
+    sum += shared[(i + 1) % kThreads];
+    if (bugs.missing_wait) copy_async_wait<0>();
+  }
+  out[i] = sum;
+}
+
 // One rank's kernel hands a value to another's.
 __global__ void hand_over(int* data, int* flag, Bugs bugs) {
   *data = 42;
@@ -54,6 +75,8 @@ __global__ void take_over(const int* data, const int* flag, int* out) {
 
 int run(std::string_view mode) {
   const Bugs bugs{mode == "missing_barrier",
+                  mode == "missing_wait",
+                  mode == "early_copy",
                   mode == "shared_overrun",
                   mode == "block_race",
                   mode == "missing_fence",
@@ -77,6 +100,21 @@ int run(std::string_view mode) {
     if (const auto overrun = out.damage()) throw Fault{Outcome::OutOfBounds, *overrun};
     const int blocks = bugs.block_race ? 1 : kBlocks;
     for (int i = 0; i < blocks * kThreads; ++i) wrong += !(got[i] == float((i + 1) % kThreads));
+  });
+  scheduler.add_rank(3, [&](Stream& stream) {
+    std::vector<float> x(2 * kThreads);
+    std::iota(x.begin(), x.end(), 0.0f);
+    const Buffer in(stream, "in", x.size() * sizeof(float), poison);
+    const Buffer out(stream, "sums", kThreads * sizeof(float), poison);
+    from_host(stream, in.data(), x.data(), in.bytes());
+    launch("sum_tiles", sum_tiles, 1, kThreads, kThreads * sizeof(float), stream, in.as<float>(),
+           out.as<float>(), bugs);
+    std::vector<float> got(kThreads);
+    to_host(stream, got.data(), out.data(), out.bytes());
+    stream.synchronize();
+    for (int i = 0; i < kThreads; ++i) {
+      wrong += !(got[i] == float(kThreads + 2 * ((i + 1) % kThreads)));
+    }
   });
   scheduler.add_rank(1, [&](Stream& stream) {
     launch("hand_over", hand_over, 1, 1, 0, stream, data, data + 1, bugs);

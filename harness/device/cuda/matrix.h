@@ -16,7 +16,9 @@ __device__ inline unsigned row_address(const T* tile, int stride, int row, int c
   return unsigned(__cvta_generic_to_shared(tile + row * stride + column));
 }
 __device__ inline int lane() {
-  return int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
+  int lane;
+  asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
 }
 
 // Two floats rounded to T, `low` in the low half.
@@ -61,6 +63,28 @@ __device__ inline FragmentB<T> load_b_transposed(const T* tile, int stride, Wher
   FragmentB<T> b;
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(b.x[0]), "=r"(b.x[1])
+               : "r"(row)
+               : "memory");
+  return b;
+}
+template <typename T>
+__device__ inline FragmentB2<T> load_b2(const T* tile, int stride, Where) {
+  const int lane = cuda::lane();
+  const unsigned row = cuda::row_address(tile, stride, lane % 8, lane / 8 * 8);
+  FragmentB2<T> b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b.x[0].x[0]), "=r"(b.x[0].x[1]), "=r"(b.x[1].x[0]), "=r"(b.x[1].x[1])
+               : "r"(row)
+               : "memory");
+  return b;
+}
+template <typename T>
+__device__ inline FragmentB2<T> load_b2_transposed(const T* tile, int stride, Where) {
+  const int lane = cuda::lane();
+  const unsigned row = cuda::row_address(tile, stride, lane % 16, lane / 16 * 8);
+  FragmentB2<T> b;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b.x[0].x[0]), "=r"(b.x[0].x[1]), "=r"(b.x[1].x[0]), "=r"(b.x[1].x[1])
                : "r"(row)
                : "memory");
   return b;

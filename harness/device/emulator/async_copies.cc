@@ -1,5 +1,8 @@
 #include "harness/device/emulator/async_copies.h"
 
+#include <fmt/format.h>
+
+#include <cstddef>
 #include <new>
 #include <string>
 
@@ -8,10 +11,8 @@
 namespace tp::emulator {
 namespace {
 
-AsyncCopies& own() {
-  Thread& thread = *running;
-  return static_cast<Block&>(*thread.block).copies(thread);
-}
+Block& block() { return static_cast<Block&>(*running->block); }
+AsyncCopies& own() { return block().copies(*running); }
 
 }  // namespace
 
@@ -21,14 +22,24 @@ void note_copy(void* shared, const void* global, std::uint32_t bytes, Where wher
       misaligned(address, bytes, "copy_async", where);
     }
   }
-  AsyncCopies& copies = own();
-  try {
-    copies.begun.push_back({shared, global, bytes, copies.groups});
-  } catch (const std::bad_alloc&) {  // to where it can be caught
-    static_cast<Block&>(*running->block).fail(*running, []() -> std::string {
-      throw std::bad_alloc();
+  const auto* first = static_cast<const std::byte*>(block().shared);
+  const auto* to = static_cast<const std::byte*>(shared);
+  if (to < first || to + bytes > first + block().shared_bytes()) {
+    Block& self = block();
+    self.fail(*running, [where, &self] {
+      return fmt::format("copy_async ({}) in {}: the destination is not in its shared memory",
+                         to_string(where), self.name());
     });
   }
+  AsyncCopies& copies = own();
+  bool noted = true;
+  try {
+    copies.begun.push_back({shared, global, bytes, copies.groups});
+  } catch (const std::bad_alloc&) {
+    noted = false;
+  }
+  // Thrown again where somebody can catch it: not on a kernel thread's stack.
+  if (!noted) block().fail(*running, []() -> std::string { throw std::bad_alloc(); });
 }
 
 void commit_copies() { ++own().groups; }

@@ -42,6 +42,7 @@ class Block : public BlockInfo {
   Progress run();
   // Forgets the threads that have not come to their end. Afterwards the Block is of no more use.
   void drop();
+  std::size_t shared_bytes() const { return launch_->size.shared_bytes; }
   int threads() const { return int(threads_.size()); }
   std::string name() const;  // "kernel rms_norm, block 0"
   // "kernel rms_norm, block 0: 7 at __syncthreads (rms_norm.cu:41), 121 exited, of 128"

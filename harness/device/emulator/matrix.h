@@ -56,6 +56,14 @@ inline FragmentB<T> load_b_transposed(const T* tile, int stride, Where where) {
   const T* bottom = top + 8 * stride;
   return {{emulator::pack(top[0], top[stride]), emulator::pack(bottom[0], bottom[stride])}};
 }
+template <typename T>
+inline FragmentB2<T> load_b2(const T* tile, int stride, Where where) {
+  return {{load_b(tile, stride, where), load_b(tile + 16, stride, where)}};
+}
+template <typename T>
+inline FragmentB2<T> load_b2_transposed(const T* tile, int stride, Where where) {
+  return {{load_b_transposed(tile, stride, where), load_b_transposed(tile + 8, stride, where)}};
+}
 
 template <typename T>
 inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b, Where where) {

@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "harness/base/dtype.h"
+#include "harness/device/sanitizer.h"
 
 namespace tp::emulator {
 namespace {
@@ -32,6 +33,8 @@ constexpr bool is_special(int exponent) { return exponent > 4000; }
 // Largest exponents for which fp32 and int32 arithmetic is exact where it must be.
 constexpr int kFastLow = -100, kFastHigh = 120;
 
+// A warp's operands, unpacked. One place for all products, since kernel threads have small stacks
+// and a place in the cache is worth much.
 struct Operands {
   alignas(16) float a[kRows][kDepth];
   alignas(16) float b[kDepth][kColumns];
@@ -39,7 +42,14 @@ struct Operands {
   alignas(16) std::int16_t a_exponent[kRows][kDepth];
   alignas(16) std::int16_t b_exponent[kDepth][kColumns];
   alignas(16) std::int16_t c_exponent[kRows][kColumns];
+  // As the lanes bring them: pairs along k. b is by columns here.
+  std::uint32_t a_pairs[kRows][kDepth / 2];
+  std::uint32_t b_pairs[kColumns][kDepth / 2];
+  std::uint16_t bits[kRows * kDepth];
+  std::uint16_t turned[kDepth * kColumns];
+  float result[kRows][kColumns];
 };
+Operands operands;
 
 // Conversions of whole arrays, without branches, so that compilers use vectors.
 void expand(const std::uint16_t* bits, int count, bf16, float* values, std::int16_t* exponents) {
@@ -91,7 +101,7 @@ float truncated(double x) {
 }
 
 // One element, for any operands.
-float element(const Operands& operands, int row, int column, int largest) {
+float element(int row, int column, int largest) {
   const float c = operands.c[row][column];
   double sum = 0.0;
   if (is_special(largest)) {  // adding up tells which infinity, or NaN
@@ -109,40 +119,55 @@ float element(const Operands& operands, int row, int column, int largest) {
   return truncated(sum * unit);
 }
 
-// A row of C, if all its largest exponents allow it: what element() does, in vectors.
-void fast_row(const Operands& operands, int row, const std::int16_t* largest, float* result) {
-  alignas(16) float scale[kColumns];
-  alignas(16) std::int32_t low[kColumns], high[kColumns];
-  for (int n = 0; n < kColumns; ++n) {
-    scale[n] = std::bit_cast<float>(std::int32_t(127 + kFraction - largest[n]) << 23);
-    low[n] = std::int32_t(operands.c[row][n] * scale[n]);
-    high[n] = 0;
+// Vectors of 16 bytes, which every processor of interest has.
+using Floats [[gnu::vector_size(16)]] = float;
+using Ints [[gnu::vector_size(16)]] = std::int32_t;
+using Shorts [[gnu::vector_size(16)]] = std::int16_t;
+template <typename Vector, typename T>
+Vector load(const T* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof(vector));
+  return vector;
+}
+
+// The largest exponent of the terms of each element of a row.
+Shorts largest_exponents(int row) {
+  Shorts largest = load<Shorts>(operands.c_exponent[row]);
+  for (int k = 0; k < kDepth; ++k) {
+    const Shorts sum = load<Shorts>(operands.b_exponent[k]) + operands.a_exponent[row][k];
+    largest = sum > largest ? sum : largest;
   }
+  return largest;
+}
+
+// Four elements of a row, if their largest exponents allow it: what element() does, in vectors.
+void fast_elements(int row, int column, const std::int16_t* largest, float* result) {
+  const Ints exponents = {largest[0], largest[1], largest[2], largest[3]};
+  const Ints scale_bits = (127 + kFraction - exponents) << 23;
+  const auto scale = std::bit_cast<Floats>(scale_bits);
+  const auto term = [&](int k) {
+    const Floats product = load<Floats>(&operands.b[k][column]) * operands.a[row][k];
+    return __builtin_convertvector(product * scale, Ints);
+  };
   // A term is less than 2^27 (c: 2^26), so a sum of 8 of them and c fits in 32 bits.
+  Ints low = __builtin_convertvector(load<Floats>(&operands.c[row][column]) * scale, Ints);
+  Ints high = {};
   for (int k = 0; k < kDepth / 2; ++k) {
-    const float first = operands.a[row][k];
-    for (int n = 0; n < kColumns; ++n) low[n] += std::int32_t(first * operands.b[k][n] * scale[n]);
+    low += term(k);
+    high += term(k + kDepth / 2);
   }
-  for (int k = kDepth / 2; k < kDepth; ++k) {
-    const float second = operands.a[row][k];
-    for (int n = 0; n < kColumns; ++n) {
-      high[n] += std::int32_t(second * operands.b[k][n] * scale[n]);
-    }
-  }
-  alignas(16) double sum[kColumns];
-  for (int n = 0; n < kColumns; ++n) sum[n] = double(low[n]) + double(high[n]);
-  for (int n = 0; n < kColumns; ++n) {
-    const std::uint64_t cut =
-        std::bit_cast<std::uint64_t>(sum[n]) & ~((std::uint64_t{1} << 29) - 1);
+  for (int n = 0; n < 4; ++n) {
+    const double sum = double(low[n]) + double(high[n]);
+    const std::uint64_t cut = std::bit_cast<std::uint64_t>(sum) & ~((std::uint64_t{1} << 29) - 1);
     const std::uint64_t unit = std::uint64_t(1023 - kFraction + largest[n]) << 52;
     result[n] = float(std::bit_cast<double>(cut) * std::bit_cast<double>(unit));
   }
 }
 
 template <typename T>
-void gather(const std::uint64_t* value, Operands& operands) {
-  alignas(16) std::uint32_t a[kRows][kDepth / 2];
-  alignas(16) std::uint32_t b[kColumns][kDepth / 2];  // transposed
+void gather(const std::uint64_t* value) {
+  auto& a = operands.a_pairs;
+  auto& b = operands.b_pairs;
   for (int lane = 0; lane < 32; ++lane) {
     const auto& from = *reinterpret_cast<const MmaOperands*>(value[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -155,11 +180,11 @@ void gather(const std::uint64_t* value, Operands& operands) {
     std::memcpy(&operands.c[g][2 * t], from.c, 8);
     std::memcpy(&operands.c[g + 8][2 * t], from.c + 2, 8);
   }
-  std::uint16_t bits[kRows * kDepth];
+  auto& bits = operands.bits;
   std::memcpy(bits, a, sizeof(a));
   expand(bits, kRows * kDepth, T{}, operands.a[0], operands.a_exponent[0]);
   std::memcpy(bits, b, sizeof(b));
-  std::uint16_t turned[kDepth * kColumns];
+  auto& turned = operands.turned;
   for (int k = 0; k < kDepth; ++k) {
     for (int n = 0; n < kColumns; ++n) turned[k * kColumns + n] = bits[n * kDepth + k];
   }
@@ -173,28 +198,23 @@ void gather(const std::uint64_t* value, Operands& operands) {
 
 template <typename T>
 bool multiply(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
-  Operands operands;
-  gather<T>(value, operands);
-  float result[kRows][kColumns];
+  const Overlooked overlooked;
+  gather<T>(value);
+  auto& result = operands.result;
   for (int i = 0; i < kRows; ++i) {
-    alignas(16) std::int16_t largest[kColumns];
-    for (int n = 0; n < kColumns; ++n) largest[n] = operands.c_exponent[i][n];
-    for (int k = 0; k < kDepth; ++k) {
-      const std::int16_t exponent = operands.a_exponent[i][k];
-      for (int n = 0; n < kColumns; ++n) {
-        const std::int16_t sum = std::int16_t(exponent + operands.b_exponent[k][n]);
-        largest[n] = sum > largest[n] ? sum : largest[n];
-      }
-    }
+    const Shorts exponents = largest_exponents(i);
+    std::int16_t largest[kColumns];
     bool fast = true;
     for (int n = 0; n < kColumns; ++n) {
-      if (is_none(largest[n])) largest[n] = 0;  // nothing but zeros
+      largest[n] = is_none(exponents[n]) ? std::int16_t(0) : exponents[n];  // nothing but zeros
       fast &= kFastLow <= largest[n] && largest[n] <= kFastHigh;
     }
     if (fast) {
-      fast_row(operands, i, largest, result[i]);
+      for (int n = 0; n < kColumns; n += 4) {
+        fast_elements(i, n, largest + n, &result[i][n]);
+      }
     } else {
-      for (int n = 0; n < kColumns; ++n) result[i][n] = element(operands, i, n, largest[n]);
+      for (int n = 0; n < kColumns; ++n) result[i][n] = element(i, n, largest[n]);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
