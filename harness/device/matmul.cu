@@ -105,8 +105,9 @@ using FewRows = Tiling<1, 2, 1, 2, 64, 4>;
 using ManyRows = Tiling<2, 4, 4, 4, 32, 4>;
 constexpr std::int64_t kFewRows = 64;
 
-constexpr int kChunk = 8;  // elements of one 16-byte copy
-constexpr int kStep = 16;  // columns that one matrix step multiplies
+constexpr int kChunk = 8;         // elements of one 16-byte copy
+constexpr int kStep = 16;         // columns that one matrix step multiplies
+constexpr int kPair = 2 * kStep;  // of the two steps that one load of w serves
 
 template <typename T>
 bool is_aligned(const View<const T>& view) {
@@ -114,7 +115,7 @@ bool is_aligned(const View<const T>& view) {
 }
 
 // Begins to bring rows [first, first + Rows) and columns [k, k + Depth) of `from` to `tile`, with
-// zeros beyond its end, as far as the matrix step that contains its last column.
+// zeros beyond its end, as far as the pair of matrix steps that contains its last column.
 template <typename Tile, int Rows, typename T>
 __device__ void load_tile(const View<const T>& from, bool aligned, std::int64_t first,
                           std::int64_t k, T* tile) {
@@ -122,7 +123,7 @@ __device__ void load_tile(const View<const T>& from, bool aligned, std::int64_t 
   for (int i = int(threadIdx.x); i < Rows * kChunks; i += Tile::kThreads) {
     const std::int64_t row = first + i / kChunks, col = k + i % kChunks * kChunk;
     T* to = tile + i / kChunks * Tile::kStride + i % kChunks * kChunk;
-    if (col >= (from.cols + kStep - 1) / kStep * kStep) continue;
+    if (col >= (from.cols + kPair - 1) / kPair * kPair) continue;
     const T* source = from.data + row * from.row_stride + col;
     if (aligned && row < from.rows && col + kChunk <= from.cols) {
       copy_async<16>(to, source);
@@ -167,20 +168,24 @@ __global__ void __launch_bounds__(Tile::kThreads)
     const T* w = stages + step % Tile::kStages * Tile::kStageElements +
                  (Tile::kRows + warp_col) * Tile::kStride;
 #pragma unroll
-    for (int kk = 0; kk < Tile::kDepth; kk += kStep) {
+    for (int kk = 0; kk < Tile::kDepth; kk += kPair) {
       if (step * Tile::kDepth + kk >= p.x.cols) break;
-      FragmentA<T> a[Tile::kTilesDown];
-      FragmentB<T> b[Tile::kTilesAcross];
-#pragma unroll
-      for (int i = 0; i < Tile::kTilesDown; ++i)
-        a[i] = load_a(x + i * 16 * Tile::kStride + kk, Tile::kStride);
+      FragmentB2<T> b[Tile::kTilesAcross];
 #pragma unroll
       for (int j = 0; j < Tile::kTilesAcross; ++j)
-        b[j] = load_b(w + j * 8 * Tile::kStride + kk, Tile::kStride);
+        b[j] = load_b2(w + j * 8 * Tile::kStride + kk, Tile::kStride);
 #pragma unroll
-      for (int i = 0; i < Tile::kTilesDown; ++i) {
+      for (int half = 0; half < 2; ++half) {
+        if (step * Tile::kDepth + kk + half * kStep >= p.x.cols) break;
+        FragmentA<T> a[Tile::kTilesDown];
 #pragma unroll
-        for (int j = 0; j < Tile::kTilesAcross; ++j) mma(sums[i][j], a[i], b[j]);
+        for (int i = 0; i < Tile::kTilesDown; ++i)
+          a[i] = load_a(x + i * 16 * Tile::kStride + kk + half * kStep, Tile::kStride);
+#pragma unroll
+        for (int i = 0; i < Tile::kTilesDown; ++i) {
+#pragma unroll
+          for (int j = 0; j < Tile::kTilesAcross; ++j) mma(sums[i][j], a[i], b[j].x[half]);
+        }
       }
     }
   }
