@@ -217,7 +217,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     const double width = double(qkv_width(m, partition(m, c.tp_size, tp_rank)));
     return {.bytes = (double(tokens) * (double(hidden) + width) + width * double(hidden)) *
                      size_of(c.dtype),
-            .flops = 2 * double(tokens) * double(hidden) * width};
+            .flops = linear::flops(c, double(tokens) * double(hidden) * width)};
   };
   stage.reference = [=](const WholeInputs& in) -> std::vector<Budget> {
     std::vector<Budget> budgets;

@@ -15,7 +15,7 @@ namespace tp {
 
 namespace {
 
-enum Reduce : std::int64_t { all_reduce, reduce_scatter, external };
+enum class Reduce : std::int64_t { all_reduce, reduce_scatter, external };
 
 Reduce reduce_of(const Case& c) { return Reduce(c.options.at("reduce")); }
 DType sums_dtype(const Case& c) { return c.options.at("reduce_dtype") == 1 ? DType::f32 : c.dtype; }
@@ -53,20 +53,20 @@ const std::vector<Mutant>& mutants() {
             };
           },
           [](const Case& c) {
-            return reduce_of(c) == all_reduce && c.num_tokens % c.tp_size != 0;
+            return reduce_of(c) == Reduce::all_reduce && c.num_tokens % c.tp_size != 0;
           }),
       mutant(
           "shared-expert-double-reduce:twice",
           "the caller adds up over the ranks what the layer has added up already",
           "vllm-project/vllm#49122",
           [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 1; }; },
-          [](const Case& c) { return reduce_of(c) != external; }),
+          [](const Case& c) { return reduce_of(c) != Reduce::external; }),
       mutant(
           "shared-expert-double-reduce:not-at-all",
           "the layer leaves its partial sums to its caller, who does not add them up",
           "vllm-project/tpu-inference#3435",
           [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 0; }; },
-          [](const Case& c) { return reduce_of(c) == external; }),
+          [](const Case& c) { return reduce_of(c) == Reduce::external; }),
   };
   return all;
 }
@@ -84,7 +84,7 @@ double density(const Case& c, int ranks) {
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, in = in_features(c),
                      width = in_per_rank(c), pad = c.options.at("pad");
-  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == reduce_scatter;
+  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == Reduce::reduce_scatter;
   const DType sums_type = sums_dtype(c);
   // Of the case that a law started from, whose data these are.
   const int ranks = variation.law.empty() ? c.tp_size : int(variation.argument);
@@ -129,10 +129,10 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
         row_linear_scattered<T, R>(x, weight, b, sums, mine, rules, run.group, run.stream);
         sums = mine;
       } else {
-        row_linear<T, R>(x, weight, b, sums, reduce_of(c) != external, rules, run.group,
+        row_linear<T, R>(x, weight, b, sums, reduce_of(c) != Reduce::external, rules, run.group,
                          run.stream);
       }
-      reduce_row_linear<R>(sums, reduce_of(c) != external, rules, run.group, run.stream);
+      reduce_row_linear<R>(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
       View<T> out = run.view<T>("out").columns(0, hidden);
       out.rows = own_tokens(run.group.tp_rank()).size;
       if (out.rows > 0) store_sums<T, R>(sums, out, run.stream);
@@ -149,7 +149,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     const double elements = double(tokens) * double(width) + double(hidden) * double(width) +
                             double(own_tokens(tp_rank).size) * double(hidden);
     return {.bytes = elements * size_of(c.dtype),
-            .flops = 2 * double(tokens) * double(width) * double(hidden)};
+            .flops = linear::flops(c, double(tokens) * double(width) * double(hidden))};
   };
   stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
     std::vector<Shard> runs;
