@@ -18,7 +18,7 @@ target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}"
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
-  set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc)
+  set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc harness/device/matmul_test.cc)
 endif()
 tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
 
@@ -70,7 +70,8 @@ endfunction()
 
 tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
 tp_test(budget_test LIBRARIES tp_base
-  SOURCES properties/rms_norm_budget_test.cc properties/attention_budget_test.cc properties/attention_data.cc)
+  SOURCES properties/rms_norm_budget_test.cc properties/product_budget_test.cc
+          properties/attention_budget_test.cc properties/attention_data.cc)
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test SOURCES properties/properties_test.cc LIBRARIES tp_properties tp_fuzz)
 

@@ -41,7 +41,8 @@ TEST_P(EveryOperator, PassesWhatTheFuzzerDraws) {
   EXPECT_GE(passed, 50);
 }
 
-INSTANTIATE_TEST_SUITE_P(Operators, EveryOperator, testing::Values("rms_norm", "qk_norm"),
+INSTANTIATE_TEST_SUITE_P(Operators, EveryOperator,
+                         testing::Values("rms_norm", "qk_norm", "qkv_linear", "row_linear"),
                          [](const auto& info) { return info.param; });
 
 // The digest of a case line is the same with any number of processes, under every sanitizer, and on
@@ -61,6 +62,19 @@ TEST(Digest, IsTheSameEverywhere) {
        0x636e7410f4a30ba9},
       {"v1 rms_norm hidden_size=100 tp_size=2 num_tokens=7 dtype=f32 fill=equal seed=6 pad=1",
        0xfe464fa642bcf539},
+      {"v1 qkv_linear hidden_size=100 num_heads=8 num_kv_heads=2 head_dim=12 v_head_dim=7 "
+       "tp_size=4 "
+       "num_tokens=5 dtype=bf16 fill=dense seed=2 bias=yes pad=3",
+       0xdb4f8faa9b4474f3},
+      {"v1 qkv_linear hidden_size=64 num_heads=4 num_kv_heads=4 head_dim=16 tp_size=2 num_tokens=2 "
+       "dtype=f32 fill=wide seed=4",
+       0x2134409053e3a159},
+      {"v1 row_linear hidden_size=40 in_per_rank=33 tp_size=5 num_tokens=7 dtype=f16 fill=dense "
+       "seed=8 bias=yes reduce=reduce_scatter",
+       0x9bcfeb64b76b321b},
+      {"v1 row_linear hidden_size=24 in_per_rank=64 tp_size=3 num_tokens=3 dtype=bf16 fill=dense "
+       "seed=9 reduce=external reduce_dtype=f32",
+       0xc4228391ec56991f},
   };
   for (const auto& [line, digest] : golden) {
     const Verdict v = run(line);
@@ -74,15 +88,15 @@ struct Planted {
   const char* id;
   const char* shape;
   Outcome outcome;
+  const char* start = "v1 qk_norm head_dim=8 num_tokens=1 ";
 };
 
 class Mutants : public testing::TestWithParam<Planted> {};
 
 TEST_P(Mutants, AreFoundWhereTheyCanShow) {
-  const auto& [id, shape, outcome] = GetParam();
+  const auto& [id, shape, outcome, start] = GetParam();
   for (const char* fill : {"exact", "dense"}) {
-    const std::string line = std::string("v1 qk_norm ") + shape +
-                             " head_dim=8 num_tokens=1 dtype=bf16 seed=3 fill=" + fill;
+    const std::string line = std::string(start) + shape + " dtype=bf16 seed=3 fill=" + fill;
     const Verdict v = run(line, id);
     EXPECT_EQ(name_of(v.outcome), name_of(outcome))
         << line << " with " << id << "\n  " << to_line(v);
@@ -90,22 +104,47 @@ TEST_P(Mutants, AreFoundWhereTheyCanShow) {
   }
 }
 
-const Planted kPlanted[] = {Planted{"minimax-knorm-shard-by-tp:cut",
-                                    "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::BadLaunch},
-                            Planted{"minimax-knorm-shard-by-tp:modulo",
-                                    "num_heads=4 num_kv_heads=2 tp_size=4", Outcome::WrongValue},
-                            Planted{"minimax-knorm-shard-by-tp:rank",
-                                    "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::OutOfBounds},
-                            Planted{"minimax-knorm-shard-by-tp:clamped",
-                                    "num_heads=4 num_kv_heads=2 tp_size=4", Outcome::WrongValue},
-                            Planted{"minimax-norm-replica-aware:replicas",
-                                    "num_heads=2 num_kv_heads=2 tp_size=2", Outcome::WrongValue},
-                            Planted{"minimax-norm-replica-aware:kv-heads",
-                                    "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue},
-                            Planted{"minimax-norm-replica-aware:one",
-                                    "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue},
-                            Planted{"minimax-norm-replica-aware:unique",
-                                    "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::WrongValue}};
+constexpr const char *kQkvLinear = "v1 qkv_linear hidden_size=16 head_dim=8 num_tokens=1 ",
+                     *kRowLinear = "v1 row_linear hidden_size=8 in_per_rank=8 tp_size=2 ";
+
+const Planted kPlanted[] = {
+    Planted{"minimax-knorm-shard-by-tp:cut", "num_heads=2 num_kv_heads=1 tp_size=2",
+            Outcome::BadLaunch},
+    Planted{"minimax-knorm-shard-by-tp:modulo", "num_heads=4 num_kv_heads=2 tp_size=4",
+            Outcome::WrongValue},
+    Planted{"minimax-knorm-shard-by-tp:rank", "num_heads=2 num_kv_heads=1 tp_size=2",
+            Outcome::OutOfBounds},
+    Planted{"minimax-knorm-shard-by-tp:clamped", "num_heads=4 num_kv_heads=2 tp_size=4",
+            Outcome::WrongValue},
+    Planted{"minimax-norm-replica-aware:replicas", "num_heads=2 num_kv_heads=2 tp_size=2",
+            Outcome::WrongValue},
+    Planted{"minimax-norm-replica-aware:kv-heads", "num_heads=2 num_kv_heads=1 tp_size=2",
+            Outcome::WrongValue},
+    Planted{"minimax-norm-replica-aware:one", "num_heads=2 num_kv_heads=1 tp_size=2",
+            Outcome::WrongValue},
+    Planted{"minimax-norm-replica-aware:unique", "num_heads=2 num_kv_heads=1 tp_size=2",
+            Outcome::WrongValue},
+
+    // Linear layers.
+    Planted{"packed-concat-contiguous-colwise:fused", "num_heads=2 num_kv_heads=2 tp_size=2",
+            Outcome::WrongValue, kQkvLinear},
+    Planted{"own:qkv-kv-head-of-rank", "num_heads=2 num_kv_heads=1 tp_size=2", Outcome::OutOfBounds,
+            kQkvLinear},
+    Planted{"own:qkv-kv-head-modulo", "num_heads=4 num_kv_heads=2 tp_size=4", Outcome::WrongValue,
+            kQkvLinear},
+    Planted{"own:qkv-v-rows-by-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=12",
+            Outcome::WrongValue, kQkvLinear},
+    Planted{"own:qkv-bias-of-rank-0", "num_heads=2 num_kv_heads=1 tp_size=2 bias=yes",
+            Outcome::WrongValue, kQkvLinear},
+    Planted{"own:qkv-bias-kv-head-modulo", "num_heads=4 num_kv_heads=2 tp_size=4 bias=yes",
+            Outcome::WrongValue, kQkvLinear},
+    Planted{"own:row-bias-on-every-rank", "num_tokens=1 bias=yes", Outcome::WrongValue, kRowLinear},
+    Planted{"own:row-columns-of-next-rank", "num_tokens=1", Outcome::WrongValue, kRowLinear},
+    Planted{"own:row-reduce-whole-batches-only", "num_tokens=3", Outcome::WrongValue, kRowLinear},
+    Planted{"shared-expert-double-reduce:twice", "num_tokens=3 reduce=reduce_scatter",
+            Outcome::WrongValue, kRowLinear},
+    Planted{"shared-expert-double-reduce:not-at-all", "num_tokens=1 reduce=external",
+            Outcome::WrongValue, kRowLinear}};
 
 INSTANTIATE_TEST_SUITE_P(Zoo, Mutants, testing::ValuesIn(kPlanted), [](const auto& info) {
   std::string name = info.param.id;
@@ -135,6 +174,27 @@ TEST(Discrimination, MistrustsExactlyTheDataThatLetAMistakePass) {
         run(line, "minimax-knorm-shard-by-tp:modulo").outcome != Outcome::WrongValue;
     EXPECT_EQ(v.outcome == Outcome::Mistrusted, slipped) << line << "\n  " << to_line(v);
     mistrusted += v.outcome == Outcome::Mistrusted;
+  }
+  EXPECT_GT(mistrusted, 0);
+}
+
+// The same of the rows of the projections, where a bias adds to what is confused.
+TEST(Discrimination, MistrustsRowsThatAreLikeOthers) {
+  int mistrusted = 0;
+  for (const std::string bias : {"none", "yes"}) {
+    for (int seed = 0; seed < 300; ++seed) {
+      const std::string line =
+          "v1 qkv_linear hidden_size=1 num_heads=4 num_kv_heads=2 head_dim=1 tp_size=4 "
+          "num_tokens=1 dtype=bf16 seed=" +
+          std::to_string(seed) + " discriminate=1 bias=" + bias;
+      const Verdict v = run(line);
+      bool slipped = false;
+      for (const Mutant& m : find_operator("qkv_linear").mutants) {
+        if (m.shows(case_from_line(line))) slipped |= !run(line, m.id).finding();
+      }
+      EXPECT_EQ(v.outcome == Outcome::Mistrusted, slipped) << line << "\n  " << to_line(v);
+      mistrusted += v.outcome == Outcome::Mistrusted;
+    }
   }
   EXPECT_GT(mistrusted, 0);
 }

@@ -20,18 +20,18 @@ class Assembly {
   explicit Assembly(const TensorSpec& tensor)
       : tensor_(tensor),
         width_(size_of(tensor.dtype)),
-        bytes_(std::size_t(tensor.rows * tensor.cols * width_)),
-        owner_(std::size_t(tensor.cols), -1) {}
+        bytes_(std::size_t(tensor.rows * tensor.cols * width_)) {}
 
-  // Rank `tp_rank` says what columns `cols` hold. The first rank that holds a column is its owner,
-  // later ones are replicas and must agree bit for bit.
-  void add(int tp_rank, Shard cols, const std::byte* piece) {
+  // Rank `tp_rank` says what columns `cols` of `rows` hold. The first rank that holds a column of
+  // these rows is its owner, later ones are replicas and must agree bit for bit.
+  void add(int tp_rank, Shard rows, Shard cols, const std::byte* piece) {
+    std::vector<int>& owner = owners_of(rows);
     for (std::int64_t j = cols.offset; j < cols.end();) {
-      const bool replica = owner_[std::size_t(j)] >= 0;
+      const bool replica = owner[std::size_t(j)] >= 0;
       std::int64_t end = j;
-      while (end < cols.end() && (owner_[std::size_t(end)] >= 0) == replica) ++end;
+      while (end < cols.end() && (owner[std::size_t(end)] >= 0) == replica) ++end;
       const std::byte* from = piece + (j - cols.offset) * width_;
-      for (std::int64_t i = 0; i < tensor_.rows; ++i, from += cols.size * width_) {
+      for (std::int64_t i = rows.offset; i < rows.end(); ++i, from += cols.size * width_) {
         std::byte* row = bytes_.data() + (i * tensor_.cols + j) * width_;
         const std::size_t size = std::size_t((end - j) * width_);
         if (!replica) {
@@ -41,20 +41,32 @@ class Assembly {
         }
       }
       for (; j < end; ++j) {
-        if (!replica) owner_[std::size_t(j)] = tp_rank;
+        if (!replica) owner[std::size_t(j)] = tp_rank;
       }
     }
   }
 
-  // A column that no rank holds; -1 if there is none.
-  std::int64_t orphan() const {
-    const auto it = std::find(owner_.begin(), owner_.end(), -1);
-    return it == owner_.end() ? -1 : it - owner_.begin();
+  // An element that no rank holds.
+  std::optional<Place> orphan() const {
+    std::int64_t next = 0;
+    for (const Band& band : bands_) {
+      if (band.rows.offset > next) break;
+      const auto it = std::find(band.owner.begin(), band.owner.end(), -1);
+      if (it != band.owner.end()) return Place{next, it - band.owner.begin()};
+      next = band.rows.end();
+    }
+    if (next < tensor_.rows) return Place{next, 0};
+    return std::nullopt;
   }
 
   const TensorSpec& tensor() const { return tensor_; }
   const std::vector<std::byte>& bytes() const { return bytes_; }
-  int owner(std::int64_t col) const { return owner_[std::size_t(col)]; }
+  int owner(std::int64_t row, std::int64_t col) const {
+    for (const Band& band : bands_) {
+      if (row >= band.rows.offset && row < band.rows.end()) return band.owner[std::size_t(col)];
+    }
+    return -1;
+  }
 
   struct Replica {
     int tp_rank;
@@ -64,6 +76,21 @@ class Assembly {
   const std::optional<Replica>& replica() const { return replica_; }
 
  private:
+  // Rows whose columns have the same owners: all of them, or those that one rank was scattered.
+  struct Band {
+    Shard rows;
+    std::vector<int> owner;  // of each column; -1: nobody
+  };
+
+  std::vector<int>& owners_of(Shard rows) {
+    auto at = bands_.begin();
+    while (at != bands_.end() && at->rows.end() <= rows.offset) ++at;
+    if (at != bands_.end() && at->rows == rows) return at->owner;
+    TP_CHECK(at == bands_.end() || rows.end() <= at->rows.offset,
+             "pieces of " + tensor_.name + " share some of their rows only");
+    return bands_.insert(at, {rows, std::vector<int>(std::size_t(tensor_.cols), -1)})->owner;
+  }
+
   void note_replica(int tp_rank, std::int64_t row, Shard cols, const std::byte* mine,
                     const std::byte* theirs) {
     for (std::int64_t j = 0; j < cols.size; ++j) {
@@ -76,7 +103,7 @@ class Assembly {
   const TensorSpec& tensor_;
   std::int64_t width_;
   std::vector<std::byte> bytes_;
-  std::vector<int> owner_;
+  std::vector<Band> bands_;  // in ascending order
   std::optional<Replica> replica_;
 };
 
@@ -140,7 +167,7 @@ Verdict wrong_replica(const Assembly& got, const Budget& budget) {
   }
   Verdict v{.outcome = Outcome::ReplicaMismatch};
   v.detail = fmt::format("{}[{}, {}]: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}",
-                         t.name, replica.row, replica.col, got.owner(replica.col),
+                         t.name, replica.row, replica.col, got.owner(replica.row, replica.col),
                          load(t.dtype, got.bytes().data(), std::int64_t(at)), replica.tp_rank,
                          replica.value);
   return v;
@@ -166,7 +193,8 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
         for (const Piece& piece : local.pieces) {
           TP_CHECK(at + piece_bytes(local, piece) <= outputs.size(),
                    "gathered outputs are too short");
-          assemblies.at(piece.tensor).add(r, piece.cols, outputs.data() + at);
+          assemblies.at(piece.tensor)
+              .add(r, rows_of(stage, piece), piece.cols, outputs.data() + at);
           at += piece_bytes(local, piece);
         }
       }
@@ -184,13 +212,14 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
       const TensorSpec& t = stage.outputs[i];
       const Comparison comparison = compare(t.dtype, got.bytes().data(), budgets[i]);
       result.score = std::max(result.score, comparison.score);
-      if (const std::int64_t orphan = got.orphan(); orphan >= 0 && !result.finding) {
-        result.finding =
-            Verdict{.outcome = Outcome::WrongValue,
-                    .detail = fmt::format("no rank holds column {} of {}", orphan, t.name)};
+      if (const auto orphan = got.orphan(); orphan && !result.finding) {
+        result.finding = Verdict{
+            .outcome = Outcome::WrongValue,
+            .detail = fmt::format("no rank holds {}[{}, {}]", t.name, orphan->row, orphan->col)};
       }
       if (comparison.first && !result.finding) {
-        result.finding = wrong_value(got.owner(comparison.first->col), t, *comparison.first);
+        result.finding = wrong_value(got.owner(comparison.first->row, comparison.first->col), t,
+                                     *comparison.first);
       }
       if (got.replica() && !result.finding) result.finding = wrong_replica(got, budgets[i]);
       result.exact.push_back(std::all_of(budgets[i].rho.begin(), budgets[i].rho.end(),

@@ -18,7 +18,9 @@ struct Plan {
   bool launch_nothing = false;  // a grid of no blocks
   bool skip_collective = false;
   bool blind = false;
-  bool huge = false;  // needs more memory than any machine has
+  bool huge = false;       // needs more memory than any machine has
+  bool scattered = false;  // rank r has row r of y alone; ranks beyond the last row have none
+  int withheld = -1;       // the row that then nobody has
   // The host reads x[0, 0], and what it launches is right only if that is this number.
   std::optional<float> baked = {};
 };
@@ -34,6 +36,11 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
     std::vector<LocalBuffer> buffers = {
         {from, Use::input, DType::f32, kRows, kStride, {{from, {outside ? 1 : 0, kCols}}}},
         {to, Use::output, DType::f32, kRows, kStride, {{to, {0, kCols}}}}};
+    if (plan.scattered) {
+      buffers[1].rows = 1;
+      buffers[1].pieces[0].rows = Shard{tp_rank, 1};
+      if (tp_rank >= kRows || tp_rank == plan.withheld) buffers[1].pieces.clear();
+    }
     if (plan.huge && tp_rank == plan.bad_rank)
       buffers.push_back({"huge", Use::workspace, DType::f32, 1 << 20, 1 << 20});
     return buffers;
@@ -43,6 +50,10 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
     View<float> x = run.view<float>(from).columns(0, kCols),
                 y = run.view<float>(to).columns(0, kCols);
     if (plan.launch_nothing && bad) x.rows = 0;
+    if (plan.scattered) {
+      x.data += run.group.tp_rank() * x.row_stride;
+      x.rows = run.group.tp_rank() < kRows && run.group.tp_rank() != plan.withheld ? 1 : 0;
+    }
     Mistake mistake = bad ? plan.mistake : Mistake::none;
     if (plan.baked) {
       float first = 0;
@@ -50,7 +61,7 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
       run.stream.synchronize();
       if (first != *plan.baked) mistake = Mistake::wrong_value;
     }
-    faulty_copy(x, y, mistake, run.stream);
+    if (!plan.scattered || x.rows > 0) faulty_copy(x, y, mistake, run.stream);
     if (!(plan.skip_collective && bad)) run.group.barrier(run.stream);
   };
   stage.reference = [from](const WholeInputs& in) -> std::vector<Budget> {
@@ -103,6 +114,16 @@ void expect(const Verdict& v, Outcome outcome, const std::string& detail) {
 
 TEST(Oracles, ACorrectCopyPasses) {
   for (const char* law : {"none", "tp1", "tokens"}) expect(run({}, law), Outcome::Pass, "");
+}
+
+TEST(Oracles, AScatteredOutputIsPutTogetherRowByRow) {
+  for (const char* law : {"none", "tokens"})
+    expect(run({.scattered = true}, law), Outcome::Pass, "");
+  expect(run({.mistake = Mistake::wrong_value, .bad_rank = 2, .scattered = true}),
+         Outcome::WrongValue, "tp_rank 2, y[2, 0]");
+  expect(run({.mistake = Mistake::skips_last_column, .bad_rank = 1, .scattered = true}),
+         Outcome::Uninitialised, "tp_rank 1, y[1, 9]");
+  expect(run({.scattered = true, .withheld = 2}), Outcome::WrongValue, "no rank holds y[2, 0]");
 }
 
 TEST(Oracles, ACopyIsNoNormAndBreaksTheLawOfScale) {

@@ -33,15 +33,14 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
                             piece.rows->end(), tensor.name, tensor.rows),
                 tp_rank};
   }
-  TP_CHECK(!piece.rows || local.use == Use::input, "only inputs have pieces of some rows");
+  // Who owns what of an output buffer is known by column.
+  TP_CHECK(!piece.rows || local.use == Use::input ||
+               (piece.at_row == 0 && piece.rows->size == local.rows),
+           "an output's piece is not of all rows of buffer " + local.name);
   TP_CHECK(
       (piece.rows ? piece.at_row + piece.rows->size <= local.rows : tensor.rows == local.rows) &&
           tensor.dtype == local.dtype && piece.at + piece.cols.size <= local.cols,
       "piece does not fit buffer " + local.name);
-}
-
-Shard rows_of(const Stage& stage, const Piece& piece) {
-  return piece.rows.value_or(Shard{0, tensor_of(stage, piece.tensor).rows});
 }
 
 void trace_values(const PassOptions& options, int tp_rank, const Stage& stage, const Image& image) {
@@ -211,6 +210,10 @@ const TensorSpec& tensor_of(const Stage& stage, const std::string& name) {
   die(__FILE__, __LINE__, "stage " + stage.name + " has no tensor " + name);
 }
 
+Shard rows_of(const Stage& stage, const Piece& piece) {
+  return piece.rows.value_or(Shard{0, tensor_of(stage, piece.tensor).rows});
+}
+
 const std::vector<std::byte>& InputData::block(const TensorSpec& tensor, Shard rows, Shard cols) {
   const auto [it, is_new] =
       made_.try_emplace({tensor.name, rows.offset, rows.size, cols.offset, cols.size});
@@ -235,7 +238,8 @@ std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard loc
             continue;
           }
           const std::int64_t element = std::int64_t(at) / size_of(local.dtype);
-          return fmt::format("tp_rank {}, {}[{}, {}]", r, piece.tensor, element / piece.cols.size,
+          return fmt::format("tp_rank {}, {}[{}, {}]", r, piece.tensor,
+                             rows_of(stage, piece).offset + element / piece.cols.size,
                              piece.cols.offset + element % piece.cols.size);
         }
       }

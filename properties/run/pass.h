@@ -68,6 +68,9 @@ std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard loc
 // Bytes of one piece in `outputs`.
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece);
 
+// The rows of the tensor that a piece is of.
+Shard rows_of(const Stage& stage, const Piece& piece);
+
 // The spec of a tensor a stage reads or writes.
 const TensorSpec& tensor_of(const Stage& stage, const std::string& name);
 

@@ -29,7 +29,8 @@ namespace tp {
 enum class Use : std::uint8_t { input, output, workspace };
 
 // Columns `cols` of a global tensor, found from column `at` on in a rank's buffer: of all rows, or
-// of `rows` only, found from row `at_row` on (inputs: a column-parallel weight's rows).
+// of `rows` only, found from row `at_row` on: a column-parallel weight's rows, or the tokens of an
+// output that is scattered. Those are all the rows that an output buffer has.
 struct Piece {
   std::string tensor;
   Shard cols;

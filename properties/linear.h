@@ -1,0 +1,77 @@
+#pragma once
+// What the properties of linear layers have in common: their keys and their data.
+
+#include <algorithm>
+
+#include "harness/base/philox.h"
+#include "properties/run/stage.h"
+
+namespace tp::linear {
+
+// A shared key that is a width: where a drawn case would be too much work it gives way, so that a
+// real model keeps its heads and its tp_size, which is where the bugs are, and gets narrower.
+inline Key width_key(std::string_view name) {
+  Key key = shared_key(name);
+  key.is_size = true;
+  return key;
+}
+
+inline Key bias_key() {
+  return {.name = "bias",
+          .help = "whether a bias is added",
+          .min = 0,
+          .max = 1,
+          .words = {"none", "yes"}};
+}
+
+inline Key pad_key(const std::string& of_what) {
+  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
+}
+
+inline bool has_bias(const Case& c) { return c.options.at("bias") == 1; }
+
+inline DataRegime regime(const Case& c, const Variation& v) {
+  // Products of 17 binades would leave f16 where a few hundred of them are added up.
+  const int small = c.fill == Fill::wide && c.dtype == DType::f16 ? -6 : 0;
+  return {c.fill, c.seed, 1e-6, v.scale_log2 + small, v.rotate_rows};
+}
+
+// Multiply-adds of products of `cols` columns of output on all ranks together, `depth` deep each,
+// as far as they take time, in those of the reference: tensor cores take 16 rows and 16 of the
+// depth as one; the emulator takes about twice as long as the reference; and each element of a
+// weight is drawn twice, copied and converted, for which it counts as some more.
+inline double work(const Case& c, double cols, std::int64_t depth) {
+  const auto padded = [&](std::int64_t n) {
+    return c.dtype == DType::f32 ? n : (n + 15) / 16 * 16;
+  };
+  return 2 * cols * (double(padded(depth)) * double(padded(c.num_tokens)) + 8 * double(depth));
+}
+
+// Floating-point operations of `products` multiply-adds, as far as they have a floor: the ceiling
+// that a device knows is that of fp32 outside the tensor cores.
+inline double flops(const Case& c, double products) {
+  return c.dtype == DType::f32 ? 2 * products : 0;
+}
+
+// A tensor of a linear layer: small integers of both signs where the case wants exact data, so that
+// sums of thousands of their products are exact and stay near the spacing of a 16-bit output, where
+// a difference of one shows. 1 .. largest in magnitude; `density`: how many are not zero.
+inline TensorSpec tensor(const Case& c, std::string name, std::int64_t rows, std::int64_t cols,
+                         Role role, int largest, double density = 1) {
+  TensorSpec t{std::move(name), c.dtype, rows, cols, role, std::max<std::int64_t>(1, cols / 8)};
+  if (c.fill != Fill::exact) return t;
+  t.value = [=, stream = stream_of(t.name)](const DataRegime& g, std::int64_t row,
+                                            std::int64_t col) {
+    const auto index = std::uint64_t((row + g.rotate_rows) % rows * cols + col);
+    const std::uint32_t bits = philox(g.seed, stream, index / 4)[index % 4];
+    if (double(bits >> 9 & 0x3FFFFF) * 0x1p-22 >= density) return 0.0;
+    const double magnitude = double(1 + (bits & 0xFF) % std::uint32_t(largest));
+    return bits >> 31 ? -magnitude : magnitude;
+  };
+  return t;
+}
+
+// Magnitudes of exact data: of activations, weights and biases.
+constexpr int kLargestX = 2, kLargestWeight = 3, kLargestBias = 31;
+
+}  // namespace tp::linear

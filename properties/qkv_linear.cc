@@ -1,0 +1,270 @@
+// qkv_linear: the fused query, key and value projection, cut by head. Which rows of the three
+// weights a rank loads is where KV heads that are replicated, blocks of a fused weight and value
+// heads of a width of their own are got wrong.
+
+#include "kernels/qkv_linear.h"
+
+#include <algorithm>
+
+#include "harness/device/matmul.h"
+#include "properties/linear.h"
+#include "properties/run/stage.h"
+#include "reference/qkv_linear.h"
+
+namespace tp {
+
+namespace {
+
+using RowsRule = QkvRows (*)(const ModelShape&, int, int);
+
+// The mistake in the weight and in its bias, which one loader loads; in the bias alone.
+Mutant mutant(std::string id, std::string what, std::string upstream, RowsRule weight,
+              RowsRule bias) {
+  Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
+  if (weight != nullptr) m.rules.qkv_weight_rows = weight;
+  m.rules.qkv_bias_rows = bias;
+  m.decides = [rules = m.rules](const Case& c) {
+    const ShardingRules& right = sharding_rules();
+    for (int rank = 0; rank < c.tp_size; ++rank) {
+      if (rules.qkv_weight_rows(c.model, c.tp_size, rank) !=
+          right.qkv_weight_rows(c.model, c.tp_size, rank))
+        return true;
+      if (linear::has_bias(c) && rules.qkv_bias_rows(c.model, c.tp_size, rank) !=
+                                     right.qkv_bias_rows(c.model, c.tp_size, rank))
+        return true;
+    }
+    return false;
+  };
+  return m;
+}
+
+// The right q rows, and k and v rows of these KV heads.
+QkvRows with_kv_heads(const ModelShape& m, int tp_size, int tp_rank, Shard kv_heads) {
+  return {sharding_rules().qkv_weight_rows(m, tp_size, tp_rank).q, kv_heads.times(m.head_dim),
+          kv_heads.times(m.value_head_dim())};
+}
+
+QkvRows kv_heads_of_rank(const ModelShape& m, int tp_size, int tp_rank) {
+  const std::int64_t heads = partition(m, tp_size, tp_rank).kv_heads.size;
+  return with_kv_heads(m, tp_size, tp_rank, {tp_rank * heads, heads});
+}
+
+QkvRows kv_heads_modulo(const ModelShape& m, int tp_size, int tp_rank) {
+  const std::int64_t heads = partition(m, tp_size, tp_rank).kv_heads.size;
+  return with_kv_heads(m, tp_size, tp_rank, {tp_rank % (m.num_kv_heads / heads) * heads, heads});
+}
+
+// Rows [first, end) of q_proj, k_proj and v_proj, one below the other.
+QkvRows contiguous_cut(const ModelShape& m, int tp_size, int tp_rank) {
+  const std::int64_t q = std::int64_t{m.num_heads} * m.head_dim,
+                     k = std::int64_t{m.num_kv_heads} * m.head_dim,
+                     v = std::int64_t{m.num_kv_heads} * m.value_head_dim();
+  const std::int64_t size = (q + k + v) / tp_size, first = tp_rank * size;
+  const auto of_block = [&](std::int64_t offset, std::int64_t rows) {
+    const std::int64_t begin = std::clamp(first - offset, std::int64_t{0}, rows);
+    return Shard{begin, std::clamp(first + size - offset, std::int64_t{0}, rows) - begin};
+  };
+  return {of_block(0, q), of_block(q, k), of_block(q + k, v)};
+}
+
+QkvRows values_by_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
+  QkvRows rows = sharding_rules().qkv_weight_rows(m, tp_size, tp_rank);
+  rows.v.offset = rows.k.offset;
+  return rows;
+}
+
+QkvRows of_rank_0(const ModelShape& m, int tp_size, int) {
+  return sharding_rules().qkv_weight_rows(m, tp_size, 0);
+}
+
+const std::vector<Mutant>& mutants() {
+  static const std::vector<Mutant> all = {
+      mutant("packed-concat-contiguous-colwise:fused",
+             "the fused weight [q; k; v] cut into equal runs of rows, not block by block",
+             "NVIDIA-NeMo/Automodel#1324", contiguous_cut, contiguous_cut),
+      mutant("own:qkv-kv-head-of-rank", "k and v rows of KV head tp_rank, not tp_rank / replicas",
+             "-", kv_heads_of_rank, kv_heads_of_rank),
+      mutant("own:qkv-kv-head-modulo",
+             "k and v rows of KV head tp_rank % num_kv_heads, not tp_rank / replicas", "-",
+             kv_heads_modulo, kv_heads_modulo),
+      mutant("own:qkv-v-rows-by-head-dim",
+             "the v rows begin where heads of head_dim would, though v_head_dim is another", "-",
+             values_by_head_dim, values_by_head_dim),
+      mutant("own:qkv-bias-of-rank-0", "every rank adds the bias of rank 0's rows", "-", nullptr,
+             of_rank_0),
+      mutant("own:qkv-bias-kv-head-modulo",
+             "the weight's rows are right, but those of the k and v bias are of KV head tp_rank % "
+             "num_kv_heads",
+             "-", nullptr, kv_heads_modulo),
+  };
+  return all;
+}
+
+// Whether the data would have shown a mistake: of each mutant that decides differently at this
+// shape, some element of the output it makes is outside the budget of the element it stands for.
+// The reference's own values say so: a row of the weight gives the column of the output that is
+// known by it, wherever it was loaded to.
+struct Projections {
+  const Budget* outputs[3];      // q, k, v
+  const Matrix* biases[3] = {};  // or nullptr
+  DType dtype;
+};
+
+bool shows(const Projections& p, const QkvRows& right, const QkvRows& weight, const QkvRows& bias) {
+  const Shard *rights[3] = {&right.q, &right.k, &right.v},
+              *weights[3] = {&weight.q, &weight.k, &weight.v},
+              *of_bias[3] = {&bias.q, &bias.k, &bias.v};
+  for (int part = 0; part < 3; ++part) {
+    const Budget& out = *p.outputs[part];
+    // Rows of a wrong number, or from beyond the tensor, are a finding whatever the data are.
+    for (const Shard* taken : {weights[part], of_bias[part]}) {
+      if (taken->size != rights[part]->size || taken->end() > out.cols) return true;
+    }
+    for (std::int64_t j = 0; j < rights[part]->size; ++j) {
+      const std::int64_t here = rights[part]->offset + j, taken = weights[part]->offset + j;
+      double change = 0;
+      if (const Matrix* b = p.biases[part]) {
+        change = b->values[std::size_t(of_bias[part]->offset + j)] - b->values[std::size_t(taken)];
+      }
+      for (std::int64_t i = 0; i < out.rows; ++i) {
+        const std::size_t at = std::size_t(i * out.cols + here);
+        const double y = round_to(p.dtype, out.r[std::size_t(i * out.cols + taken)] + change);
+        if (!(round_to(p.dtype, out.r[at] - out.rho[at]) <= y &&
+              y <= round_to(p.dtype, out.r[at] + out.rho[at])))
+          return true;
+      }
+    }
+  }
+  return false;
+}
+
+std::optional<std::string> blind_to(const Case& c, const Projections& p) {
+  for (const Mutant& m : mutants()) {
+    if (!m.shows(c)) continue;
+    bool shown = false;
+    for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
+      const QkvRows weight = m.rules.qkv_weight_rows(c.model, c.tp_size, rank);
+      shown = shows(p, sharding_rules().qkv_weight_rows(c.model, c.tp_size, rank), weight,
+                    linear::has_bias(c) ? m.rules.qkv_bias_rows(c.model, c.tp_size, rank) : weight);
+    }
+    if (!shown) return m.id;
+  }
+  return std::nullopt;
+}
+
+// Of q, k and v on all ranks together.
+double output_columns(const Case& c) {
+  const double kv_heads = std::max(c.model.num_kv_heads, c.tp_size);
+  return (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * c.model.value_head_dim();
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation&) {
+  const ModelShape& m = c.model;
+  const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
+  const bool bias = linear::has_bias(c);
+  struct Part {
+    const char *output, *weight, *bias;
+    std::int64_t rows;
+  };
+  const Part parts[3] = {
+      {"q", "q_proj", "q_bias", std::int64_t{m.num_heads} * m.head_dim},
+      {"k", "k_proj", "k_bias", std::int64_t{m.num_kv_heads} * m.head_dim},
+      {"v", "v_proj", "v_bias", std::int64_t{m.num_kv_heads} * m.value_head_dim()}};
+  Stage stage{.name = "qkv_linear"};
+  stage.inputs.push_back(
+      linear::tensor(c, "x", tokens, hidden, Role::activation, linear::kLargestX));
+  for (const Part& p : parts) {
+    stage.inputs.push_back(
+        linear::tensor(c, p.weight, p.rows, hidden, Role::weight, linear::kLargestWeight));
+    if (bias) {
+      stage.inputs.push_back(
+          linear::tensor(c, p.bias, 1, p.rows, Role::weight, linear::kLargestBias));
+    }
+    stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});
+  }
+  stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
+    const auto rows_of = [](const QkvRows& rows) { return std::array{rows.q, rows.k, rows.v}; };
+    LocalBuffer weight{"weight", Use::input, c.dtype, 0, hidden},
+        biases{"bias", Use::input, c.dtype, 1, 0}, qkv{"qkv", Use::output, c.dtype, tokens, 0};
+    const auto weight_rows = rows_of(rules.qkv_weight_rows(m, c.tp_size, tp_rank)),
+               bias_rows = rows_of(rules.qkv_bias_rows(m, c.tp_size, tp_rank)),
+               own = rows_of(sharding_rules().qkv_weight_rows(m, c.tp_size, tp_rank));
+    for (int i = 0; i < 3; ++i) {
+      if (weight_rows[i].size > 0)
+        weight.pieces.push_back({parts[i].weight, {0, hidden}, 0, weight_rows[i], weight.rows});
+      weight.rows += weight_rows[i].size;
+      if (bias_rows[i].size > 0)
+        biases.pieces.push_back({parts[i].bias, bias_rows[i], biases.cols});
+      biases.cols += bias_rows[i].size;
+      qkv.pieces.push_back({parts[i].output, own[i], qkv.cols});
+      qkv.cols += own[i].size;
+    }
+    qkv.cols += pad;
+    std::vector<LocalBuffer> all = {
+        {"x", Use::input, c.dtype, tokens, hidden + pad, {{"x", {0, hidden}}}}, weight, qkv};
+    if (bias) all.push_back(biases);
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    const RankShape rank = partition(m, c.tp_size, run.group.tp_rank());
+    dispatch(c.dtype, [&]<typename T>(T) {
+      qkv_linear<T>(run.view<T>("x").columns(0, hidden), run.view<T>("weight"),
+                    bias ? run.view<T>("bias") : View<T>{},
+                    run.view<T>("qkv").columns(0, qkv_width(m, rank)), m, rank, run.stream);
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const double width = double(qkv_width(m, partition(m, c.tp_size, tp_rank)));
+    return {.bytes = (double(tokens) * (double(hidden) + width) + width * double(hidden)) *
+                     size_of(c.dtype),
+            .flops = linear::flops(c, double(tokens) * double(hidden) * width)};
+  };
+  stage.reference = [=](const WholeInputs& in) -> std::vector<Budget> {
+    std::vector<Budget> budgets;
+    for (const Part& p : parts) {
+      budgets.push_back(reference::projection(in["x"], in[p.weight], bias ? &in[p.bias] : nullptr,
+                                              matmul_accumulation(c.dtype, hidden), c.dtype));
+    }
+    return budgets;
+  };
+  stage.blind_to = [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
+    Projections p{.outputs = {&budgets[0], &budgets[1], &budgets[2]}, .dtype = c.dtype};
+    for (int i = 0; i < 3 && bias; ++i) p.biases[i] = &in[parts[i].bias];
+    return blind_to(c, p);
+  };
+  return {stage};
+}
+
+}  // namespace
+
+Operator make_qkv_linear() {
+  // A rank's product knows nothing of the others: one rank makes the same bits.
+  LawRun tp1 = law_tp1();
+  tp1.law.what = "one rank computes what tp_size ranks do, bit for bit";
+  tp1.always_bitwise = true;
+  return make_operator({
+      .name = "qkv_linear",
+      .what = "fused q, k, v projection, column-parallel, cut by head",
+      .keys = {linear::width_key("hidden_size"), shared_key("num_heads"),
+               shared_key("num_kv_heads"), linear::width_key("head_dim"),
+               linear::width_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
+               shared_key("dtype"), shared_key("fill"), shared_key("seed"), linear::bias_key(),
+               linear::pad_key("x and of the fused row")},
+      .laws = {tp1, law_tokens()},
+      .mutants = mutants(),
+      .refuse =
+          [](const Case& c) {
+            if (auto reason = partitionable(c.model, c.tp_size)) return reason;
+            const std::int64_t width =
+                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
+                std::max(c.model.head_dim, c.model.value_head_dim());
+            if (auto reason = too_large(width, c.model.hidden_size)) return reason;
+            return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
+          },
+      .work = [](const Case& c) { return linear::work(c, output_columns(c), c.model.hidden_size); },
+      .regime = linear::regime,
+      .stages = stages,
+  });
+}
+
+}  // namespace tp

@@ -1,0 +1,225 @@
+// row_linear: a row-parallel linear layer and the one sum over the ranks that belongs to it, by the
+// layer (as an all-reduce, or as a reduce-scatter of the tokens) or by its caller. Here live the
+// bias that is added once per rank and the sum that is made twice or not at all.
+
+#include "kernels/row_linear.h"
+
+#include <cmath>
+
+#include "harness/device/matmul.h"
+#include "properties/linear.h"
+#include "properties/run/stage.h"
+#include "reference/row_linear.h"
+
+namespace tp {
+
+namespace {
+
+enum class Reduce : std::int64_t { all_reduce, reduce_scatter, external };
+
+Reduce reduce_of(const Case& c) { return Reduce(c.options.at("reduce")); }
+DType sums_dtype(const Case& c) { return c.options.at("reduce_dtype") == 1 ? DType::f32 : c.dtype; }
+std::int64_t in_per_rank(const Case& c) { return c.options.at("in_per_rank"); }
+std::int64_t in_features(const Case& c) { return in_per_rank(c) * c.tp_size; }
+
+Mutant mutant(std::string id, std::string what, std::string upstream,
+              void (*change)(ShardingRules&), bool (*decides)(const Case&)) {
+  Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
+  change(m.rules);
+  m.decides = [decides](const Case& c) { return c.tp_size > 1 && decides(c); };
+  return m;
+}
+
+const std::vector<Mutant>& mutants() {
+  static const std::vector<Mutant> all = {
+      mutant(
+          "own:row-bias-on-every-rank", "every rank adds the bias to its partial sum", "-",
+          [](ShardingRules& r) { r.row_adds_bias = [](int) { return true; }; }, linear::has_bias),
+      mutant(
+          "own:row-columns-of-next-rank", "the weight's columns are those of the next rank", "-",
+          [](ShardingRules& r) {
+            r.row_weight_columns = [](std::int64_t in, int tp_size, int tp_rank) {
+              const std::int64_t size = div_exact(in, tp_size);
+              return Shard{(tp_rank + 1) % tp_size * size, size};
+            };
+          },
+          [](const Case&) { return true; }),
+      mutant(
+          "own:row-reduce-whole-batches-only",
+          "the partial sums are added up only where the tokens divide by tp_size", "-",
+          [](ShardingRules& r) {
+            r.row_reductions = [](bool reduce_results, std::int64_t num_tokens, int tp_size) {
+              return reduce_results && num_tokens % tp_size == 0 ? 1 : 0;
+            };
+          },
+          [](const Case& c) {
+            return reduce_of(c) == Reduce::all_reduce && c.num_tokens % c.tp_size != 0;
+          }),
+      mutant(
+          "shared-expert-double-reduce:twice",
+          "the caller adds up over the ranks what the layer has added up already",
+          "vllm-project/vllm#49122",
+          [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 1; }; },
+          [](const Case& c) { return reduce_of(c) != Reduce::external; }),
+      mutant(
+          "shared-expert-double-reduce:not-at-all",
+          "the layer leaves its partial sums to its caller, who does not add them up",
+          "vllm-project/tpu-inference#3435",
+          [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 0; }; },
+          [](const Case& c) { return reduce_of(c) == Reduce::external; }),
+  };
+  return all;
+}
+
+// How many of the exact inputs are not zero: as many as can be for the partial sums of `ranks`
+// ranks, and whatever is made of them on the way, to be integers that the type of the sums holds.
+// A product is 3.4 large (root mean square), so the partial sums of one sign add up to about
+// 1.4 sqrt(in_features * ranks), and to no more than twice that.
+double density(const Case& c, int ranks) {
+  const int p = std::min(format_of(sums_dtype(c)).p, 20);
+  const double room = std::ldexp(1.0, 2 * p - 2);
+  return std::min(1.0, room / (double(in_features(c)) * ranks));
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, in = in_features(c),
+                     width = in_per_rank(c), pad = c.options.at("pad");
+  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == Reduce::reduce_scatter;
+  const DType sums_type = sums_dtype(c);
+  // Of the case that a law started from, whose data these are.
+  const int ranks = variation.law.empty() ? c.tp_size : int(variation.argument);
+  // Tokens of each rank, if they are shared out; the last ranks may have fewer, or none.
+  const std::int64_t share = (tokens + c.tp_size - 1) / c.tp_size;
+  const auto own_tokens = [=](int tp_rank) {
+    const std::int64_t first = std::min(tokens, tp_rank * share);
+    return scatters ? Shard{first, std::min(share, tokens - first)} : Shard{0, tokens};
+  };
+
+  Stage stage{.name = "row_linear"};
+  stage.inputs = {
+      linear::tensor(c, "x", tokens, in, Role::activation, linear::kLargestX, density(c, ranks)),
+      linear::tensor(c, "weight", hidden, in, Role::weight, linear::kLargestWeight)};
+  if (bias) {
+    stage.inputs.push_back(
+        linear::tensor(c, "bias", 1, hidden, Role::weight, linear::kLargestBias));
+  }
+  stage.outputs = {{"out", c.dtype, tokens, hidden}};
+  stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
+    const Shard own{tp_rank * width, width}, mine = own_tokens(tp_rank);
+    const Shard loaded = rules.row_weight_columns(in, c.tp_size, tp_rank);
+    LocalBuffer out{"out", Use::output, c.dtype, std::max<std::int64_t>(1, mine.size),
+                    hidden + pad};
+    if (mine.size > 0) out.pieces.push_back({"out", {0, hidden}, 0, mine});
+    std::vector<LocalBuffer> all = {
+        {"x", Use::input, c.dtype, tokens, width + pad, {{"x", own}}},
+        {"weight", Use::input, c.dtype, hidden, loaded.size, {{"weight", loaded}}},
+        {"sums", Use::workspace, sums_type, scatters ? share * c.tp_size : tokens, hidden},
+        out};
+    if (scatters) all.push_back({"mine", Use::workspace, sums_type, share, hidden});
+    if (bias) all.push_back({"bias", Use::input, c.dtype, 1, hidden, {{"bias", {0, hidden}}}});
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    const auto with = [&]<typename T, typename R>(T, R) {
+      const View<T> x = run.view<T>("x").columns(0, width), weight = run.view<T>("weight"),
+                    b = bias ? run.view<T>("bias") : View<T>{};
+      View<R> sums = run.view<R>("sums");
+      if (scatters) {
+        const View<R> mine = run.view<R>("mine");
+        row_linear_scattered<T, R>(x, weight, b, sums, mine, rules, run.group, run.stream);
+        sums = mine;
+      } else {
+        row_linear<T, R>(x, weight, b, sums, reduce_of(c) != Reduce::external, rules, run.group,
+                         run.stream);
+      }
+      reduce_row_linear<R>(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
+      View<T> out = run.view<T>("out").columns(0, hidden);
+      out.rows = own_tokens(run.group.tp_rank()).size;
+      if (out.rows > 0) store_sums<T, R>(sums, out, run.stream);
+    };
+    dispatch(c.dtype, [&]<typename T>(T) {
+      if (sums_type == c.dtype) {
+        with(T{}, T{});
+      } else {
+        with(T{}, float{});
+      }
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const double elements = double(tokens) * double(width) + double(hidden) * double(width) +
+                            double(own_tokens(tp_rank).size) * double(hidden);
+    return {.bytes = elements * size_of(c.dtype),
+            .flops = linear::flops(c, double(tokens) * double(width) * double(hidden))};
+  };
+  stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
+    std::vector<Shard> runs;
+    for (int rank = 0; rank < c.tp_size; ++rank) runs.push_back({rank * width, width});
+    return {reference::row_linear(whole["x"], whole["weight"], bias ? &whole["bias"] : nullptr,
+                                  runs, matmul_accumulation(c.dtype, width),
+                                  {.partial = sums_type, .out = c.dtype})};
+  };
+  return {stage};
+}
+
+// One rank with all the columns.
+LawRun law_one_rank() {
+  LawRun law = law_tp1();
+  law.vary = [](const Case& c) {
+    Case one = c;
+    one.tp_size = 1;
+    one.options["in_per_rank"] = in_features(c);
+    return std::pair{one, Variation{.law = "tp1", .argument = c.tp_size}};
+  };
+  return law;
+}
+
+}  // namespace
+
+Operator make_row_linear() {
+  return make_operator({
+      .name = "row_linear",
+      .what = "row-parallel linear layer, and the sum over the ranks that it needs",
+      .keys = {linear::width_key("hidden_size"),
+               {.name = "in_per_rank",
+                .help = "columns of the input, and of the weight, that each rank has",
+                .min = 1,
+                .max = 1 << 16,
+                .fallback = 8,
+                .always = true,
+                .draw_max = 1024,
+                .is_size = true},
+               shared_key("tp_size"),
+               shared_key("num_tokens"),
+               shared_key("dtype"),
+               shared_key("fill"),
+               shared_key("seed"),
+               linear::bias_key(),
+               {.name = "reduce",
+                .help = "who adds up over the ranks: the layer, giving all tokens to all or its "
+                        "share to each, or the layer's caller",
+                .min = 0,
+                .max = 2,
+                .words = {"all_reduce", "reduce_scatter", "external"}},
+               {.name = "reduce_dtype",
+                .help = "type of the partial sums and of their sum",
+                .min = 0,
+                .max = 1,
+                .words = {"activation", "f32"}},
+               linear::pad_key("x and of out")},
+      .laws = {law_one_rank(), law_tokens()},
+      .mutants = mutants(),
+      .refuse = [](const Case& c) -> std::optional<std::string> {
+        const std::int64_t in = in_features(c), hidden = c.model.hidden_size;
+        if (auto reason = too_large(in, hidden)) return reason;
+        return too_large(c.num_tokens, std::max(in, hidden * c.tp_size));
+      },
+      .work =
+          [](const Case& c) {
+            return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c));
+          },
+      .regime = linear::regime,
+      .stages = stages,
+  });
+}
+
+}  // namespace tp

@@ -1,0 +1,111 @@
+#pragma once
+// Sums of products in double, and how far a correct kernel's may be off: ACC and STORE of
+// research/numerics.md section 4. Linear layers, adapters and scores are made of them.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "harness/base/compare.h"
+#include "harness/base/shape.h"
+#include "harness/base/tensor.h"
+
+namespace tp::reference {
+
+// A value, and the largest error that a correct kernel can have made up to here.
+struct Bounded {
+  double r = 0;
+  double rho = 0;
+};
+
+// The largest q such that v, a normal number or zero, is a multiple of 2^q; of zero, which is a
+// multiple of all of them, a large one.
+inline int least_bit(double v) {
+  const auto bits = std::bit_cast<std::uint64_t>(v);
+  if (bits << 1 == 0) return 4096;
+  const int exponent = int(bits >> 52 & 0x7FF) - 1023;
+  const std::uint64_t significand = (bits & ((std::uint64_t{1} << 52) - 1)) | std::uint64_t{1}
+                                                                                  << 52;
+  return exponent - 52 + std::countr_zero(significand);
+}
+
+// Of each row: all its elements in `cols` are multiples of 2^q.
+inline std::vector<int> least_bits(const Matrix& m, Shard cols) {
+  std::vector<int> bits;
+  for (std::int64_t i = 0; i < m.rows; ++i) {
+    int least = least_bit(0);
+    for (std::int64_t j = cols.offset; j < cols.end(); ++j)
+      least = std::min(least, least_bit(m.row(i)[j]));
+    bits.push_back(least);
+  }
+  return bits;
+}
+
+// Whether fp32 adds multiples of 2^q up without any rounding, in any order: every partial sum is a
+// multiple of 2^q, too, and none exceeds the sum of magnitudes. What a matrix step shifts and cuts
+// off is less than 2^q then, so there is nothing there.
+inline bool adds_exactly(double magnitude, int q) {
+  return q >= -149 && magnitude <= std::ldexp(1.0, 24 + q);
+}
+
+// sum_k a[k] b[k], k < n, added up in fp32. All products are multiples of 2^q.
+inline Bounded sum_of_products(const double* a, const double* b, std::int64_t n, int q,
+                               const Accumulation& accumulation) {
+  constexpr int kLanes = 4;  // a chain each, so that a processor need not wait for the last sum
+  double sums[kLanes] = {}, magnitudes[kLanes] = {};
+  std::int64_t k = 0;
+  for (; k + kLanes <= n; k += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const double product = a[k + lane] * b[k + lane];  // exact: 48 bits at most
+      sums[lane] += product;
+      magnitudes[lane] += std::fabs(product);
+    }
+  }
+  for (; k < n; ++k) {
+    sums[0] += a[k] * b[k];
+    magnitudes[0] += std::fabs(a[k] * b[k]);
+  }
+  const double r = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const double s = (magnitudes[0] + magnitudes[1]) + (magnitudes[2] + magnitudes[3]);
+  if (adds_exactly(s, q)) return {r, 0};
+  // The kernel's roundings; this very loop's; and what underflow can take at each step.
+  return {r,
+          (accumulation.error() + double(n) * 0x1p-53) * s + double(accumulation.depth) * 0x1p-149};
+}
+
+// v + addend, added in fp32. `is_last`: this rounding is the output's own, which compare() knows.
+inline Bounded plus(const Bounded& v, double addend, bool is_last) {
+  const double r = v.r + addend;
+  const bool is_exact_here = r - v.r == addend && r - addend == v.r;
+  if (v.rho == 0 && is_exact_here && (is_last || double(float(r)) == r)) return {r, 0};
+  const double rounding = is_last ? 0 : 0x1p-24 * (std::fabs(r) + v.rho) + 0x1p-150;
+  return {r, v.rho + rounding + 0x1p-53 * std::fabs(r)};
+}
+
+// v kept in type t on its way.
+inline Bounded stored(DType t, const Bounded& v) {
+  if (v.rho == 0 && round_to(t, v.r) == v.r) return v;
+  return {v.r, v.rho + half_ulp(t, std::fabs(v.r) + v.rho)};
+}
+
+// out[i][j] = sum_k x[i][k] w[j][k] (+ bias[0][j]) over the columns k of `inner`, before anything
+// is stored. `bias`: nullptr where there is none; `bias_is_last`: see plus().
+inline Budget product(const Matrix& x, const Matrix& w, Shard inner, const Matrix* bias,
+                      const Accumulation& accumulation, bool bias_is_last) {
+  Budget out(x.rows, w.rows);
+  const std::vector<int> x_bits = least_bits(x, inner), w_bits = least_bits(w, inner);
+  for (std::int64_t i = 0; i < x.rows; ++i) {
+    for (std::int64_t j = 0; j < w.rows; ++j) {
+      Bounded v = sum_of_products(x.row(i) + inner.offset, w.row(j) + inner.offset, inner.size,
+                                  x_bits[std::size_t(i)] + w_bits[std::size_t(j)], accumulation);
+      if (bias != nullptr) v = plus(v, bias->values[std::size_t(j)], bias_is_last);
+      out.r[std::size_t(i * w.rows + j)] = v.r;
+      out.rho[std::size_t(i * w.rows + j)] = v.rho;
+    }
+  }
+  return out;
+}
+
+}  // namespace tp::reference
