@@ -67,9 +67,9 @@ function(tp_mpi_test name)
 endfunction()
 
 tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
-tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc LIBRARIES tp_base)
+tp_test(budget_test SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc LIBRARIES tp_base)
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
-tp_mpi_test(properties_test SOURCES properties/properties_test.cc LIBRARIES tp_properties tp_fuzz)
+tp_mpi_test(properties_test SOURCES properties/properties_test.cc properties/norm_mutants_test.cc LIBRARIES tp_properties tp_fuzz)
 
 tp_test(share_test SOURCES properties/run/share_test.cc LIBRARIES tp_run)
 tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)

@@ -243,14 +243,18 @@ std::optional<std::string> blind_to_heads(const Case& c, double eps, const Whole
   const Matrix q = norm::first_row(in["q"]), k = norm::first_row(in["k"]);
   for (const Mutant& m : mutants()) {
     if (!m.shows(c)) continue;
+    // In a part of an exact row the mean square is that of the whole; and a width that leaves a
+    // rest is refused, whatever the data are.
     const RankShape rank = partition(c.model, c.tp_size, 0);
-    const std::int64_t dim = c.model.head_dim, width = m.rules.head_norm_width(
-                                                   int(dim), rank.heads.size, c.model.num_heads);
-    if (width != dim) {
-      // A width that leaves a rest is refused; and a part of an exact row has the mean square of
-      // the whole.
-      if (c.fill == Fill::exact || width == 0 || dim % width != 0) continue;
+    bool shows_anyway = false;
+    for (const auto& [heads, all] : {std::pair{rank.heads.size, c.model.num_heads},
+                                     std::pair{rank.kv_heads.size, c.model.num_kv_heads}}) {
+      const std::int64_t dim = c.model.head_dim,
+                         width = m.rules.head_norm_width(int(dim), heads, all);
+      if (width != dim)
+        shows_anyway |= c.fill == Fill::exact || width == 0 || heads * dim % width != 0;
     }
+    if (shows_anyway) continue;
     const std::vector<Budget> altered = head_norms(c, eps, m.rules, q, k, in);
     if (!norm::tells_apart(c.dtype, budgets[0], altered[0], {0, q.cols}) &&
         !norm::tells_apart(c.dtype, budgets[1], altered[1], {0, k.cols}))
