@@ -58,8 +58,12 @@ __global__ void norm_heads_kernel(HeadNorm<T> q, HeadNorm<T> k, int head_dim, fl
   const T* x = norm.x.data + token * norm.x.row_stride + first;
   T* out = norm.out.data + token * norm.out.row_stride + first;
   const float inverse = inverse_root(warp_sum_of_squares(x, norm.width) / float(norm.width), eps);
-  for (std::int64_t j = threadIdx.x % 32; j < norm.width; j += 32)
-    out[j] = from_float<T>(to_float(x[j]) * inverse * norm.weight[(first + j) % head_dim]);
+  const int in_head = int(first % head_dim);  // 0, where a statistic spans a head
+  for (int j = int(threadIdx.x % 32); j < norm.width; j += 32) {
+    const int col = in_head + j;
+    const float weight = norm.weight[col < head_dim ? col : col - head_dim];
+    out[j] = from_float<T>(to_float(x[j]) * inverse * weight);
+  }
 }
 
 // Where q and k lie in a rank's fused row, whose width and whose outputs' sizes must fit.
@@ -118,10 +122,12 @@ void qk_head_norm(View<const T> qkv, const QkNormWeights<T>& weights, float weig
                   View<T> q_out, View<T> k_out, const ModelShape& model, const RankShape& rank,
                   const ShardingRules& rules, float eps, Stream& stream) {
   const auto [q_cols, k_cols] = qk_columns(qkv, q_out, k_out, model, rank);
-  for (const View<const T>& weight : {weights.q, weights.k}) {
+  const auto check_weight = [&](const View<const T>& weight) {
     require(weight.data == nullptr || weight.cols == model.head_dim, "qk_head_norm",
             "the weight has {} elements, a head has {} columns", {weight.cols, model.head_dim});
-  }
+  };
+  check_weight(weights.q);
+  check_weight(weights.k);
   const auto norm = [&](Shard cols, View<const T> weight, View<T> out, Shard heads, int all_heads) {
     const std::int64_t width = rules.head_norm_width(model.head_dim, heads.size, all_heads);
     require(width > 0 && cols.size % width == 0, "qk_head_norm",

@@ -105,11 +105,13 @@ void rope(View<const T> qkv, View<const float> cos_sin, const std::int32_t* posi
       k{qkv.columns(k_cols.offset, k_cols.size), {}, k_out};
   Statistics statistics{norm != nullptr, 0, rules.rope_heads_per_statistic};
   if (norm != nullptr) {
-    for (const View<const T>& weight : {norm->q_weight, norm->k_weight}) {
+    const auto check_weight = [&](const View<const T>& weight) {
       require(weight.data == nullptr || weight.cols == model.head_dim, "rope",
               "the norm's weight has {} elements, a head has {} columns",
               {weight.cols, model.head_dim});
-    }
+    };
+    check_weight(norm->q_weight);
+    check_weight(norm->k_weight);
     q.weight = {norm->q_weight.data, norm->weight_offset};
     k.weight = {norm->k_weight.data, norm->weight_offset};
     statistics.eps = norm->eps;

@@ -64,6 +64,19 @@ inline std::vector<Mutant> head_weight_mutants(const std::string& key) {
   return {plain, swapped};
 }
 
+// What the reference takes from a rank-free model, and from a mistake to see whether it would show:
+// whose weight, and what is added to it.
+struct HeadWeights {
+  std::string of[2] = {"q_weight", "k_weight"};  // of the heads of q, of k
+  double one_plus = 1;
+};
+inline HeadWeights head_weights(const ShardingRules& rules) {
+  HeadWeights taken{.one_plus = rules.one_plus_weight};
+  for (const int which : {0, 1})
+    taken.of[which] = rules.head_norm_weight[which] == 0 ? "q_weight" : "k_weight";
+  return taken;
+}
+
 // Whether the altered reference leaves the budget of the right one in columns `cols` of the first
 // rows, as many as `altered` has.
 inline bool tells_apart(DType t, const Budget& right, const Budget& altered, Shard cols) {

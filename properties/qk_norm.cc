@@ -219,43 +219,43 @@ std::optional<std::string> blind_to(const Case& c, double eps, const QkNormProfi
   return std::nullopt;
 }
 
-// The norms of single heads as `rules` decide them; the right ones are those of sharding_rules().
-std::vector<Budget> head_norms(const Case& c, double eps, const ShardingRules& rules,
-                               const Matrix& q, const Matrix& k, const WholeInputs& in) {
+// The norms of single heads; widths: the columns that a mean spans, of q and of k.
+std::vector<Budget> head_norms(const Case& c, double eps, const norm::HeadWeights& weights,
+                               const std::int64_t (&widths)[2], const Matrix& q, const Matrix& k,
+                               const WholeInputs& in) {
   const std::int64_t style = c.options.at("style");
-  const RankShape rank = partition(c.model, c.tp_size, 0);
-  const auto norm = [&](const Matrix& x, int which, Shard heads, int all_heads) {
+  std::vector<Budget> both;
+  for (const int which : {0, 1}) {
     reference::HeadWeight weight;
-    if (norm::has_head_weight(style))
-      weight.weight = &in[rules.head_norm_weight[which] == 0 ? "q_weight" : "k_weight"];
-    if (style == norm::kPerHead1p) weight.offset = rules.one_plus_weight;
-    return reference::head_norm(x, weight, c.model.head_dim,
-                                rules.head_norm_width(c.model.head_dim, heads.size, all_heads), eps,
-                                qk_head_norm_profile(c.model));
-  };
-  return {norm(q, 0, rank.heads, c.model.num_heads),
-          norm(k, 1, rank.kv_heads, c.model.num_kv_heads)};
+    if (norm::has_head_weight(style)) weight.weight = &in[weights.of[which]];
+    if (style == norm::kPerHead1p) weight.offset = weights.one_plus;
+    both.push_back(reference::head_norm(which == 0 ? q : k, weight, c.model.head_dim, widths[which],
+                                        eps, qk_head_norm_profile(c.model)));
+  }
+  return both;
 }
 
 // blind_to of the norms of single heads.
 std::optional<std::string> blind_to_heads(const Case& c, double eps, const WholeInputs& in,
                                           const std::vector<Budget>& budgets) {
   const Matrix q = norm::first_row(in["q"]), k = norm::first_row(in["k"]);
+  const std::int64_t dim = c.model.head_dim;
+  const RankShape rank = partition(c.model, c.tp_size, 0);
   for (const Mutant& m : mutants()) {
     if (!m.shows(c)) continue;
-    // In a part of an exact row the mean square is that of the whole; and a width that leaves a
-    // rest is refused, whatever the data are.
-    const RankShape rank = partition(c.model, c.tp_size, 0);
-    bool shows_anyway = false;
-    for (const auto& [heads, all] : {std::pair{rank.heads.size, c.model.num_heads},
-                                     std::pair{rank.kv_heads.size, c.model.num_kv_heads}}) {
-      const std::int64_t dim = c.model.head_dim,
-                         width = m.rules.head_norm_width(int(dim), heads, all);
-      if (width != dim)
-        shows_anyway |= c.fill == Fill::exact || width == 0 || heads * dim % width != 0;
-    }
-    if (shows_anyway) continue;
-    const std::vector<Budget> altered = head_norms(c, eps, m.rules, q, k, in);
+    const std::int64_t widths[2] = {
+        m.rules.head_norm_width(int(dim), rank.heads.size, c.model.num_heads),
+        m.rules.head_norm_width(int(dim), rank.kv_heads.size, c.model.num_kv_heads)};
+    const auto leaves_a_rest = [&](Shard heads, std::int64_t width) {
+      return width == 0 || heads.size * dim % width != 0;
+    };
+    // A width that leaves a rest is refused, whatever the data are; and a part of an exact row has
+    // the mean square of the whole.
+    if (leaves_a_rest(rank.heads, widths[0]) || leaves_a_rest(rank.kv_heads, widths[1]) ||
+        (c.fill == Fill::exact && widths[0] != dim))
+      continue;
+    const std::vector<Budget> altered =
+        head_norms(c, eps, norm::head_weights(m.rules), widths, q, k, in);
     if (!norm::tells_apart(c.dtype, budgets[0], altered[0], {0, q.cols}) &&
         !norm::tells_apart(c.dtype, budgets[1], altered[1], {0, k.cols}))
       return m.id;
@@ -298,8 +298,15 @@ Stage head_norm_stage(const Case& c, const ShardingRules& rules, double eps, Sta
                       float(eps), run.stream);
     });
   };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const RankShape rank = partition(m, c.tp_size, tp_rank);
+    const double row = double(rank.heads.size + rank.kv_heads.size) * double(dim);
+    return {.bytes = (2 * double(c.num_tokens) * row + (has_weight ? 2 : 0) * double(dim)) *
+                     double(size_of(c.dtype)),
+            .flops = 4 * double(c.num_tokens) * row};
+  };
   stage.reference = [=](const WholeInputs& in) {
-    return head_norms(c, eps, sharding_rules(), in["q"], in["k"], in);
+    return head_norms(c, eps, {}, {dim, dim}, in["q"], in["k"], in);
   };
   stage.blind_to = [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
     return blind_to_heads(c, eps, in, budgets);

@@ -133,22 +133,26 @@ TensorSpec table(const Case& c) {
           }};
 }
 
-// Both outputs as `rules` decide them, on one rank; the right ones are those of sharding_rules().
-std::vector<Budget> rotated(const Case& c, double eps, const std::vector<std::int32_t>& positions,
-                            const ShardingRules& rules, const WholeInputs& in) {
-  const reference::RopeShape shape{c.model.head_dim, rotary_dim(c),
-                                   rules.rope_interleaved(is_interleaved(c))};
+// What the reference takes from the case, and from a mistake to see whether it would show.
+struct Taken {
+  std::vector<std::int32_t> positions;
+  bool interleaved;
+  norm::HeadWeights weights = {};
+};
+
+// Both outputs, on one rank.
+std::vector<Budget> rotated(const Case& c, double eps, const Taken& taken, const WholeInputs& in) {
+  const reference::RopeShape shape{c.model.head_dim, rotary_dim(c), taken.interleaved};
   std::vector<Budget> both;
   for (const int which : {0, 1}) {
     std::optional<reference::RopeNorm> norm;
     if (norm_of(c) != kNoNorm) {
       norm = {eps, rope_norm_profile(c.model)};
-      if (norm::has_head_weight(norm_of(c)))
-        norm->weight = &in[rules.head_norm_weight[which] == 0 ? "q_weight" : "k_weight"];
-      if (norm_of(c) == norm::kPerHead1p) norm->weight_offset = rules.one_plus_weight;
+      if (norm::has_head_weight(norm_of(c))) norm->weight = &in[taken.weights.of[which]];
+      if (norm_of(c) == norm::kPerHead1p) norm->weight_offset = taken.weights.one_plus;
     }
-    both.push_back(reference::rope(in[which == 0 ? "q" : "k"], in["cos_sin"],
-                                   prepared(positions, rules), shape, norm));
+    both.push_back(
+        reference::rope(in[which == 0 ? "q" : "k"], in["cos_sin"], taken.positions, shape, norm));
   }
   return both;
 }
@@ -164,7 +168,11 @@ std::optional<std::string> blind_to(const Case& c, double eps,
     if (!m.shows(c) || m.rules.rope_heads_per_statistic != rules.rope_heads_per_statistic ||
         m.rules.rope_rotary_dim != rules.rope_rotary_dim)
       continue;
-    const std::vector<Budget> altered = rotated(c, eps, positions, m.rules, in);
+    const std::vector<Budget> altered =
+        rotated(c, eps,
+                {prepared(positions, m.rules), m.rules.rope_interleaved(is_interleaved(c)),
+                 norm::head_weights(m.rules)},
+                in);
     bool shown = false;
     for (std::size_t i = 0; i < altered.size(); ++i)
       shown = shown || norm::tells_apart(c.dtype, right[i], altered[i], {0, right[i].cols});
@@ -273,7 +281,9 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                          (3 * double(cos_sin.cols) / double(dim) + (norm_kind == kNoNorm ? 0 : 4))};
       },
       .reference =
-          [=](const WholeInputs& in) { return rotated(c, eps, positions, sharding_rules(), in); },
+          [=](const WholeInputs& in) {
+            return rotated(c, eps, {positions, is_interleaved(c)}, in);
+          },
       .blind_to =
           [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
             return blind_to(c, eps, positions, in, budgets);
