@@ -1,20 +1,30 @@
 #pragma once
 // RMSNorm of rows that this rank holds whole: out = x * weight / sqrt(mean(x^2) + eps), in fp32
 // with one rounding at the end (contract B of vllm-project/vllm#42379: the weight is multiplied
-// before rounding).
+// before rounding). With a residual, x + residual is rounded to its type and written, and what was
+// written is what is normed (vLLM's fused_add_rms_norm).
 
 #include "harness/base/compare.h"
+#include "harness/base/sharding_rules.h"
 #include "harness/base/tensor.h"
 #include "harness/device/stream.h"
 
 namespace tp {
 
-// x, out [rows, cols], any row stride; weight [1, cols]. out must not overlap x.
-// Throws Fault(BadLaunch) where the sizes do not fit each other.
+// x, out [rows, cols], any row stride; weight [1, cols]. out must not overlap x. `rounding`: the
+// contract, above. Throws Fault(BadLaunch) where the sizes do not fit each other.
 template <typename T>
-void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps, Stream& stream);
+void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps,
+              const NormRounding& rounding, Stream& stream);
 
-// The arithmetic of rms_norm over rows of `cols` elements.
+// The same of x + residual, which residual_out gets. residual, residual_out [rows, cols], any row
+// stride; neither output overlaps an input.
+template <typename T>
+void add_rms_norm(View<const T> x, View<const T> residual, View<const T> weight,
+                  View<T> residual_out, View<T> out, float eps, const NormRounding& rounding,
+                  Stream& stream);
+
+// The arithmetic of both over rows of `cols` elements.
 Profile rms_norm_profile(std::int64_t cols);
 
 }  // namespace tp

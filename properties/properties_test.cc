@@ -9,6 +9,7 @@
 #include "harness/fuzz/draw.h"
 #include "harness/group/mpi_testing.h"
 #include "properties/operators.h"
+#include "properties/planted_testing.h"
 
 namespace tp {
 namespace {
@@ -41,8 +42,13 @@ TEST_P(EveryOperator, PassesWhatTheFuzzerDraws) {
   EXPECT_GE(passed, 50);
 }
 
-INSTANTIATE_TEST_SUITE_P(Operators, EveryOperator,
-                         testing::Values("rms_norm", "qk_norm", "qkv_linear", "row_linear"),
+std::vector<std::string> names_of_operators() {
+  std::vector<std::string> names;
+  for (const Operator& op : operators()) names.push_back(op.name);
+  return names;
+}
+
+INSTANTIATE_TEST_SUITE_P(Operators, EveryOperator, testing::ValuesIn(names_of_operators()),
                          [](const auto& info) { return info.param; });
 
 // The digest of a case line is the same with any number of processes, under every sanitizer, and on
@@ -153,7 +159,7 @@ INSTANTIATE_TEST_SUITE_P(Zoo, Mutants, testing::ValuesIn(kPlanted), [](const aut
 });
 
 TEST(Mutants, AreAllPlanted) {
-  std::set<std::string> declared, planted;
+  std::set<std::string> declared, planted = planted_mutants();
   for (const Operator& op : operators()) {
     for (const Mutant& m : op.mutants) declared.insert(m.id);
   }

@@ -1,6 +1,6 @@
 // qk_norm: the full-width q/k norm over the ranks of a group. Here live the first two founding
 // bugs: vllm-project/vllm#38191 (whose rows of the weight) and sgl-project/sglang#20967 (divided by
-// what).
+// what). And the norms of single heads, for which no rank needs another one.
 
 #include "kernels/qk_norm.h"
 
@@ -15,6 +15,10 @@
 namespace tp {
 
 namespace {
+
+constexpr std::int64_t kFullWidth = 0;  // of the key `style`
+
+bool is_full_width(const Case& c) { return c.options.at("style") == kFullWidth; }
 
 // Whether the k norm's decisions are others than the right ones at this shape.
 bool decides_differently(const ShardingRules& rules, const ModelShape& model, int tp_size) {
@@ -34,8 +38,15 @@ Mutant mutant(std::string id, std::string what, std::string upstream,
   Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
   change(m.rules);
   m.decides = [rules = m.rules](const Case& c) {
-    return decides_differently(rules, c.model, c.tp_size);
+    return is_full_width(c) && decides_differently(rules, c.model, c.tp_size);
   };
+  return m;
+}
+
+Mutant mutant(std::string id, std::string what, std::string upstream,
+              void (*change)(ShardingRules&), bool (*decides)(const Case&)) {
+  Mutant m = mutant(std::move(id), std::move(what), std::move(upstream), change);
+  m.decides = decides;
   return m;
 }
 
@@ -46,10 +57,17 @@ std::int64_t local_kv_heads(const ModelShape& m, int tp_size) {
   return partition(m, tp_size, 0).kv_heads.size;
 }
 
-const std::vector<Mutant>& mutants() {
+// Whether the statistic of q (0), of k (1) stays a rank's own.
+bool is_local(const ShardingRules& rules, int which) {
+  const Shard reduced = rules.norm_stats_reduced(1);
+  return which < reduced.offset || which >= reduced.end();
+}
+
+std::vector<Mutant> all_mutants() {
   const std::string weight = "minimax-knorm-shard-by-tp:", divisor = "minimax-norm-replica-aware:";
   const std::string vllm = "vllm-project/vllm#38191", sglang = "sgl-project/sglang#20967";
-  static const std::vector<Mutant> all = {
+  const std::string local = "norm-stat-not-reduced:", minicpm = "sgl-project/sglang#38230";
+  std::vector<Mutant> all = {
       mutant(weight + "cut", "k_norm weight cut by tp_size where KV heads are replicated", vllm,
              [](ShardingRules& r) {
                r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
@@ -103,18 +121,53 @@ const std::vector<Mutant>& mutants() {
                  return tp_rank % replicas(m, tp_size) == 0;
                };
              }),
+      mutant(
+          local + "k-local", "the mean square of k is that of the rank's own KV heads", minicpm,
+          [](ShardingRules& r) {
+            r.norm_stats_reduced = [](std::int64_t num_tokens) { return Shard{0, num_tokens}; };
+            r.k_norm_shards = [](const ModelShape&, int) { return 1; };
+          },
+          [](const Case& c) {
+            return is_full_width(c) && local_kv_heads(c.model, c.tp_size) < c.model.num_kv_heads;
+          }),
+      mutant(
+          local + "all-local", "the mean squares of q and of k are those of the rank's own heads",
+          minicpm,
+          [](ShardingRules& r) {
+            r.norm_stats_reduced = [](std::int64_t) { return Shard{0, 0}; };
+            r.q_norm_shards = r.k_norm_shards = [](const ModelShape&, int) { return 1; };
+          },
+          [](const Case& c) { return is_full_width(c) && c.tp_size > 1; }),
+      mutant(
+          "grouped-norm-global-group-count:heads",
+          "a rank's columns divided by the heads of the model, not by its own: groups too small",
+          "state-spaces/mamba#951",
+          [](ShardingRules& r) {
+            r.head_norm_width = [](int head_dim, std::int64_t local_heads, int all_heads) {
+              return local_heads * head_dim / all_heads;
+            };
+          },
+          [](const Case& c) { return !is_full_width(c) && c.tp_size > 1; }),
   };
+  for (Mutant& m : norm::head_weight_mutants("style")) all.push_back(std::move(m));
   return all;
 }
 
-// Whether the first token of the reference on altered inputs leaves the budget of the right one.
-bool tells_apart(DType t, const Budget& right, const Budget& altered, Shard cols) {
-  for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
-    const double y = round_to(t, altered.r[std::size_t(j)]);
-    const double r = right.r[std::size_t(j)], rho = right.rho[std::size_t(j)];
-    if (!(round_to(t, r - rho) <= y && y <= round_to(t, r + rho))) return true;
-  }
-  return false;
+const std::vector<Mutant>& mutants() {
+  static const std::vector<Mutant> all = all_mutants();
+  return all;
+}
+
+// Whether a norm over the heads of a rank alone would show in the first token.
+bool shows_local(DType t, const Matrix& x, const Matrix& weight, Shard cols, double eps,
+                 const Profile& profile, const Budget& right) {
+  Matrix part(1, cols.size), part_weight(1, cols.size);
+  std::copy_n(x.row(0) + cols.offset, cols.size, part.row(0));
+  std::copy_n(weight.row(0) + cols.offset, cols.size, part_weight.row(0));
+  const Budget alone = reference::rms_norm(part, part_weight, eps, profile, double(cols.size));
+  Budget altered(1, x.cols);
+  std::copy_n(alone.r.begin(), cols.size, altered.r.begin() + cols.offset);
+  return norm::tells_apart(t, right, altered, cols);
 }
 
 // Asks of every mutant that decides differently at this shape: would these data have shown it? The
@@ -122,13 +175,27 @@ bool tells_apart(DType t, const Budget& right, const Budget& altered, Shard cols
 // divisor, heads missing from the sum.
 // One token is enough to tell: a mistake of the weight or of the divisor is the same in all of
 // them.
-std::optional<std::string> blind_to(const Case& c, double eps, const Profile& profile,
-                                    const Matrix& all_k, const Matrix& k_weight,
-                                    const Budget& right) {
-  Matrix k(1, all_k.cols);
-  std::copy_n(all_k.row(0), k.cols, k.row(0));
+std::optional<std::string> blind_to(const Case& c, double eps, const QkNormProfiles& profiles,
+                                    const WholeInputs& in, const std::vector<Budget>& budgets) {
+  const Matrix k = norm::first_row(in["k"]), &k_weight = in["k_weight"];
+  const Profile& profile = profiles.k;
+  const Budget& right = budgets[1];
   for (const Mutant& m : mutants()) {
     if (!m.shows(c)) continue;
+    if (is_local(m.rules, 1)) {
+      // Exact rows have one magnitude, so that a part of them has the mean square of the whole.
+      bool shown = c.fill == Fill::exact;
+      for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
+        const RankShape part = partition(c.model, c.tp_size, rank);
+        shown = shows_local(c.dtype, k, k_weight, part.kv_heads.times(c.model.head_dim), eps,
+                            profile, right) ||
+                (is_local(m.rules, 0) &&
+                 shows_local(c.dtype, in["q"], in["q_weight"], part.heads.times(c.model.head_dim),
+                             eps, profiles.q, budgets[0]));
+      }
+      if (!shown) return m.id;
+      continue;
+    }
     int counted = 0;
     for (int r = 0; r < c.tp_size; ++r) counted += m.rules.k_norm_counts(c.model, c.tp_size, r);
     // Every rank that counts adds its shard once; all shards are equally often among them.
@@ -144,12 +211,107 @@ std::optional<std::string> blind_to(const Case& c, double eps, const Profile& pr
       if (shown) break;
       Matrix weight = k_weight;
       std::copy_n(k_weight.row(0) + taken.offset, taken.size, weight.row(0) + cols.offset);
-      shown =
-          tells_apart(c.dtype, right, reference::rms_norm(k, weight, eps, profile, divisor), cols);
+      shown = norm::tells_apart(c.dtype, right,
+                                reference::rms_norm(k, weight, eps, profile, divisor), cols);
     }
     if (!shown) return m.id;
   }
   return std::nullopt;
+}
+
+// The norms of single heads; widths: the columns that a mean spans, of q and of k.
+std::vector<Budget> head_norms(const Case& c, double eps, const norm::HeadWeights& weights,
+                               const std::int64_t (&widths)[2], const Matrix& q, const Matrix& k,
+                               const WholeInputs& in) {
+  const std::int64_t style = c.options.at("style");
+  std::vector<Budget> both;
+  for (const int which : {0, 1}) {
+    reference::HeadWeight weight;
+    if (norm::has_head_weight(style)) weight.weight = &in[weights.of[which]];
+    if (style == norm::kPerHead1p) weight.offset = weights.one_plus;
+    both.push_back(reference::head_norm(which == 0 ? q : k, weight, c.model.head_dim, widths[which],
+                                        eps, qk_head_norm_profile(c.model)));
+  }
+  return both;
+}
+
+// blind_to of the norms of single heads.
+std::optional<std::string> blind_to_heads(const Case& c, double eps, const WholeInputs& in,
+                                          const std::vector<Budget>& budgets) {
+  const Matrix q = norm::first_row(in["q"]), k = norm::first_row(in["k"]);
+  const std::int64_t dim = c.model.head_dim;
+  const RankShape rank = partition(c.model, c.tp_size, 0);
+  for (const Mutant& m : mutants()) {
+    if (!m.shows(c)) continue;
+    const std::int64_t widths[2] = {
+        m.rules.head_norm_width(int(dim), rank.heads.size, c.model.num_heads),
+        m.rules.head_norm_width(int(dim), rank.kv_heads.size, c.model.num_kv_heads)};
+    const auto leaves_a_rest = [&](Shard heads, std::int64_t width) {
+      return width == 0 || heads.size * dim % width != 0;
+    };
+    // A width that leaves a rest is refused, whatever the data are; and a part of an exact row has
+    // the mean square of the whole.
+    if (leaves_a_rest(rank.heads, widths[0]) || leaves_a_rest(rank.kv_heads, widths[1]) ||
+        (c.fill == Fill::exact && widths[0] != dim))
+      continue;
+    const std::vector<Budget> altered =
+        head_norms(c, eps, norm::head_weights(m.rules), widths, q, k, in);
+    if (!norm::tells_apart(c.dtype, budgets[0], altered[0], {0, q.cols}) &&
+        !norm::tells_apart(c.dtype, budgets[1], altered[1], {0, k.cols}))
+      return m.id;
+  }
+  return std::nullopt;
+}
+
+// One weight of head_dim for all heads of q, one for all of k, or none.
+Stage head_norm_stage(const Case& c, const ShardingRules& rules, double eps, Stage stage) {
+  const ModelShape& m = c.model;
+  const std::int64_t dim = m.head_dim, style = c.options.at("style");
+  const bool has_weight = norm::has_head_weight(style);
+  stage.inputs.resize(3);  // q, k, v
+  for (const char* name : {"q_weight", "k_weight"}) {
+    if (has_weight) stage.inputs.push_back({name, c.dtype, 1, dim, Role::weight, dim});
+  }
+  stage.buffers = [=, buffers = stage.buffers](int tp_rank) {
+    std::vector<LocalBuffer> all;
+    for (LocalBuffer& local : buffers(tp_rank)) {
+      const bool is_weight = local.name == "q_weight" || local.name == "k_weight";
+      if (local.name == "sums" || (is_weight && !has_weight)) continue;
+      if (is_weight) {
+        const int loaded = rules.head_norm_weight[local.name == "q_weight" ? 0 : 1];
+        local.cols = dim;
+        local.pieces = {{loaded == 0 ? "q_weight" : "k_weight", {0, dim}}};
+      }
+      all.push_back(std::move(local));
+    }
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    const RankShape rank = partition(m, c.tp_size, run.group.tp_rank());
+    dispatch(c.dtype, [&]<typename T>(T) {
+      QkNormWeights<T> weights;
+      if (has_weight) weights = {run.view<T>("q_weight"), run.view<T>("k_weight")};
+      qk_head_norm<T>(run.view<T>("qkv"), weights,
+                      style == norm::kPerHead1p ? rules.one_plus_weight : 0.0f,
+                      run.view<T>("q_norm").columns(0, rank.heads.size * dim),
+                      run.view<T>("k_norm").columns(0, rank.kv_heads.size * dim), m, rank, rules,
+                      float(eps), run.stream);
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const RankShape rank = partition(m, c.tp_size, tp_rank);
+    const double row = double(rank.heads.size + rank.kv_heads.size) * double(dim);
+    return {.bytes = (2 * double(c.num_tokens) * row + (has_weight ? 2 : 0) * double(dim)) *
+                     double(size_of(c.dtype)),
+            .flops = 4 * double(c.num_tokens) * row};
+  };
+  stage.reference = [=](const WholeInputs& in) {
+    return head_norms(c, eps, {}, {dim, dim}, in["q"], in["k"], in);
+  };
+  stage.blind_to = [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
+    return blind_to_heads(c, eps, in, budgets);
+  };
+  return stage;
 }
 
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
@@ -162,7 +324,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                          std::int64_t width, Role role) {
     return TensorSpec{std::move(name), c.dtype, rows, count * width, role, width};
   };
-  return {{
+  Stage stage{
       .name = "qk_norm",
       .inputs = {heads("q", tokens, m.num_heads, dim, Role::activation),
                  heads("k", tokens, m.num_kv_heads, dim, Role::activation),
@@ -212,9 +374,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
       },
       .blind_to =
           [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
-            return blind_to(c, eps, profiles.k, in["k"], in["k_weight"], budgets[1]);
+            return blind_to(c, eps, profiles, in, budgets);
           },
-  }};
+  };
+  if (!is_full_width(c)) stage = head_norm_stage(c, rules, eps, std::move(stage));
+  return {std::move(stage)};
 }
 
 }  // namespace
@@ -222,11 +386,14 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
 Operator make_qk_norm() {
   return make_operator({
       .name = "qk_norm",
-      .what = "RMSNorm over all q heads and over all KV heads of a token, sharded by head",
+      .what = "RMSNorm over all q heads and over all KV heads of a token, or over each, sharded by "
+              "head",
       .keys = {shared_key("num_heads"), shared_key("num_kv_heads"), shared_key("head_dim"),
                shared_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), norm::eps_key(),
-               norm::pad_key("qkv and of the outputs")},
+               norm::pad_key("qkv and of the outputs"),
+               norm::head_norm_key("style", "what a mean spans and what it is multiplied with",
+                                   "full_width", 58)},
       .laws = {law_tp1(), law_scale(), law_tokens()},
       .mutants = mutants(),
       .refuse =
