@@ -44,18 +44,20 @@ const std::vector<Mutant>& mutants() {
   return all;
 }
 
-// Exact data for a sum: x is a small whole number, and residual what is missing to +-64, so that
-// all sums of a row have one square and everything is exact again.
+// Exact data for a sum: x is a small whole number, and residual what is missing to +-64 or +-128,
+// one of them in a row, so that all sums of a row have one square and everything is exact again.
 struct Summands {
   double x;
   double sum;
 };
 Summands exact_summands(const DataRegime& g, const TensorSpec& t, std::int64_t row,
                         std::int64_t col) {
-  const std::int64_t at = (row + g.rotate_rows) % t.rows * t.cols + col;
-  const Random4 bits = philox(g.seed, stream_of("x + residual"), std::uint64_t(at));
-  const double scale = std::ldexp(1.0, g.scale_log2);
-  return {scale * (double(bits[0] % 63) - 31), scale * (bits[1] >> 31 ? -64 : 64)};
+  constexpr std::uint64_t kStream = stream_of("x + residual"), kRows = stream_of("rows of sums");
+  const auto source = std::uint64_t((row + g.rotate_rows) % t.rows);
+  const Random4 bits = philox(g.seed, kStream, source * std::uint64_t(t.cols) + std::uint64_t(col));
+  const double scale =
+      std::ldexp(1.0, g.scale_log2 + 6 + int(philox(g.seed, kRows, source)[0] % 2));
+  return {std::ldexp(double(bits[0] % 63) - 31, g.scale_log2), bits[1] >> 31 ? -scale : scale};
 }
 
 // The two summands of a residual norm, [tokens, cols].

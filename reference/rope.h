@@ -91,7 +91,7 @@ inline Budget rope(const Matrix& x, const Matrix& cos_sin, const std::vector<std
         out.r[std::size_t(i * x.cols + first + j)] = r;
         out.rho[std::size_t(i * x.cols + first + j)] = rho;
       };
-      // The least that underflow can take of x * inverse, of a product and of a sum.
+      // The most that underflow can take of x * inverse, of the products and of the sum.
       const double underflow = tiny * (2 + largest_weight);
       // a + b, where a = f1 * t1 and b = f2 * t2.
       const auto rotated = [&](std::int64_t j, Factor f1, double t1, Factor f2, double t2) {
