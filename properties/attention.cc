@@ -13,6 +13,7 @@
 #include "properties/attention_call.h"
 #include "properties/attention_data.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "reference/attention.h"
 
 namespace tp {
@@ -180,7 +181,10 @@ bool reshapes(const Plan& plan, const HeadCounts& counts, const RankShape& rank)
          counts.kv_heads == rank.kv_heads.size * c.tp_size;
 }
 
-std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+// `sources`: where q, k and v lie if another operator put them there; or null.
+Stage make_stage(const Case& c, const ShardingRules& rules, const Variation& variation,
+                 const AttentionSources* given) {
+  const std::optional<AttentionSources> sources = given ? std::optional(*given) : std::nullopt;
   const Plan plan(c, variation);
   const ModelShape& m = c.model;
   const std::int64_t dim = m.head_dim, v_dim = m.value_head_dim(), pad = c.options.at("pad"),
@@ -205,7 +209,15 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     const Shard q = rank.heads.times(dim), k = kv_heads.times(dim), v = kv_heads.times(v_dim),
                 o = rank.heads.times(v_dim);
     std::vector<LocalBuffer> all;
-    if (fused) {
+    if (sources) {
+      const auto add = [&](const AttentionSources::Columns& from, const char* tensor, Shard cols) {
+        const Piece piece{tensor, cols, from.at(rank)};
+        all.push_back({from.buffer, Use::input, c.dtype, tokens, from.width(rank), {piece}});
+      };
+      add(sources->q, "q", q);
+      add(sources->k, "k", k);
+      add(sources->v, "v", v);
+    } else if (fused) {
       all.push_back({"qkv",
                      Use::input,
                      c.dtype,
@@ -248,7 +260,14 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     const std::int64_t q_cols = rank.heads.size * dim, k_cols = kv_heads * dim;
     dispatch(c.dtype, [&]<typename T>(T) {
       AttentionTensors<T> a;
-      if (fused) {
+      if (sources) {
+        const auto view = [&](const AttentionSources::Columns& from, std::int64_t cols) {
+          return run.view<T>(from.buffer).columns(from.at(rank), cols);
+        };
+        a.q = view(sources->q, q_cols);
+        a.k = view(sources->k, k_cols);
+        a.v = view(sources->v, kv_heads * v_dim);
+      } else if (fused) {
         const View<T> qkv = run.view<T>("qkv");
         a.q = qkv.columns(0, q_cols);
         a.k = qkv.columns(q_cols, k_cols);
@@ -281,7 +300,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
       attention<T>(a, mine, plan.settings, m, rules, c.tp_size, tp_rank, run.stream);
     });
   };
-  return {{
+  return {
       .name = "attention",
       .inputs = inputs,
       .outputs = {{"out", c.dtype, tokens, m.num_heads * v_dim, Role::activation, v_dim},
@@ -316,7 +335,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
         return {std::move(result.out), std::move(result.lse)};
       },
       .blind_to = {},
-  }};
+  };
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  return {make_stage(c, rules, variation, nullptr)};
 }
 
 // --- laws
@@ -643,6 +666,11 @@ std::optional<std::string> refuse(const Case& c) {
 }
 
 }  // namespace
+
+Stage attention_stage(const Case& c, const ShardingRules& rules, const Variation& variation,
+                      const AttentionSources& sources) {
+  return make_stage(c, rules, variation, &sources);
+}
 
 Operator make_attention() {
   Key head_dim = shared_key("head_dim"), v_head_dim = shared_key("v_head_dim");

@@ -9,6 +9,7 @@
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "reference/qkv_linear.h"
 
 namespace tp {
@@ -236,6 +237,10 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
 }
 
 }  // namespace
+
+Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  return stages(c, rules, variation).front();
+}
 
 Operator make_qkv_linear() {
   // A rank's product knows nothing of the others: one rank makes the same bits.

@@ -10,6 +10,7 @@
 #include "harness/base/philox.h"
 #include "properties/norm.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "reference/rope.h"
 
 namespace tp {
@@ -332,6 +333,10 @@ std::optional<std::string> refuse(const Case& c) {
 }
 
 }  // namespace
+
+Stage rope_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  return stages(c, rules, variation).front();
+}
 
 Operator make_rope() {
   return make_operator({

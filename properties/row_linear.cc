@@ -9,6 +9,7 @@
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "reference/row_linear.h"
 
 namespace tp {
@@ -174,6 +175,10 @@ LawRun law_one_rank() {
 }
 
 }  // namespace
+
+Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  return stages(c, rules, variation).front();
+}
 
 Operator make_row_linear() {
   return make_operator({

@@ -74,6 +74,9 @@ class RankRun {
  public:
   RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers)
       : group(group), stream(stream), buffers_(buffers) {}
+  // The same, with some buffers called by other names: `names` has those that they really have.
+  RankRun(const RankRun& other, const std::map<std::string, std::string>& names)
+      : group(other.group), stream(other.stream), buffers_(other.buffers_), names_(&names) {}
 
   TpGroup& group;
   Stream& stream;
@@ -81,17 +84,24 @@ class RankRun {
   // The stage's buffer of this name, with its padding.
   template <typename T>
   View<T> view(const std::string& name) const {
-    const auto& [local, buffer] = buffers_.at(name);
+    const auto& [local, buffer] = resident(name);
     TP_CHECK(local.dtype == dtype_of<T>::value, "view of another type: " + name);
     return buffer.as<T>(local.rows, local.cols);
   }
   // What local_values() put there.
   const std::int32_t* integers(const std::string& name) const {
-    return buffers_.at(name).buffer.as<const std::int32_t>();
+    return resident(name).buffer.as<const std::int32_t>();
   }
 
  private:
+  const Resident& resident(const std::string& name) const {
+    if (names_ == nullptr) return buffers_.at(name);
+    const auto other = names_->find(name);
+    return buffers_.at(other == names_->end() ? name : other->second);
+  }
+
   const std::map<std::string, Resident>& buffers_;
+  const std::map<std::string, std::string>* names_ = nullptr;
 };
 
 // The whole input tensors of a stage, as the reference takes them. A tensor that nobody asks for (v

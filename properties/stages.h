@@ -1,0 +1,33 @@
+#pragma once
+// The stages of operators, for an operator that is made of others.
+
+#include "properties/run/stage.h"
+
+namespace tp {
+
+// One stage each. `c` is a case of that operator.
+Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
+Stage rope_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
+Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
+
+// Where attention finds q, k and v if these are not columns of one fused row: in rows of the same
+// number of tokens.
+struct AttentionSources {
+  struct Columns {
+    std::string buffer;
+    // Of that buffer: how wide it is, and the first of the columns.
+    std::function<std::int64_t(const RankShape&)> width, at;
+  };
+  Columns q, k, v;
+};
+Stage attention_stage(const Case& c, const ShardingRules& rules, const Variation& variation,
+                      const AttentionSources& sources);
+
+// The same stage with other names for its tensors and buffers; those that are not mentioned keep
+// theirs. A tensor whose new name is empty is left out of the buffers.
+struct Names {
+  std::map<std::string, std::string> tensors, buffers;
+};
+Stage renamed(Stage stage, std::string name, const Names& names);
+
+}  // namespace tp
