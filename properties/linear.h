@@ -47,10 +47,12 @@ inline double work(const Case& c, double cols, std::int64_t depth) {
   return 2 * cols * (double(padded(depth)) * double(padded(c.num_tokens)) + 8 * double(depth));
 }
 
-// Floating-point operations of `products` multiply-adds, as far as they have a floor: the ceiling
-// that a device knows is that of fp32 outside the tensor cores.
-inline double flops(const Case& c, double products) {
-  return c.dtype == DType::f32 ? 2 * products : 0;
+// The cost of `products` multiply-adds and of reading and writing `elements` elements.
+inline Cost cost(const Case& c, double elements, double products) {
+  const bool matrix = c.dtype != DType::f32;
+  return {.bytes = elements * size_of(c.dtype),
+          .flops = matrix ? 0 : 2 * products,
+          .matrix_flops = matrix ? 2 * products : 0};
 }
 
 // A tensor of a linear layer: small integers of both signs where the case wants exact data, so that

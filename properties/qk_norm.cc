@@ -10,6 +10,7 @@
 
 #include "properties/norm.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "reference/qk_norm.h"
 
 namespace tp {
@@ -382,6 +383,10 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
 }
 
 }  // namespace
+
+Stage qk_norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  return stages(c, rules, variation).front();
+}
 
 Operator make_qk_norm() {
   return make_operator({

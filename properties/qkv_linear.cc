@@ -216,9 +216,8 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   };
   stage.cost = [=](int tp_rank) -> Cost {
     const double width = double(qkv_width(m, partition(m, c.tp_size, tp_rank)));
-    return {.bytes = (double(tokens) * (double(hidden) + width) + width * double(hidden)) *
-                     size_of(c.dtype),
-            .flops = linear::flops(c, double(tokens) * double(hidden) * width)};
+    return linear::cost(c, double(tokens) * (double(hidden) + width) + width * double(hidden),
+                        double(tokens) * double(hidden) * width);
   };
   stage.reference = [=](const WholeInputs& in) -> std::vector<Budget> {
     std::vector<Budget> budgets;

@@ -149,8 +149,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   stage.cost = [=](int tp_rank) -> Cost {
     const double elements = double(tokens) * double(width) + double(hidden) * double(width) +
                             double(own_tokens(tp_rank).size) * double(hidden);
-    return {.bytes = elements * size_of(c.dtype),
-            .flops = linear::flops(c, double(tokens) * double(width) * double(hidden))};
+    return linear::cost(c, elements, double(tokens) * double(width) * double(hidden));
   };
   stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
     std::vector<Shard> runs;

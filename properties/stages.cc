@@ -1,5 +1,6 @@
 #include "properties/stages.h"
 
+#include <algorithm>
 #include <memory>
 
 namespace tp {
@@ -35,11 +36,23 @@ Stage renamed(Stage stage, std::string name, const Names& names) {
     std::erase_if(*list, [](const TensorSpec& t) { return t.name.empty(); });
   }
   stage.buffers = [buffers = stage.buffers, shared](int tp_rank) {
-    std::vector<LocalBuffer> all = buffers(tp_rank);
-    for (LocalBuffer& buffer : all) {
-      buffer.name = other_name(shared->buffers, buffer.name);
+    std::vector<LocalBuffer> all;
+    for (LocalBuffer& buffer : buffers(tp_rank)) {
       for (Piece& piece : buffer.pieces) piece.tensor = other_name(shared->tensors, piece.tensor);
       std::erase_if(buffer.pieces, [](const Piece& piece) { return piece.tensor.empty(); });
+      if (const auto alias = shared->buffers.find(buffer.name); alias != shared->buffers.end()) {
+        buffer.name = alias->second.name;
+        if (alias->second.width > 0) buffer.cols = alias->second.width;
+        for (Piece& piece : buffer.pieces) piece.at += alias->second.at;
+      }
+      const auto same = std::find_if(all.begin(), all.end(), [&](const LocalBuffer& other) {
+        return other.name == buffer.name;
+      });
+      if (same == all.end()) {
+        all.push_back(buffer);
+      } else {  // columns of one that is there already
+        same->pieces.insert(same->pieces.end(), buffer.pieces.begin(), buffer.pieces.end());
+      }
     }
     return all;
   };

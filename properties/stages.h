@@ -7,6 +7,7 @@ namespace tp {
 
 // One stage each. `c` is a case of that operator.
 Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
+Stage qk_norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 Stage rope_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 
@@ -26,7 +27,8 @@ Stage attention_stage(const Case& c, const ShardingRules& rules, const Variation
 // The same stage with other names for its tensors and buffers; those that are not mentioned keep
 // theirs. A tensor whose new name is empty is left out of the buffers.
 struct Names {
-  std::map<std::string, std::string> tensors, buffers;
+  std::map<std::string, std::string> tensors;
+  BufferAliases buffers;
 };
 Stage renamed(Stage stage, std::string name, const Names& names);
 

@@ -48,6 +48,11 @@ struct AttentionRules {
                        int tp_rank) = [](const ModelShape& model, int tp, int tp_rank) {
     return partition(model, tp, tp_rank).heads;
   };
+  // Query heads whose part of the output gate's projection this rank loads.
+  Shard (*gate_heads)(const ModelShape& model, int tp_size,
+                      int tp_rank) = [](const ModelShape& model, int tp, int tp_rank) {
+    return partition(model, tp, tp_rank).heads;
+  };
   Slopes (*slopes)(const ModelShape& model, int tp_size, int tp_rank) = [](const ModelShape& model,
                                                                            int tp, int tp_rank) {
     return Slopes{model.num_heads, partition(model, tp, tp_rank).heads};

@@ -36,7 +36,12 @@ Model model_of(const Json& entry) {
                     .v_head_dim = int_at(entry, "v_head_dim", 0),
                     .attn_output_gate = entry.find("attn_output_gate") != nullptr},
           .qk_norm = text_at(entry, "qk_norm"),
+          .qk_norm_one_plus = entry.find("qk_norm_one_plus") != nullptr,
           .eps = eps ? *eps->as<double>() : 0,
+          .rotary_dim = int_at(entry, "rotary_dim", 0),
+          .window = int_at(entry, "window", 0),
+          .attention_bias = entry.find("attention_bias") != nullptr,
+          .sinks = entry.find("sinks") != nullptr,
           .mla = entry.find("mla") != nullptr,
           .source = text_at(entry, "source")};
 }

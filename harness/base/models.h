@@ -16,7 +16,12 @@ struct Model {
   // What norms q and k: none, per_head, full_width, weightless_after_rope, mla_latent; empty: not
   // known.
   std::string qk_norm;
-  double eps = 0;  // of the model's norms; 0: not known
+  bool qk_norm_one_plus = false;  // the norm multiplies with 1 + w
+  double eps = 0;                 // of the model's norms; 0: not known
+  int rotary_dim = 0;             // columns of a head that rotate; 0: all
+  int window = 0;                 // of the layers that have one; 0: none has
+  bool attention_bias = false;    // of the projections
+  bool sinks = false;             // a logit for each query head
   // Multi-head latent attention: k and v are expanded from one latent a token. The shape is that of
   // the expanded heads; the latent itself is on every rank.
   bool mla = false;

@@ -69,14 +69,23 @@ struct Resident {
   Buffer buffer;
 };
 
+// What a stage calls a buffer is, in an operator made of several stages, another one: all of it, or
+// the columns from `at` on of one that is `width` wide.
+struct BufferAlias {
+  std::string name;
+  std::int64_t at = 0;
+  std::int64_t width = 0;  // 0: all of it
+};
+using BufferAliases = std::map<std::string, BufferAlias>;
+
 // What a rank has at hand when it runs a stage.
 class RankRun {
  public:
   RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers)
       : group(group), stream(stream), buffers_(buffers) {}
-  // The same, with some buffers called by other names: `names` has those that they really have.
-  RankRun(const RankRun& other, const std::map<std::string, std::string>& names)
-      : group(other.group), stream(other.stream), buffers_(other.buffers_), names_(&names) {}
+  // The same, with some buffers called by other names.
+  RankRun(const RankRun& other, const BufferAliases& aliases)
+      : group(other.group), stream(other.stream), buffers_(other.buffers_), aliases_(&aliases) {}
 
   TpGroup& group;
   Stream& stream;
@@ -84,24 +93,27 @@ class RankRun {
   // The stage's buffer of this name, with its padding.
   template <typename T>
   View<T> view(const std::string& name) const {
-    const auto& [local, buffer] = resident(name);
+    const BufferAlias* alias = alias_of(name);
+    const auto& [local, buffer] = buffers_.at(alias ? alias->name : name);
     TP_CHECK(local.dtype == dtype_of<T>::value, "view of another type: " + name);
-    return buffer.as<T>(local.rows, local.cols);
+    const View<T> whole = buffer.as<T>(local.rows, local.cols);
+    return alias ? whole.columns(alias->at, local.cols - alias->at) : whole;
   }
   // What local_values() put there.
   const std::int32_t* integers(const std::string& name) const {
-    return resident(name).buffer.as<const std::int32_t>();
+    const BufferAlias* alias = alias_of(name);
+    return buffers_.at(alias ? alias->name : name).buffer.as<const std::int32_t>();
   }
 
  private:
-  const Resident& resident(const std::string& name) const {
-    if (names_ == nullptr) return buffers_.at(name);
-    const auto other = names_->find(name);
-    return buffers_.at(other == names_->end() ? name : other->second);
+  const BufferAlias* alias_of(const std::string& name) const {
+    if (aliases_ == nullptr) return nullptr;
+    const auto alias = aliases_->find(name);
+    return alias == aliases_->end() ? nullptr : &alias->second;
   }
 
   const std::map<std::string, Resident>& buffers_;
-  const std::map<std::string, std::string>* names_ = nullptr;
+  const BufferAliases* aliases_ = nullptr;
 };
 
 // The whole input tensors of a stage, as the reference takes them. A tensor that nobody asks for (v
