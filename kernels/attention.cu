@@ -132,7 +132,7 @@ template <typename T, int kTile, int kMaxDim, bool kExact = false>
 void launch_matrix(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
   launch("attention", attention_matrix_kernel<T, kTile, kMaxDim, kExact>, grid,
          dim3(unsigned(32 * warps)),
-         std::size_t(matrix_shared_bytes(a.dim, a.v_dim, a.rows_of_block, kTile)), stream, a);
+         std::size_t(matrix_shared_bytes<kTile>(a.dim, a.v_dim, a.rows_of_block)), stream, a);
 }
 
 template <typename T, int kRows>

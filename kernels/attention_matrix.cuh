@@ -12,10 +12,18 @@ namespace tp {
 constexpr int whole_steps(int cols) { return (cols + 31) / 32 * 32; }
 constexpr int tile_stride(int cols) { return whole_steps(cols) + 8; }
 
-// Bytes of shared memory: q of `rows`, and two stages of k and of v.
-inline std::int64_t matrix_shared_bytes(int dim, int v_dim, int rows, int tile) {
+// Where the rows of a tile lie in k and in v, from a head's first element on; -1: nowhere.
+template <int kTile>
+struct TileRows {
+  std::int64_t k[kTile], v[kTile];
+};
+
+// Bytes of shared memory: q of `rows`, and two stages of k and of v and of where they lie.
+template <int kTile>
+std::int64_t matrix_shared_bytes(int dim, int v_dim, int rows) {
   return 2 * (std::int64_t{rows} * tile_stride(dim) +
-              std::int64_t{2} * tile * (tile_stride(dim) + tile_stride(v_dim)));
+              std::int64_t{2} * kTile * (tile_stride(dim) + tile_stride(v_dim))) +
+         2 * std::int64_t{sizeof(TileRows<kTile>)};
 }
 
 // Brings `rows` rows of `cols` elements, filled up with zeros to whole matrix steps, to shared
@@ -49,12 +57,26 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
   T* k_tiles = q_tile + a.rows_of_block * q_stride;
   T* v_tiles = k_tiles + 2 * kTile * q_stride;
 
-  const auto bring_tile = [&](int tile, int stage) {
-    const int first = tile * kTile;
+  auto* tile_rows = reinterpret_cast<TileRows<kTile>*>(v_tiles + 2 * kTile * v_stride);
+  const T* const k_head = a.k.data + (a.first_kv_head + block.kv_head) * std::int64_t(dim);
+  const T* const v_head =
+      a.v.data + (a.first_kv_head + block.kv_head) * std::int64_t(a.v_head_stride);
+
+  // Once a key, and not once for each thread that brings a part of it.
+  const auto find_rows = [&](int tile, int stage) {
+    for (int j = int(threadIdx.x); j < kTile; j += int(blockDim.x)) {
+      const int position = tile * kTile + j;
+      const bool there = position < block.keys;
+      tile_rows[stage].k[j] = there ? block.offset_of(position, a.k.row_stride) : -1;
+      tile_rows[stage].v[j] = there ? block.offset_of(position, a.v.row_stride) : -1;
+    }
+  };
+  const auto bring_tile = [&](int stage) {
+    const TileRows<kTile>& at = tile_rows[stage];
     bring_rows(k_tiles + stage * kTile * q_stride, kTile, dim, a.vectors,
-               [&](int j) { return first + j < block.keys ? block.key(first + j) : nullptr; });
+               [&](int j) { return at.k[j] < 0 ? nullptr : k_head + at.k[j]; });
     bring_rows(v_tiles + stage * kTile * v_stride, kTile, v_dim, a.vectors,
-               [&](int j) { return first + j < block.keys ? block.value(first + j) : nullptr; });
+               [&](int j) { return at.v[j] < 0 ? nullptr : v_head + at.v[j]; });
     copy_async_commit();
   };
 
@@ -66,7 +88,10 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
   });
   const int first = block.first_tile(), end = block.end_tile();
   if (first < end) {
-    bring_tile(first, 0);
+    find_rows(first, 0);
+    find_rows(first + 1, 1);
+    __syncthreads();
+    bring_tile(0);
   } else {
     copy_async_commit();  // of q, which nobody will look at
     copy_async_wait<0>();
@@ -82,12 +107,13 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
   for (int tile = first; tile < end; ++tile) {
     const int stage = (tile - first) % 2;
     if (tile + 1 < end) {
-      bring_tile(tile + 1, 1 - stage);
+      bring_tile(1 - stage);
       copy_async_wait<1>();
     } else {
       copy_async_wait<0>();
     }
     __syncthreads();
+    if (tile + 2 < end) find_rows(tile + 2, stage);  // this tile has been brought by all
     if (works) {
       const T* q = q_tile + 16 * warp * q_stride;
       const T* k_tile = k_tiles + stage * kTile * q_stride;
@@ -95,42 +121,46 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
       FragmentC s[kTile / 8] = {};
 #pragma unroll 4
       for (int d = 0; d < dim; d += 32) {
+        // All loads first, and no step after one that it waits for.
         const FragmentA<T> left = load_a(q + d, q_stride), right = load_a(q + d + 16, q_stride);
+        FragmentB2<T> k[kTile / 8];
 #pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-          const FragmentB2<T> k = load_b2(k_tile + 8 * n * q_stride + d, q_stride);
-          mma(s[n], left, k.x[0]);
-          if (kExact || d + 16 < dim) mma(s[n], right, k.x[1]);
-        }
+        for (int n = 0; n < kTile / 8; ++n) k[n] = load_b2(k_tile + 8 * n * q_stride + d, q_stride);
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n) mma(s[n], left, k[n].x[0]);
+        if (!kExact && d + 16 >= dim) break;
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n) mma(s[n], right, k[n].x[1]);
       }
 
-      float alpha[2];
+      // Of the element x[2 i + j] of a fragment n: row i, key first_key + 8 n + j.
+      const int first_key = tile * kTile + 2 * (lane % 4);
+      const auto for_each_logit = [&](auto&& change) {
+#pragma unroll
+        for (int n = 0; n < kTile / 8; ++n) {
+#pragma unroll
+          for (int x = 0; x < 4; ++x) change(s[n].x[x], x / 2, first_key + 8 * n + x % 2);
+        }
+      };
+      for_each_logit([&](float& x, int, int) { x *= a.scale; });
+      if (a.softcap > 0.0f) for_each_logit([&](float& x, int, int) { x = capped(x, a.softcap); });
+      if (a.slopes != nullptr)
+        for_each_logit([&](float& x, int i, int key) { x -= rows[i].bias(key); });
+      if (!rows[0].sees_all(tile * kTile, kTile) || !rows[1].sees_all(tile * kTile, kTile)) {
+        for_each_logit([&](float& x, int i, int key) {
+          if (!rows[i].sees(key)) x = a.hidden_logit;
+        });
+      }
+      float maximum[2] = {a.hidden_logit, a.hidden_logit}, base[2], alpha[2];
+      for_each_logit([&](float& x, int i, int) { maximum[i] = fmaxf(maximum[i], x); });
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float maximum = a.hidden_logit;
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& x = s[n].x[2 * i + j];
-            x = rows[i].logit(a, x, tile * kTile + 8 * n + 2 * (lane % 4) + j);
-            maximum = larger(maximum, x);
-          }
-        }
-        maximum = larger(state[i].maximum, quad_max(maximum));
-        const float base = exponent_base(maximum, a.empty_maximum);
-        alpha[i] = weight(state[i].maximum, base);
-        float sum = state[i].sum * alpha[i];  // of this lane's columns
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& x = s[n].x[2 * i + j];
-            sum += x = weight(x, base);
-          }
-        }
-        state[i] = {maximum, sum};
+        maximum[i] = fmaxf(state[i].maximum, quad_max(maximum[i]));
+        base[i] = exponent_base(maximum[i], a.empty_maximum);
+        alpha[i] = weight(state[i].maximum, base[i]);
+        state[i] = {maximum[i], state[i].sum * alpha[i]};  // the sum: of this lane's columns
       }
+      for_each_logit([&](float& x, int i, int) { state[i].sum += x = weight(x, base[i]); });
 #pragma unroll
       for (int n = 0; n < kMaxDim / 8; ++n) {
         for (int x = 0; x < 4; ++x) o[n].x[x] *= alpha[x / 2];
@@ -139,11 +169,19 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
       for (int k = 0; k < kTile / 16; ++k) {
         const FragmentA<T> p = to_a<T>(s[2 * k], s[2 * k + 1]);
 #pragma unroll
-        for (int n = 0; n < kMaxDim / 8; n += 2) {
+        for (int n = 0; n < kMaxDim / 8; n += 8) {
           if (!kExact && 8 * n >= v_dim) break;
-          const FragmentB2<T> v = load_b2_transposed(v_tile + 16 * k * v_stride + 8 * n, v_stride);
-          mma(o[n], p, v.x[0]);
-          if (kExact || 8 * (n + 1) < v_dim) mma(o[n + 1], p, v.x[1]);
+          FragmentB2<T> v[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            // Beyond the padded columns there is nothing to load.
+            if (kExact || 8 * (n + 2 * i) < v_dim)
+              v[i] = load_b2_transposed(v_tile + 16 * k * v_stride + 8 * (n + 2 * i), v_stride);
+          }
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            if (kExact || 8 * (n + i) < v_dim) mma(o[n + i], p, v[i / 2].x[i % 2]);
+          }
         }
       }
     }

@@ -127,15 +127,14 @@ struct AttentionRow {
     if (block.a.slopes != nullptr) slope = block.a.slopes[block.head_of(row)];
   }
 
-  // The logit of a product q.k.
-  template <typename T>
-  __device__ float logit(const AttentionLaunch<T>& a, float product, int key) const {
-    float s = product * a.scale;
-    if (a.softcap > 0.0f) s = a.softcap * tanhf(s / a.softcap);
-    if (a.slopes != nullptr) s -= slope * float(abs(position - key));
-    return first <= key && key < end ? s : a.hidden_logit;
+  __device__ bool sees_all(int first_key, int keys) const {
+    return first <= first_key && first_key + keys <= end;
   }
+  __device__ bool sees(int key) const { return first <= key && key < end; }
+  __device__ float bias(int key) const { return slope * float(abs(position - key)); }
 };
+
+__device__ inline float capped(float s, float softcap) { return softcap * tanhf(s / softcap); }
 
 // What exponents are taken relative to: the maximum, unless there is no logit yet.
 __device__ inline float exponent_base(float maximum, float empty_maximum) {
@@ -144,7 +143,8 @@ __device__ inline float exponent_base(float maximum, float empty_maximum) {
 // Exactly 1 at x = base, and 0 at -infinity.
 __device__ inline float weight(float x, float base) { return exp2f((x - base) * kLog2E); }
 
-// The softmax state of a row: the largest logit, and the sum of all weights relative to it.
+// The softmax state of a row: the largest logit, and the sum of all weights relative to it. fmaxf
+// drops a NaN, but its weight is one, and so is the sum.
 struct SoftmaxState {
   float maximum;
   float sum;

@@ -66,8 +66,11 @@ __global__ void attention_plain_kernel(AttentionLaunch<T> a) {
     Rows p;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const float s = lane < keys ? rows[r].logit(a, product[r], first_key + lane) : a.hidden_logit;
-      const float maximum = larger(state[r].maximum, warp_max(s));
+      float s = product[r] * a.scale;
+      if (a.softcap > 0.0f) s = capped(s, a.softcap);
+      if (a.slopes != nullptr) s -= rows[r].bias(first_key + lane);
+      if (lane >= keys || !rows[r].sees(first_key + lane)) s = a.hidden_logit;
+      const float maximum = fmaxf(state[r].maximum, warp_max(s));
       const float base = exponent_base(maximum, a.empty_maximum);
       p[r] = lane < keys ? weight(s, base) : 0.0f;
       alpha[r] = weight(state[r].maximum, base);
