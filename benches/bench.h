@@ -7,8 +7,9 @@
 
 namespace tp {
 
-// Runs the case of `line` in each iteration and reports cases/s and emulated threads/s. A case that
-// does not pass is an error, never a time.
+// Runs the case of `line` in each iteration and reports cases/s, emulated threads/s
+// and the shares of the time that the data, the kernels, the reference and the comparison took. A
+// case that does not pass is an error, never a time.
 void bench_case(benchmark::State& state, const std::string& line);
 
 }  // namespace tp

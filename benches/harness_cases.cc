@@ -12,8 +12,9 @@ void bench_case(benchmark::State& state, const std::string& line) {
   const Case c = case_from_line(line);
   const Operator& op = find_operator(c.op);
   std::uint64_t threads = 0;
+  CaseTimes times;
   for (auto _ : state) {
-    const Verdict verdict = op.run(world, c, {});
+    const Verdict verdict = op.run(world, c, {.times = &times});
     threads += verdict.threads;
     if (verdict.outcome != Outcome::Pass) {
       state.SkipWithError((line + ": " + to_line(verdict)).c_str());
@@ -23,6 +24,11 @@ void bench_case(benchmark::State& state, const std::string& line) {
   state.counters["cases/s"] =
       benchmark::Counter(double(state.iterations()), benchmark::Counter::kIsRate);
   state.counters["threads/s"] = benchmark::Counter(double(threads), benchmark::Counter::kIsRate);
+  const double all = times.data + times.kernels + times.reference + times.comparison;
+  state.counters["data%"] = 100 * times.data / all;
+  state.counters["kernels%"] = 100 * times.kernels / all;
+  state.counters["reference%"] = 100 * times.reference / all;
+  state.counters["comparison%"] = 100 * times.comparison / all;
 }
 
 namespace {

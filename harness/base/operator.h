@@ -36,6 +36,14 @@ struct Law {
   std::string what;
 };
 
+// Where the seconds of a case went on the driving process, of all of its runs.
+struct CaseTimes {
+  double data = 0;        // making the inputs
+  double kernels = 0;     // passes over the ranks: copies, kernels, collectives, guards
+  double reference = 0;   // on one rank, with its budgets
+  double comparison = 0;  // of the gathered outputs with that, replicas and digest included
+};
+
 struct RunOptions {
   const Mutant* mutant = nullptr;
   std::chrono::milliseconds deadline{0};  // 0: none
@@ -45,6 +53,7 @@ struct RunOptions {
   // One kernel at a time, so that the one that breaks a device is known.
   bool serial = false;
   std::function<void(const std::string&)> trace;  // if set: a line for each value and collective
+  CaseTimes* times = nullptr;                     // if set: added to
 };
 
 struct Operator {

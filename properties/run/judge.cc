@@ -4,6 +4,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <map>
 
@@ -206,7 +207,10 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
   // is named.
   for (const Stage& stage : stages) {
     const StageInputs inputs(stage, data, assemblies);
+    const auto start = std::chrono::steady_clock::now();
     const std::vector<Budget> budgets = stage.reference(inputs);
+    result.reference_seconds +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     for (std::size_t i = 0; i < stage.outputs.size(); ++i) {
       Assembly& got = assemblies.at(stage.outputs[i].name);
       const TensorSpec& t = stage.outputs[i];

@@ -26,6 +26,7 @@ struct Judgement {
   std::vector<bool> exact;         // of each output: rho was 0 everywhere
   std::uint64_t digest = 0;
   double score = 0;
+  double reference_seconds = 0;
   std::optional<std::string> blind_to;  // a mistake these data could not have shown
 };
 

@@ -219,8 +219,10 @@ const std::vector<std::byte>& InputData::block(const TensorSpec& tensor, Shard r
       made_.try_emplace({tensor.name, rows.offset, rows.size, cols.offset, cols.size});
   const std::size_t bytes = std::size_t(rows.size * cols.size * size_of(tensor.dtype));
   if (is_new) {
+    const auto start = std::chrono::steady_clock::now();
     it->second.resize(bytes);
     fill_block(tensor, regime_, rows, cols, it->second.data(), cols.size);
+    seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
   TP_CHECK(it->second.size() == bytes, "two tensors are called " + tensor.name);
   return it->second;

@@ -24,6 +24,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 // Runs one case's passes and gives process 0 everybody's outputs; elsewhere `outputs` is this
 // process's.
 class CaseRun {
@@ -64,7 +68,10 @@ class CaseRun {
                        .trace = {}};
       if (is_original && i == 0 && options_.trace)
         pass.trace = [&](const std::string& line) { mine.trace += line + '\n'; };
+      const auto start = Clock::now();
+      const double data_before = all.data.seconds();
       PassResult result = run_pass(world_, c, all.stages, all.data, pass);
+      times_.kernels += seconds_since(start) - (all.data.seconds() - data_before);
       mine.threads += result.threads;
       mine.fault = result.fault;
       // The quickest of the passes: whatever held the others up, it was not the kernels.
@@ -109,7 +116,21 @@ class CaseRun {
     return all;
   }
 
+  // On process 0: what the gathered outputs are worth.
+  Judgement judge_outputs(const Case& c, Gathering& all, bool discriminate) {
+    const auto start = Clock::now();
+    const double data_before = all.data.seconds();
+    Judgement judgement = judge(c, all.stages, all.data, all.outputs, discriminate);
+    times_.reference += judgement.reference_seconds;
+    times_.comparison += seconds_since(start) - judgement.reference_seconds;
+    // The reference makes the inputs that it is the first to ask for.
+    times_.reference -= all.data.seconds() - data_before;
+    times_.data += all.data.seconds();
+    return judgement;
+  }
+
   std::uint64_t threads() const { return threads_; }
+  const CaseTimes& times() const { return times_; }
 
  private:
   // What the device lacks for this process's ranks, as the reason why the case is skipped.
@@ -143,6 +164,7 @@ class CaseRun {
   const RunOptions& options_;
   std::optional<Clock::time_point> deadline_;
   std::uint64_t threads_ = 0;
+  CaseTimes times_;
 };
 
 Verdict verdict_of(const Fault& fault) {
@@ -193,7 +215,7 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
   if (all.fault) {
     verdict = verdict_of(*all.fault);
   } else if (world.is_root()) {
-    judgement = judge(c, all.stages, all.data, all.outputs, wants_discrimination(c));
+    judgement = runs.judge_outputs(c, all, wants_discrimination(c));
     if (judgement->finding) verdict = *judgement->finding;
     verdict.digest = judgement->digest;
     verdict.score = judgement->score;
@@ -207,8 +229,8 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
     if (!world.is_root()) return verdict;
     if (other.fault) return verdict_of(*other.fault);
-    if (auto broken = broken_law(law, c, variation, *judgement,
-                                 judge(varied, other.stages, other.data, other.outputs, false))) {
+    if (auto broken =
+            broken_law(law, c, variation, *judgement, runs.judge_outputs(varied, other, false))) {
       verdict.outcome = Outcome::LawBroken;
       verdict.detail = *broken;
     }
@@ -288,7 +310,13 @@ Operator make_operator(OperatorSpec spec) {
       die(__FILE__, __LINE__, e.what);
     }
     verdict.threads = runs.threads();
-    verdict.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+    if (options.times != nullptr) {
+      options.times->data += runs.times().data;
+      options.times->kernels += runs.times().kernels;
+      options.times->reference += runs.times().reference;
+      options.times->comparison += runs.times().comparison;
+    }
+    verdict.seconds = seconds_since(start);
     return verdict_from_line(world.broadcast(to_line(verdict)));
   };
   return op;
