@@ -100,18 +100,18 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
   require(weights.k.cols == k_cols.size, "qk_norm",
           "the k_norm weight has {} elements, k has {} columns", {weights.k.cols, k_cols.size});
   const Norm<T> q{qkv.columns(q_cols.offset, q_cols.size), weights.q.data, q_out,
-                  float(q_cols.size * rules.q_norm_shards(model, tp_size)), 1.0f};
+                  float(q_cols.size * rules.norm.q_shards(model, tp_size)), 1.0f};
   // Ranks that share a KV head hold equal sums, so the total counts it once per replica, and so
   // does the divisor (sgl-project/sglang#20967 divided by the replicas, which is too little).
   const Norm<T> k{qkv.columns(k_cols.offset, k_cols.size), weights.k.data, k_out,
-                  float(k_cols.size * rules.k_norm_shards(model, tp_size)),
-                  rules.k_norm_counts(model, tp_size, tp_rank) ? 1.0f : 0.0f};
+                  float(k_cols.size * rules.norm.k_shards(model, tp_size)),
+                  rules.norm.k_counts(model, tp_size, tp_rank) ? 1.0f : 0.0f};
 
   const dim3 grid(unsigned(qkv.rows), 2);
   const int threads = row_threads(q_cols.size);  // at least as wide as k
   launch("qk_norm.sum_squares", sum_squares_kernel<T>, grid, dim3(unsigned(threads)),
          block_scratch_floats(threads) * sizeof(float), stream, q, k, sums);
-  const Shard reduced = rules.norm_stats_reduced(qkv.rows);
+  const Shard reduced = rules.norm.stats_reduced(qkv.rows);
   group.all_reduce_sum(sums + reduced.offset, reduced.size, stream);
   launch("qk_norm.normalize", normalize_kernel<T>, grid, dim3(unsigned(threads)), 0, stream, q, k,
          static_cast<const float*>(sums), eps);
@@ -129,7 +129,7 @@ void qk_head_norm(View<const T> qkv, const QkNormWeights<T>& weights, float weig
   check_weight(weights.q);
   check_weight(weights.k);
   const auto norm = [&](Shard cols, View<const T> weight, View<T> out, Shard heads, int all_heads) {
-    const std::int64_t width = rules.head_norm_width(model.head_dim, heads.size, all_heads);
+    const std::int64_t width = rules.norm.head_width(model.head_dim, heads.size, all_heads);
     require(width > 0 && cols.size % width == 0, "qk_head_norm",
             "{} columns are not a whole number of heads of {}", {cols.size, width});
     return HeadNorm<T>{

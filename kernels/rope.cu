@@ -103,7 +103,7 @@ void rope(View<const T> qkv, View<const float> cos_sin, const std::int32_t* posi
           "{} of the {} columns of a head cannot rotate in pairs", {cos_sin.cols, model.head_dim});
   Heads<T> q{qkv.columns(q_cols.offset, q_cols.size), {}, q_out},
       k{qkv.columns(k_cols.offset, k_cols.size), {}, k_out};
-  Statistics statistics{norm != nullptr, 0, rules.rope_heads_per_statistic};
+  Statistics statistics{norm != nullptr, 0, rules.rope.heads_per_statistic};
   if (norm != nullptr) {
     const auto check_weight = [&](const View<const T>& weight) {
       require(weight.data == nullptr || weight.cols == model.head_dim, "rope",
@@ -117,8 +117,8 @@ void rope(View<const T> qkv, View<const float> cos_sin, const std::int32_t* posi
     statistics.eps = norm->eps;
   }
   const Rotation rotation{cos_sin, positions,
-                          int(rules.rope_rotary_dim(model.head_dim, cos_sin.cols)),
-                          rules.rope_interleaved(interleaved)};
+                          int(rules.rope.rotary_dim(model.head_dim, cos_sin.cols)),
+                          rules.rope.interleaved(interleaved)};
   const std::int64_t heads = rank.heads.size + rank.kv_heads.size;
   launch("rope", rope_kernel<T>,
          dim3(unsigned(qkv.rows), unsigned((heads + kHeadsPerBlock - 1) / kHeadsPerBlock)),

@@ -39,7 +39,7 @@ void partial_sums(View<const T> x, View<const T> weight, View<const T> bias, Vie
   require(bias.rows == 0 || bias.cols == weight.rows, "row_linear",
           "the bias has {} elements, the weight {} rows", {bias.cols, weight.rows});
   require_dense(sums);
-  const bool adds_bias = bias.rows > 0 && rules.row_adds_bias(group.tp_rank());
+  const bool adds_bias = bias.rows > 0 && rules.linear.row_adds_bias(group.tp_rank());
   matmul<T, R>(x, weight, adds_bias ? bias.data : nullptr, sums, stream);
 }
 
@@ -49,7 +49,7 @@ template <typename T, typename R>
 void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
                 bool reduce_results, const ShardingRules& rules, TpGroup& group, Stream& stream) {
   partial_sums(x, weight, bias, sums, rules, group, stream);
-  for (int i = 0; i < rules.row_reductions(reduce_results, x.rows, group.tp_size()); ++i)
+  for (int i = 0; i < rules.linear.row_reductions(reduce_results, x.rows, group.tp_size()); ++i)
     group.all_reduce_sum(sums.data, sums.rows * sums.cols, stream);
 }
 
@@ -78,7 +78,7 @@ template <typename R>
 void reduce_row_linear(View<R> sums, bool reduced_results, const ShardingRules& rules,
                        TpGroup& group, Stream& stream) {
   require_dense(sums);
-  for (int i = 0; i < rules.row_caller_reductions(reduced_results); ++i)
+  for (int i = 0; i < rules.linear.row_caller_reductions(reduced_results); ++i)
     group.all_reduce_sum(sums.data, sums.rows * sums.cols, stream);
 }
 

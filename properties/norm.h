@@ -55,12 +55,12 @@ inline std::vector<Mutant> head_weight_mutants(const std::string& key) {
   Mutant plain{"norm-weight-multiply-precision:1p", "a norm of the kind 1 + w multiplies with w",
                "vllm-project/vllm#42379", sharding_rules(),
                [key](const Case& c) { return c.options.at(key) == kPerHead1p; }};
-  plain.rules.one_plus_weight = 0;
+  plain.rules.norm.one_plus_weight = 0;
   Mutant swapped{"qknorm-rope-partial-warp:swapped-weights",
                  "q heads take the weight of the k norm, and k heads that of the q norm",
                  "vllm-project/vllm#51049", sharding_rules(),
                  [key](const Case& c) { return has_head_weight(c.options.at(key)); }};
-  std::swap(swapped.rules.head_norm_weight[0], swapped.rules.head_norm_weight[1]);
+  std::swap(swapped.rules.norm.head_weight[0], swapped.rules.norm.head_weight[1]);
   return {plain, swapped};
 }
 
@@ -71,9 +71,9 @@ struct HeadWeights {
   double one_plus = 1;
 };
 inline HeadWeights head_weights(const ShardingRules& rules) {
-  HeadWeights taken{.one_plus = rules.one_plus_weight};
+  HeadWeights taken{.one_plus = rules.norm.one_plus_weight};
   for (const int which : {0, 1})
-    taken.of[which] = rules.head_norm_weight[which] == 0 ? "q_weight" : "k_weight";
+    taken.of[which] = rules.norm.head_weight[which] == 0 ? "q_weight" : "k_weight";
   return taken;
 }
 

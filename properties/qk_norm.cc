@@ -24,11 +24,11 @@ bool is_full_width(const Case& c) { return c.options.at("style") == kFullWidth; 
 // Whether the k norm's decisions are others than the right ones at this shape.
 bool decides_differently(const ShardingRules& rules, const ModelShape& model, int tp_size) {
   const ShardingRules& right = sharding_rules();
-  if (rules.k_norm_shards(model, tp_size) != right.k_norm_shards(model, tp_size)) return true;
+  if (rules.norm.k_shards(model, tp_size) != right.norm.k_shards(model, tp_size)) return true;
   for (int rank = 0; rank < tp_size; ++rank) {
-    if (rules.k_norm_weight(model, tp_size, rank) != right.k_norm_weight(model, tp_size, rank))
+    if (rules.norm.k_weight(model, tp_size, rank) != right.norm.k_weight(model, tp_size, rank))
       return true;
-    if (rules.k_norm_counts(model, tp_size, rank) != right.k_norm_counts(model, tp_size, rank))
+    if (rules.norm.k_counts(model, tp_size, rank) != right.norm.k_counts(model, tp_size, rank))
       return true;
   }
   return false;
@@ -60,7 +60,7 @@ std::int64_t local_kv_heads(const ModelShape& m, int tp_size) {
 
 // Whether the statistic of q (0), of k (1) stays a rank's own.
 bool is_local(const ShardingRules& rules, int which) {
-  const Shard reduced = rules.norm_stats_reduced(1);
+  const Shard reduced = rules.norm.stats_reduced(1);
   return which < reduced.offset || which >= reduced.end();
 }
 
@@ -71,7 +71,7 @@ std::vector<Mutant> all_mutants() {
   std::vector<Mutant> all = {
       mutant(weight + "cut", "k_norm weight cut by tp_size where KV heads are replicated", vllm,
              [](ShardingRules& r) {
-               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+               r.norm.k_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
                  const std::int64_t size = std::int64_t{m.num_kv_heads} * m.head_dim / tp_size;
                  return Shard{tp_rank * size, size};
                };
@@ -79,21 +79,21 @@ std::vector<Mutant> all_mutants() {
       mutant(weight + "modulo",
              "k_norm weight of KV head tp_rank % num_kv_heads, not tp_rank / replicas", vllm,
              [](ShardingRules& r) {
-               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+               r.norm.k_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
                  const std::int64_t heads = local_kv_heads(m, tp_size);
                  return Shard{tp_rank % (m.num_kv_heads / heads) * heads, heads}.times(m.head_dim);
                };
              }),
       mutant(weight + "rank", "k_norm weight of KV head tp_rank, not tp_rank / replicas", vllm,
              [](ShardingRules& r) {
-               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+               r.norm.k_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
                  const std::int64_t heads = local_kv_heads(m, tp_size);
                  return Shard{tp_rank * heads, heads}.times(m.head_dim);
                };
              }),
       mutant(weight + "clamped", "k_norm weight of KV head tp_rank, clamped to the last one", vllm,
              [](ShardingRules& r) {
-               r.k_norm_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
+               r.norm.k_weight = [](const ModelShape& m, int tp_size, int tp_rank) {
                  const std::int64_t heads = local_kv_heads(m, tp_size);
                  return Shard{std::min(tp_rank * heads, m.num_kv_heads - heads), heads}.times(
                      m.head_dim);
@@ -102,31 +102,31 @@ std::vector<Mutant> all_mutants() {
       mutant(divisor + "replicas",
              "all-reduced k variance divided by the replica count, not by tp_size", sglang,
              [](ShardingRules& r) {
-               r.k_norm_shards = [](const ModelShape& m, int tp_size) {
+               r.norm.k_shards = [](const ModelShape& m, int tp_size) {
                  return replicas(m, tp_size);
                };
              }),
       mutant(divisor + "kv-heads",
              "all-reduced k variance divided by num_kv_heads, forgetting the replicas", sglang,
              [](ShardingRules& r) {
-               r.k_norm_shards = [](const ModelShape& m, int tp_size) {
+               r.norm.k_shards = [](const ModelShape& m, int tp_size) {
                  return std::min(m.num_kv_heads, tp_size);
                };
              }),
       mutant(divisor + "one", "all-reduced k variance not divided at all", sglang,
-             [](ShardingRules& r) { r.k_norm_shards = [](const ModelShape&, int) { return 1; }; }),
+             [](ShardingRules& r) { r.norm.k_shards = [](const ModelShape&, int) { return 1; }; }),
       mutant(divisor + "unique", "only one replica of each KV head summed, but divided by tp_size",
              sglang,
              [](ShardingRules& r) {
-               r.k_norm_counts = [](const ModelShape& m, int tp_size, int tp_rank) {
+               r.norm.k_counts = [](const ModelShape& m, int tp_size, int tp_rank) {
                  return tp_rank % replicas(m, tp_size) == 0;
                };
              }),
       mutant(
           local + "k-local", "the mean square of k is that of the rank's own KV heads", minicpm,
           [](ShardingRules& r) {
-            r.norm_stats_reduced = [](std::int64_t num_tokens) { return Shard{0, num_tokens}; };
-            r.k_norm_shards = [](const ModelShape&, int) { return 1; };
+            r.norm.stats_reduced = [](std::int64_t num_tokens) { return Shard{0, num_tokens}; };
+            r.norm.k_shards = [](const ModelShape&, int) { return 1; };
           },
           [](const Case& c) {
             return is_full_width(c) && local_kv_heads(c.model, c.tp_size) < c.model.num_kv_heads;
@@ -135,8 +135,8 @@ std::vector<Mutant> all_mutants() {
           local + "all-local", "the mean squares of q and of k are those of the rank's own heads",
           minicpm,
           [](ShardingRules& r) {
-            r.norm_stats_reduced = [](std::int64_t) { return Shard{0, 0}; };
-            r.q_norm_shards = r.k_norm_shards = [](const ModelShape&, int) { return 1; };
+            r.norm.stats_reduced = [](std::int64_t) { return Shard{0, 0}; };
+            r.norm.q_shards = r.norm.k_shards = [](const ModelShape&, int) { return 1; };
           },
           [](const Case& c) { return is_full_width(c) && c.tp_size > 1; }),
       mutant(
@@ -144,7 +144,7 @@ std::vector<Mutant> all_mutants() {
           "a rank's columns divided by the heads of the model, not by its own: groups too small",
           "state-spaces/mamba#951",
           [](ShardingRules& r) {
-            r.head_norm_width = [](int head_dim, std::int64_t local_heads, int all_heads) {
+            r.norm.head_width = [](int head_dim, std::int64_t local_heads, int all_heads) {
               return local_heads * head_dim / all_heads;
             };
           },
@@ -198,13 +198,13 @@ std::optional<std::string> blind_to(const Case& c, double eps, const QkNormProfi
       continue;
     }
     int counted = 0;
-    for (int r = 0; r < c.tp_size; ++r) counted += m.rules.k_norm_counts(c.model, c.tp_size, r);
+    for (int r = 0; r < c.tp_size; ++r) counted += m.rules.norm.k_counts(c.model, c.tp_size, r);
     // Every rank that counts adds its shard once; all shards are equally often among them.
-    const double divisor = double(k.cols) * m.rules.k_norm_shards(c.model, c.tp_size) / counted;
+    const double divisor = double(k.cols) * m.rules.norm.k_shards(c.model, c.tp_size) / counted;
     bool shown = false;
     for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
       const Shard cols = partition(c.model, c.tp_size, rank).kv_heads.times(c.model.head_dim);
-      const Shard taken = m.rules.k_norm_weight(c.model, c.tp_size, rank);
+      const Shard taken = m.rules.norm.k_weight(c.model, c.tp_size, rank);
       if (taken == cols && divisor == double(k.cols)) continue;
       // A weight of the wrong length, or from beyond the tensor, is a finding whatever the data
       // are.
@@ -245,8 +245,8 @@ std::optional<std::string> blind_to_heads(const Case& c, double eps, const Whole
   for (const Mutant& m : mutants()) {
     if (!m.shows(c)) continue;
     const std::int64_t widths[2] = {
-        m.rules.head_norm_width(int(dim), rank.heads.size, c.model.num_heads),
-        m.rules.head_norm_width(int(dim), rank.kv_heads.size, c.model.num_kv_heads)};
+        m.rules.norm.head_width(int(dim), rank.heads.size, c.model.num_heads),
+        m.rules.norm.head_width(int(dim), rank.kv_heads.size, c.model.num_kv_heads)};
     const auto leaves_a_rest = [&](Shard heads, std::int64_t width) {
       return width == 0 || heads.size * dim % width != 0;
     };
@@ -279,7 +279,7 @@ Stage head_norm_stage(const Case& c, const ShardingRules& rules, double eps, Sta
       const bool is_weight = local.name == "q_weight" || local.name == "k_weight";
       if (local.name == "sums" || (is_weight && !has_weight)) continue;
       if (is_weight) {
-        const int loaded = rules.head_norm_weight[local.name == "q_weight" ? 0 : 1];
+        const int loaded = rules.norm.head_weight[local.name == "q_weight" ? 0 : 1];
         local.cols = dim;
         local.pieces = {{loaded == 0 ? "q_weight" : "k_weight", {0, dim}}};
       }
@@ -293,7 +293,7 @@ Stage head_norm_stage(const Case& c, const ShardingRules& rules, double eps, Sta
       QkNormWeights<T> weights;
       if (has_weight) weights = {run.view<T>("q_weight"), run.view<T>("k_weight")};
       qk_head_norm<T>(run.view<T>("qkv"), weights,
-                      style == norm::kPerHead1p ? rules.one_plus_weight : 0.0f,
+                      style == norm::kPerHead1p ? rules.norm.one_plus_weight : 0.0f,
                       run.view<T>("q_norm").columns(0, rank.heads.size * dim),
                       run.view<T>("k_norm").columns(0, rank.kv_heads.size * dim), m, rank, rules,
                       float(eps), run.stream);
@@ -338,7 +338,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
         const RankShape rank = partition(m, c.tp_size, tp_rank);
         const Shard q = rank.heads.times(dim), k = rank.kv_heads.times(dim),
                     v = rank.kv_heads.times(v_dim);
-        const Shard k_weight = rules.k_norm_weight(m, c.tp_size, tp_rank);
+        const Shard k_weight = rules.norm.k_weight(m, c.tp_size, tp_rank);
         return {{"qkv",
                  Use::input,
                  c.dtype,

@@ -22,16 +22,16 @@ using RowsRule = QkvRows (*)(const ModelShape&, int, int);
 Mutant mutant(std::string id, std::string what, std::string upstream, RowsRule weight,
               RowsRule bias) {
   Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
-  if (weight != nullptr) m.rules.qkv_weight_rows = weight;
-  m.rules.qkv_bias_rows = bias;
+  if (weight != nullptr) m.rules.linear.qkv_weight_rows = weight;
+  m.rules.linear.qkv_bias_rows = bias;
   m.decides = [rules = m.rules](const Case& c) {
     const ShardingRules& right = sharding_rules();
     for (int rank = 0; rank < c.tp_size; ++rank) {
-      if (rules.qkv_weight_rows(c.model, c.tp_size, rank) !=
-          right.qkv_weight_rows(c.model, c.tp_size, rank))
+      if (rules.linear.qkv_weight_rows(c.model, c.tp_size, rank) !=
+          right.linear.qkv_weight_rows(c.model, c.tp_size, rank))
         return true;
-      if (linear::has_bias(c) && rules.qkv_bias_rows(c.model, c.tp_size, rank) !=
-                                     right.qkv_bias_rows(c.model, c.tp_size, rank))
+      if (linear::has_bias(c) && rules.linear.qkv_bias_rows(c.model, c.tp_size, rank) !=
+                                     right.linear.qkv_bias_rows(c.model, c.tp_size, rank))
         return true;
     }
     return false;
@@ -41,8 +41,8 @@ Mutant mutant(std::string id, std::string what, std::string upstream, RowsRule w
 
 // The right q rows, and k and v rows of these KV heads.
 QkvRows with_kv_heads(const ModelShape& m, int tp_size, int tp_rank, Shard kv_heads) {
-  return {sharding_rules().qkv_weight_rows(m, tp_size, tp_rank).q, kv_heads.times(m.head_dim),
-          kv_heads.times(m.value_head_dim())};
+  return {sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank).q,
+          kv_heads.times(m.head_dim), kv_heads.times(m.value_head_dim())};
 }
 
 QkvRows kv_heads_of_rank(const ModelShape& m, int tp_size, int tp_rank) {
@@ -69,13 +69,13 @@ QkvRows contiguous_cut(const ModelShape& m, int tp_size, int tp_rank) {
 }
 
 QkvRows values_by_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
-  QkvRows rows = sharding_rules().qkv_weight_rows(m, tp_size, tp_rank);
+  QkvRows rows = sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank);
   rows.v.offset = rows.k.offset;
   return rows;
 }
 
 QkvRows of_rank_0(const ModelShape& m, int tp_size, int) {
-  return sharding_rules().qkv_weight_rows(m, tp_size, 0);
+  return sharding_rules().linear.qkv_weight_rows(m, tp_size, 0);
 }
 
 const std::vector<Mutant>& mutants() {
@@ -144,9 +144,10 @@ std::optional<std::string> blind_to(const Case& c, const Projections& p) {
     if (!m.shows(c)) continue;
     bool shown = false;
     for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
-      const QkvRows weight = m.rules.qkv_weight_rows(c.model, c.tp_size, rank);
-      shown = shows(p, sharding_rules().qkv_weight_rows(c.model, c.tp_size, rank), weight,
-                    linear::has_bias(c) ? m.rules.qkv_bias_rows(c.model, c.tp_size, rank) : weight);
+      const QkvRows weight = m.rules.linear.qkv_weight_rows(c.model, c.tp_size, rank);
+      shown = shows(
+          p, sharding_rules().linear.qkv_weight_rows(c.model, c.tp_size, rank), weight,
+          linear::has_bias(c) ? m.rules.linear.qkv_bias_rows(c.model, c.tp_size, rank) : weight);
     }
     if (!shown) return m.id;
   }
@@ -187,9 +188,9 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     const auto rows_of = [](const QkvRows& rows) { return std::array{rows.q, rows.k, rows.v}; };
     LocalBuffer weight{"weight", Use::input, c.dtype, 0, hidden},
         biases{"bias", Use::input, c.dtype, 1, 0}, qkv{"qkv", Use::output, c.dtype, tokens, 0};
-    const auto weight_rows = rows_of(rules.qkv_weight_rows(m, c.tp_size, tp_rank)),
-               bias_rows = rows_of(rules.qkv_bias_rows(m, c.tp_size, tp_rank)),
-               own = rows_of(sharding_rules().qkv_weight_rows(m, c.tp_size, tp_rank));
+    const auto weight_rows = rows_of(rules.linear.qkv_weight_rows(m, c.tp_size, tp_rank)),
+               bias_rows = rows_of(rules.linear.qkv_bias_rows(m, c.tp_size, tp_rank)),
+               own = rows_of(sharding_rules().linear.qkv_weight_rows(m, c.tp_size, tp_rank));
     for (int i = 0; i < 3; ++i) {
       if (weight_rows[i].size > 0)
         weight.pieces.push_back({parts[i].weight, {0, hidden}, 0, weight_rows[i], weight.rows});

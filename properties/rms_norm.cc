@@ -28,17 +28,17 @@ const std::vector<Mutant>& mutants() {
           "synthetic-residual-uninit:empty",
           "a norm without a residual adds one all the same, from memory that nobody wrote",
           "vllm-project/vllm#41972",
-          [](ShardingRules& r) { r.norm_adds = [](bool) { return true; }; },
+          [](ShardingRules& r) { r.norm.adds = [](bool) { return true; }; },
           [](const Case& c) { return !adds(c); }),
       mutant(
           precision + "sum-not-rounded",
           "x + residual is normed as it is in fp32, not as residual_out has it", "ROCm/aiter#2586",
-          [](ShardingRules& r) { r.norm_rounding.sum = false; },
+          [](ShardingRules& r) { r.norm.rounding.sum = false; },
           [](const Case& c) { return adds(c) && c.dtype != DType::f32; }),
       mutant(
           precision + "two-roundings",
           "the normed value is rounded before it is multiplied with the weight, and again after",
-          "vllm-project/vllm#42379", [](ShardingRules& r) { r.norm_rounding.before_weight = true; },
+          "vllm-project/vllm#42379", [](ShardingRules& r) { r.norm.rounding.before_weight = true; },
           [](const Case& c) { return c.dtype != DType::f32; }),
   };
   return all;
@@ -94,14 +94,14 @@ std::optional<std::string> blind_to(const Case& c, double eps, const WholeInputs
   const Profile profile = rms_norm_profile(x.cols);
   const Shard cols = {0, x.cols};
   for (const Mutant& m : mutants()) {
-    if (!m.shows(c) || m.rules.norm_adds(adds(c)) != adds(c)) continue;
+    if (!m.shows(c) || m.rules.norm.adds(adds(c)) != adds(c)) continue;
     Matrix normed = x;
     if (adds(c)) {
-      const DType sum = m.rules.norm_rounding.sum ? c.dtype : DType::f32;
+      const DType sum = m.rules.norm.rounding.sum ? c.dtype : DType::f32;
       normed = reference::rounded_sum(sum, x, in["residual"]);
     }
     Budget altered = reference::rms_norm(normed, weight, eps, profile, double(x.cols));
-    if (m.rules.norm_rounding.before_weight) {
+    if (m.rules.norm.rounding.before_weight) {
       for (std::size_t at = 0; at < altered.r.size(); ++at) {
         const double w = weight.values[at % weight.values.size()];
         altered.r[at] = w == 0 ? altered.r[at] : round_to(c.dtype, altered.r[at] / w) * w;
@@ -116,7 +116,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   const std::int64_t tokens = c.num_tokens, cols = c.model.hidden_size;
   const std::int64_t entity = std::max<std::int64_t>(1, cols / 8);
   const double eps = norm::eps_of(c, variation);
-  const bool has_residual = adds(c), kernel_adds = rules.norm_adds(has_residual);
+  const bool has_residual = adds(c), kernel_adds = rules.norm.adds(has_residual);
   const TensorSpec x{"x", c.dtype, tokens, cols, Role::activation, entity};
   TensorSpec residual_out = x, out = x;
   residual_out.name = "residual_out";
@@ -147,11 +147,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
               };
               if (kernel_adds) {
                 add_rms_norm<T>(view("x"), view("residual"), run.view<T>("weight"),
-                                view("residual_out"), view("out"), float(eps), rules.norm_rounding,
+                                view("residual_out"), view("out"), float(eps), rules.norm.rounding,
                                 run.stream);
               } else {
                 rms_norm<T>(view("x"), run.view<T>("weight"), view("out"), float(eps),
-                            rules.norm_rounding, run.stream);
+                            rules.norm.rounding, run.stream);
               }
             });
           },

@@ -49,7 +49,7 @@ std::vector<std::int32_t> prepared(const std::vector<std::int32_t>& positions,
                                    const ShardingRules& rules) {
   std::vector<std::int32_t> mine(positions.size());
   for (std::size_t i = 0; i < mine.size(); ++i)
-    mine[i] = positions[std::size_t(rules.rope_position_of(std::int64_t(i)))];
+    mine[i] = positions[std::size_t(rules.rope.position_of(std::int64_t(i)))];
   return mine;
 }
 
@@ -67,24 +67,24 @@ std::vector<Mutant> all_mutants() {
           rope + "full-rotary", "rotary_dim is head_dim, whatever the table has",
           "vllm-project/vllm#43676",
           [](ShardingRules& r) {
-            r.rope_rotary_dim = [](int head_dim, std::int64_t) { return std::int64_t{head_dim}; };
+            r.rope.rotary_dim = [](int head_dim, std::int64_t) { return std::int64_t{head_dim}; };
           },
           [](const Case& c) { return rotary_dim(c) / 2 != c.model.head_dim / 2; }),
       mutant(
           rope + "packed-head", "all heads of a block are normed with the statistic of its first",
-          vllm, [](ShardingRules& r) { r.rope_heads_per_statistic = 4; },
+          vllm, [](ShardingRules& r) { r.rope.heads_per_statistic = 4; },
           [](const Case& c) { return norm_of(c) != kNoNorm; }),
       mutant(
           rope + "style",
           "halves are rotated as pairs where neighbours are, and neighbours for halves", vllm,
           [](ShardingRules& r) {
-            r.rope_interleaved = [](bool model_is_interleaved) { return !model_is_interleaved; };
+            r.rope.interleaved = [](bool model_is_interleaved) { return !model_is_interleaved; };
           },
           [](const Case& c) { return rotary_dim(c) > 2; }),
       mutant(
           rope + "position", "a token takes the position of the one before it", vllm,
           [](ShardingRules& r) {
-            r.rope_position_of = [](std::int64_t token) {
+            r.rope.position_of = [](std::int64_t token) {
               return std::max<std::int64_t>(0, token - 1);
             };
           },
@@ -166,12 +166,12 @@ std::optional<std::string> blind_to(const Case& c, double eps,
                                     const WholeInputs& in, const std::vector<Budget>& right) {
   const ShardingRules& rules = sharding_rules();
   for (const Mutant& m : mutants()) {
-    if (!m.shows(c) || m.rules.rope_heads_per_statistic != rules.rope_heads_per_statistic ||
-        m.rules.rope_rotary_dim != rules.rope_rotary_dim)
+    if (!m.shows(c) || m.rules.rope.heads_per_statistic != rules.rope.heads_per_statistic ||
+        m.rules.rope.rotary_dim != rules.rope.rotary_dim)
       continue;
     const std::vector<Budget> altered =
         rotated(c, eps,
-                {prepared(positions, m.rules), m.rules.rope_interleaved(is_interleaved(c)),
+                {prepared(positions, m.rules), m.rules.rope.interleaved(is_interleaved(c)),
                  norm::head_weights(m.rules)},
                 in);
     bool shown = false;
@@ -245,7 +245,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                  c.dtype,
                  1,
                  dim,
-                 {{rules.head_norm_weight[which] == 0 ? "q_weight" : "k_weight", {0, dim}}}});
+                 {{rules.norm.head_weight[which] == 0 ? "q_weight" : "k_weight", {0, dim}}}});
           }
         }
         return all;
@@ -259,7 +259,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                 norm.q_weight = run.view<T>("q_weight");
                 norm.k_weight = run.view<T>("k_weight");
               }
-              if (norm_kind == norm::kPerHead1p) norm.weight_offset = rules.one_plus_weight;
+              if (norm_kind == norm::kPerHead1p) norm.weight_offset = rules.norm.one_plus_weight;
               rope<T>(run.view<T>("qkv"), run.view<float>("cos_sin").columns(0, cos_sin.cols),
                       run.integers("positions"), is_interleaved(c),
                       norm_kind == kNoNorm ? nullptr : &norm,

@@ -35,11 +35,12 @@ const std::vector<Mutant>& mutants() {
   static const std::vector<Mutant> all = {
       mutant(
           "own:row-bias-on-every-rank", "every rank adds the bias to its partial sum", "-",
-          [](ShardingRules& r) { r.row_adds_bias = [](int) { return true; }; }, linear::has_bias),
+          [](ShardingRules& r) { r.linear.row_adds_bias = [](int) { return true; }; },
+          linear::has_bias),
       mutant(
           "own:row-columns-of-next-rank", "the weight's columns are those of the next rank", "-",
           [](ShardingRules& r) {
-            r.row_weight_columns = [](std::int64_t in, int tp_size, int tp_rank) {
+            r.linear.row_weight_columns = [](std::int64_t in, int tp_size, int tp_rank) {
               const std::int64_t size = div_exact(in, tp_size);
               return Shard{(tp_rank + 1) % tp_size * size, size};
             };
@@ -49,7 +50,8 @@ const std::vector<Mutant>& mutants() {
           "own:row-reduce-whole-batches-only",
           "the partial sums are added up only where the tokens divide by tp_size", "-",
           [](ShardingRules& r) {
-            r.row_reductions = [](bool reduce_results, std::int64_t num_tokens, int tp_size) {
+            r.linear.row_reductions = [](bool reduce_results, std::int64_t num_tokens,
+                                         int tp_size) {
               return reduce_results && num_tokens % tp_size == 0 ? 1 : 0;
             };
           },
@@ -60,13 +62,13 @@ const std::vector<Mutant>& mutants() {
           "shared-expert-double-reduce:twice",
           "the caller adds up over the ranks what the layer has added up already",
           "vllm-project/vllm#49122",
-          [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 1; }; },
+          [](ShardingRules& r) { r.linear.row_caller_reductions = [](bool) { return 1; }; },
           [](const Case& c) { return reduce_of(c) != Reduce::external; }),
       mutant(
           "shared-expert-double-reduce:not-at-all",
           "the layer leaves its partial sums to its caller, who does not add them up",
           "vllm-project/tpu-inference#3435",
-          [](ShardingRules& r) { r.row_caller_reductions = [](bool) { return 0; }; },
+          [](ShardingRules& r) { r.linear.row_caller_reductions = [](bool) { return 0; }; },
           [](const Case& c) { return reduce_of(c) == Reduce::external; }),
   };
   return all;
@@ -107,7 +109,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   stage.outputs = {{"out", c.dtype, tokens, hidden}};
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
     const Shard own{tp_rank * width, width}, mine = own_tokens(tp_rank);
-    const Shard loaded = rules.row_weight_columns(in, c.tp_size, tp_rank);
+    const Shard loaded = rules.linear.row_weight_columns(in, c.tp_size, tp_rank);
     LocalBuffer out{"out", Use::output, c.dtype, std::max<std::int64_t>(1, mine.size),
                     hidden + pad};
     if (mine.size > 0) out.pieces.push_back({"out", {0, hidden}, 0, mine});

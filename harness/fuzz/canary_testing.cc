@@ -54,7 +54,7 @@ Mutant unique_shards_mutant() {
            .what = "counts a replicated shard once",
            .upstream = "tpcheck/canary#1",
            .rules = sharding_rules()};
-  m.rules.k_norm_shards = unique_shards;
+  m.rules.norm.k_shards = unique_shards;
   return m;
 }
 
@@ -132,13 +132,13 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
   wrong = world.broadcast(wrong);
   if (!wrong.empty()) return verdict_from_line(wrong);
 
-  const int right = sharding_rules().k_norm_shards(c.model, c.tp_size);
+  const int right = sharding_rules().norm.k_shards(c.model, c.tp_size);
   int shards = fault == "wrong" ? unique_shards(c.model, c.tp_size) : right;
   static bool failed_before = false;
   if (fault == "once" && !std::exchange(failed_before, true)) shards = 0;
   if (fault == "wrong_on_gpu" && executor_name() == "gpu") shards = 0;
   if (fault == "wrong_in_emulator" && executor_name() != "gpu" && c.tp_size > 1) shards = 0;
-  if (options.mutant) shards = options.mutant->rules.k_norm_shards(c.model, c.tp_size);
+  if (options.mutant) shards = options.mutant->rules.norm.k_shards(c.model, c.tp_size);
   Verdict v;
   // As long as nothing is wrong, the same for every group size and executor.
   const bool others = fault == "other_bits" && executor_name() == "gpu" && c.tp_size > 1;
