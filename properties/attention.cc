@@ -623,10 +623,11 @@ std::vector<Mutant> mutants() {
           "own:mask-misses-last", "a causal query does not see its own token", "",
           [](AttentionRules& r) { r.causal_ahead = -1; }, is_causal),
       mutant(
-          "own:split-drops-tail", "each split takes tiles / splits, and nobody takes the rest", "",
+          "own:split-drops-tail", "each split takes the same tiles, and nobody takes the rest", "",
           [](AttentionRules& r) {
             r.tiles_of_split = [](std::int64_t tiles, std::int64_t splits) {
-              return std::max<std::int64_t>(1, tiles / splits);
+              // One of the tiles is there in case the keys begin within one.
+              return splits == 1 ? tiles : std::max<std::int64_t>(1, (tiles - 1) / splits);
             };
           },
           is_split),

@@ -179,18 +179,18 @@ const Planted kPlanted[] = {
      "attention num_heads=1 num_kv_heads=1 head_dim=16 tp_size=1 num_tokens=2 dtype=f16 seed=3 "
      "fill=tripwire",
      Outcome::WrongValue},
-    // Four tiles of keys, counted as five since they may begin within one: three times one is less.
-    {"own:split-drops-tail",
-     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
-     "fill=ties context=192 splits=3",
-     Outcome::WrongValue},
+    // Three tiles of keys: two splits take one each.
     {"own:split-drops-tail",
      "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=f32 seed=3 "
-     "fill=ties context=96 splits=3",
+     "fill=ties context=64 splits=2",
+     Outcome::WrongValue},
+    {"own:split-drops-tail",
+     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=128 splits=2",
      Outcome::WrongValue},
     {"own:split-drops-tail",
      "attention num_heads=1 num_kv_heads=1 head_dim=256 tp_size=1 num_tokens=1 dtype=f16 seed=3 "
-     "fill=tripwire context=96 splits=3",
+     "fill=tripwire context=64 splits=2",
      Outcome::WrongValue},
     {"own:table-stride",
      "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=4 dtype=bf16 seed=3 "
@@ -243,14 +243,14 @@ INSTANTIATE_TEST_SUITE_P(Zoo, AttentionMutants, testing::ValuesIn(kPlanted), [](
   return test_name(std::to_string(info.index) + "_" + info.param.id);
 });
 
-// `decides` says where a mistake is one: elsewhere it changes nothing. And it is one somewhere: in
-// a few cases of those that are drawn it is found.
+// `decides` says where a mistake is one: elsewhere it changes nothing. Where it says so, the data
+// that are drawn show most of them; those of tails and edges wait for a lucky length.
 class AttentionDecisions : public testing::TestWithParam<std::string> {};
 
 TEST_P(AttentionDecisions, AreThoseThatTheMutantsSay) {
   if (test_world().processes() > 1) GTEST_SKIP() << "how many processes there are decides nothing";
   constexpr int kCases = 100, kTelling = 10;  // of a mutant, at most
-  constexpr double kMostWork = 2e6;           // a case of some milliseconds
+  constexpr double kMostWork = 4e5;           // a case of few milliseconds
   const Operator& op = find_operator(GetParam());
   Draw draw(make_domain({op.name}, {1, 2, 3, 4, 8}, {}, ""), 7);
   // One run: poison and guards are other tests' matter.
