@@ -450,6 +450,14 @@ bool has_empty_row(const Case& c) {
   return false;
 }
 
+bool has_pages_beyond_16_bits(const Case& c) {
+  if (c.options.at("page_size") == 0) return false;
+  const RankShape rank = partition(c.model, c.tp_size, 0);
+  const std::int64_t heads = is_whole(c) ? c.model.num_kv_heads : rank.kv_heads.size,
+                     width = heads * std::max(c.model.head_dim, c.model.value_head_dim());
+  return attention_call(c).rows * (width + c.options.at("pad")) > 1 << 16;
+}
+
 std::vector<Mutant> mutants() {
   const std::string vllm = "vllm-project/vllm#";
   const auto always = [](const Case&) { return true; };
@@ -575,7 +583,8 @@ std::vector<Mutant> mutants() {
               return (keys + tile - 1) / tile;
             };
           },
-          has_window),
+          // Without a window they begin with a tile, but the splits divide another number.
+          [](const Case& c) { return has_window(c) || is_split(c); }),
       mutant(
           "swa-window-inclusive:one-more", "a window of w shows w + 1 keys",
           "huggingface/transformers#39408",
@@ -606,8 +615,7 @@ std::vector<Mutant> mutants() {
       mutant(
           "page-offset-int32:16-bit",
           "the product of a page and its stride kept in 16 bits (upstream: in 32)", vllm + "47671",
-          [](AttentionRules& r) { r.offset_bits = 16; },
-          [](const Case& c) { return c.options.at("page_size") > 0; }),
+          [](AttentionRules& r) { r.offset_bits = 16; }, has_pages_beyond_16_bits),
       mutant(
           "own:mask-sees-next", "a causal query sees the token after it", "",
           [](AttentionRules& r) { r.causal_ahead = 1; }, is_causal),
@@ -615,10 +623,11 @@ std::vector<Mutant> mutants() {
           "own:mask-misses-last", "a causal query does not see its own token", "",
           [](AttentionRules& r) { r.causal_ahead = -1; }, is_causal),
       mutant(
-          "own:split-drops-tail", "each split takes tiles / splits, and nobody takes the rest", "",
+          "own:split-drops-tail", "each split takes the same tiles, and nobody takes the rest", "",
           [](AttentionRules& r) {
             r.tiles_of_split = [](std::int64_t tiles, std::int64_t splits) {
-              return std::max<std::int64_t>(1, tiles / splits);
+              // One of the tiles is there in case the keys begin within one.
+              return splits == 1 ? tiles : std::max<std::int64_t>(1, (tiles - 1) / splits);
             };
           },
           is_split),

@@ -47,11 +47,14 @@ std::int64_t fused_width(const Case& c) {
 }
 
 Stage qkv_stage(const Case& c, const ShardingRules& rules, const Variation& v) {
+  Stage stage = qkv_linear_stage(
+      as_case(c, "qkv_linear", {{"bias", c.options.at("bias")}, {"pad", c.options.at("pad")}}),
+      rules, v);
+  // Findings among several stages say whose column is wrong.
+  for (TensorSpec& t : stage.outputs)
+    t.entity_cols = t.name == "v" ? c.model.value_head_dim() : c.model.head_dim;
   return renamed(
-      qkv_linear_stage(
-          as_case(c, "qkv_linear", {{"bias", c.options.at("bias")}, {"pad", c.options.at("pad")}}),
-          rules, v),
-      "qkv_linear",
+      std::move(stage), "qkv_linear",
       {.tensors = {{"x", "hidden"}},
        .buffers = {{"x", {"hidden"}}, {"weight", {"qkv_weight"}}, {"bias", {"qkv_bias"}}}});
 }
@@ -198,13 +201,14 @@ Stage output_gate_stage(const Case& c) {
 Stage o_proj_stage(const Case& c, const ShardingRules& rules, const Variation& v) {
   const std::int64_t width = partition(c.model, c.tp_size, 0).heads.size * c.model.value_head_dim();
   const std::string input = has_gate(c) ? "gated" : "attn";
+  Stage stage = row_linear_stage(
+      as_case(
+          c, "row_linear",
+          {{"in_per_rank", width}, {"bias", c.options.at("bias")}, {"pad", c.options.at("pad")}}),
+      rules, v);
+  for (TensorSpec& t : stage.outputs) t.entity_cols = t.cols;  // of no head
   return renamed(
-      row_linear_stage(as_case(c, "row_linear",
-                               {{"in_per_rank", width},
-                                {"bias", c.options.at("bias")},
-                                {"pad", c.options.at("pad")}}),
-                       rules, v),
-      "o_proj",
+      std::move(stage), "o_proj",
       {.tensors = {{"x", input}, {"weight", "o_proj"}, {"bias", "o_bias"}},
        .buffers = {
            {"x", {input}}, {"weight", {"o_weight"}}, {"sums", {"o_sums"}}, {"bias", {"o_bias"}}}});

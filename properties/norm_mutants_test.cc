@@ -13,14 +13,6 @@
 namespace tp {
 namespace {
 
-Verdict run(const std::string& line, const std::string& mutant = "") {
-  const std::string shared = test_world().broadcast(line);
-  RunOptions options{.deadline = std::chrono::seconds(60)};
-  if (!mutant.empty()) options.mutant = find_mutant(mutant).front().mutant;
-  const Case c = case_from_line(shared);
-  return find_operator(c.op).run(test_world(), c, options);
-}
-
 struct Planted {
   const char* id;
   const char* line;  // after the version
@@ -131,9 +123,7 @@ TEST_P(NormMutants, AreFoundWhereTheyCanShow) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Zoo, NormMutants, testing::ValuesIn(kPlanted), [](const auto& info) {
-  std::string name = std::to_string(info.index) + "_" + info.param.id;
-  for (char& ch : name) ch = std::isalnum(std::uint8_t(ch)) ? ch : '_';
-  return name;
+  return test_name(std::to_string(info.index) + "_" + info.param.id);
 });
 
 // `decides` says where a mistake is one: elsewhere it changes nothing, and data with

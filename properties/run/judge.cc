@@ -140,19 +140,45 @@ class StageInputs : public WholeInputs {
   mutable std::map<std::string, Matrix> matrices_;
 };
 
-Verdict wrong_value(int tp_rank, const TensorSpec& tensor, const Mismatch& m) {
+// How findings name a place in the outputs of a stage. Of one stage among several they say which,
+// and whose column it is.
+class Places {
+ public:
+  Places(const ModelShape& model, const std::vector<Stage>& stages, const Stage& stage)
+      : model_(model), stage_(stages.size() > 1 ? &stage : nullptr) {}
+
+  // What the sentence begins with.
+  std::string stage() const { return stage_ ? fmt::format("stage {}, ", stage_->name) : ""; }
+
+  std::string element(const TensorSpec& t, std::int64_t row, std::int64_t col) const {
+    std::string text = fmt::format("{}[{}, {}]", t.name, row, col);
+    const std::int64_t heads = t.cols / t.entity_cols;
+    const bool by_head = heads > 1 && t.cols % t.entity_cols == 0 &&
+                         (heads == model_.num_heads || heads == model_.num_kv_heads);
+    if (stage_ && by_head) text += fmt::format(" (token {}, head {})", row, col / t.entity_cols);
+    return text;
+  }
+
+ private:
+  const ModelShape& model_;
+  const Stage* stage_;  // null: the only one
+};
+
+Verdict wrong_value(const Places& places, int tp_rank, const TensorSpec& tensor,
+                    const Mismatch& m) {
   Verdict v;
   v.outcome =
       std::isfinite(m.got) || !std::isfinite(m.lo) ? Outcome::WrongValue : Outcome::NotFinite;
-  v.detail = fmt::format(
-      "tp_rank {}, {}[{}, {}]: got {:.9g}, accepted {:.9g} .. {:.9g} ({} of {} elements)", tp_rank,
-      tensor.name, m.row, m.col, m.got, m.lo, m.hi, m.count, tensor.rows * tensor.cols);
+  v.detail =
+      fmt::format("{}tp_rank {}, {}: got {:.9g}, accepted {:.9g} .. {:.9g} ({} of {} elements)",
+                  places.stage(), tp_rank, places.element(tensor, m.row, m.col), m.got, m.lo, m.hi,
+                  m.count, tensor.rows * tensor.cols);
   return v;
 }
 
 // A replica that differs from its owner, who is within the budget: wrong by itself, or only
 // different.
-Verdict wrong_replica(const Assembly& got, const Budget& budget) {
+Verdict wrong_replica(const Places& places, const Assembly& got, const Budget& budget) {
   const Assembly::Replica& replica = *got.replica();
   const TensorSpec& t = got.tensor();
   const std::size_t at = std::size_t(replica.row * t.cols + replica.col);
@@ -164,14 +190,20 @@ Verdict wrong_replica(const Assembly& got, const Budget& budget) {
   if (auto first = compare(t.dtype, bytes, one).first) {
     first->row = replica.row;
     first->col = replica.col;
-    return wrong_value(replica.tp_rank, t, *first);
+    return wrong_value(places, replica.tp_rank, t, *first);
   }
   Verdict v{.outcome = Outcome::ReplicaMismatch};
-  v.detail = fmt::format("{}[{}, {}]: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}",
-                         t.name, replica.row, replica.col, got.owner(replica.row, replica.col),
-                         load(t.dtype, got.bytes().data(), std::int64_t(at)), replica.tp_rank,
-                         replica.value);
+  v.detail = fmt::format(
+      "{}{}: tp_rank {} has {:.9g}, its replica on tp_rank {} has {:.9g}", places.stage(),
+      places.element(t, replica.row, replica.col), got.owner(replica.row, replica.col),
+      load(t.dtype, got.bytes().data(), std::int64_t(at)), replica.tp_rank, replica.value);
   return v;
+}
+
+// Data that are made to show mistakes, and so are mistrusted where they could not: all of
+// attention's own kinds are.
+bool telling(Fill fill) {
+  return fill == Fill::exact || fill == Fill::dense || int(fill) >= kPlainFills;
 }
 
 }  // namespace
@@ -207,6 +239,7 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
   // is named.
   for (const Stage& stage : stages) {
     const StageInputs inputs(stage, data, assemblies);
+    const Places places(c.model, stages, stage);
     const auto start = std::chrono::steady_clock::now();
     const std::vector<Budget> budgets = stage.reference(inputs);
     result.reference_seconds +=
@@ -217,22 +250,21 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
       const Comparison comparison = compare(t.dtype, got.bytes().data(), budgets[i]);
       result.score = std::max(result.score, comparison.score);
       if (const auto orphan = got.orphan(); orphan && !result.finding) {
-        result.finding = Verdict{
-            .outcome = Outcome::WrongValue,
-            .detail = fmt::format("no rank holds {}[{}, {}]", t.name, orphan->row, orphan->col)};
+        result.finding =
+            Verdict{.outcome = Outcome::WrongValue,
+                    .detail = fmt::format("{}no rank holds {}", places.stage(),
+                                          places.element(t, orphan->row, orphan->col))};
       }
       if (comparison.first && !result.finding) {
-        result.finding = wrong_value(got.owner(comparison.first->row, comparison.first->col), t,
-                                     *comparison.first);
+        result.finding = wrong_value(
+            places, got.owner(comparison.first->row, comparison.first->col), t, *comparison.first);
       }
-      if (got.replica() && !result.finding) result.finding = wrong_replica(got, budgets[i]);
+      if (got.replica() && !result.finding) result.finding = wrong_replica(places, got, budgets[i]);
       result.exact.push_back(std::all_of(budgets[i].rho.begin(), budgets[i].rho.end(),
                                          [](double x) { return x == 0; }));
       XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
     }
-    const Fill fill = data.regime().fill;
-    const bool telling = fill == Fill::exact || fill == Fill::dense;
-    if (discriminate && telling && stage.blind_to && !result.blind_to)
+    if (discriminate && telling(data.regime().fill) && stage.blind_to && !result.blind_to)
       result.blind_to = stage.blind_to(inputs, budgets);
   }
   for (const Stage& stage : stages) {

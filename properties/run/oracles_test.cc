@@ -18,6 +18,7 @@ struct Plan {
   bool launch_nothing = false;  // a grid of no blocks
   bool skip_collective = false;
   bool blind = false;
+  bool twice = false;      // of two stages, the first one makes the mistake, too
   bool huge = false;       // needs more memory than any machine has
   bool scattered = false;  // rank r has row r of y alone; ranks beyond the last row have none
   int withheld = -1;       // the row that then nobody has
@@ -93,7 +94,7 @@ Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4, 
   };
   spec.stages = [=](const Case&, const ShardingRules&, const Variation&) -> std::vector<Stage> {
     if (!second) return {copy_stage(plan, "x", "y")};
-    return {copy_stage({}, "x", "y"), copy_stage(plan, "y", "z")};
+    return {copy_stage(plan.twice ? plan : Plan{}, "x", "y"), copy_stage(plan, "y", "z")};
   };
   const Operator op = make_operator(spec);
   Case c = op.blank();
@@ -193,12 +194,26 @@ TEST(Oracles, ASkippedCollectiveIsAMismatch) {
 TEST(Oracles, EveryStageIsJudgedByItself) {
   expect(run({}, "tokens", 4, true), Outcome::Pass, "");
   expect(run({Mistake::wrong_value, 1}, "none", 4, true), Outcome::WrongValue,
-         "tp_rank 1, z[0, 0]");
+         "stage copy_to_z, tp_rank 1, z[0, 0]: got");
   expect(run({Mistake::writes_input, 3}, "none", 4, true), Outcome::InputModified,
          "tp_rank 3, y[0, 1]");
   expect(run({Mistake::skips_last_column, 2}, "none", 4, true), Outcome::Uninitialised,
          "tp_rank 2, z[0, 9]");
-  expect(run({Mistake::drifts, 2}, "none", 4, true), Outcome::ReplicaMismatch, "z[1, 0]");
+  expect(run({Mistake::drifts, 2}, "none", 4, true), Outcome::ReplicaMismatch,
+         "stage copy_to_z, z[1, 0]: tp_rank 0 has");
+}
+
+// With the inputs that it really had the second stage is wrong, too, but that may be the first
+// one's doing.
+TEST(Oracles, OfSeveralBadStagesTheFirstIsNamed) {
+  const Verdict v =
+      run({.mistake = Mistake::wrong_value, .bad_rank = 0, .twice = true}, "none", 4, true);
+  expect(v, Outcome::WrongValue, "stage copy_to_y, tp_rank 0, y[0, 0]: got");
+  EXPECT_EQ(v.detail.find("copy_to_z"), std::string::npos) << v.detail;
+}
+
+TEST(Oracles, AnOnlyStageIsNotNamed) {
+  EXPECT_EQ(run({Mistake::wrong_value, 0}).detail.find("tp_rank 0, y[0, 0]: got"), 0u);
 }
 
 // A kernel that is launched again from a recording has the arguments of the recording: what the

@@ -141,7 +141,7 @@ struct Stage {
   // Budgets of the outputs, in their order.
   std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;
   // Names a mistake that this shape allows and that these data could not have shown; nothing if
-  // they could have shown all. Called for exact and dense data only.
+  // they could have shown all. Not called for the adversarial kinds of data.
   std::function<std::optional<std::string>(const WholeInputs& inputs,
                                            const std::vector<Budget>& budgets)>
       blind_to;
