@@ -19,7 +19,7 @@ std::int64_t largest(const std::vector<std::int32_t>& values) {
 
 // Keys that one query can see at most.
 std::int64_t most_visible(std::int64_t kv_len, const AttentionSettings& s) {
-  if (!s.window) return kv_len;
+  if (!s.window || *s.window >= kv_len) return kv_len;
   return std::min(kv_len, s.causal ? *s.window : 2 * *s.window - 1);
 }
 
@@ -51,13 +51,20 @@ bool whole_vectors(const View<const T>& x, std::int64_t head_cols) {
          head_cols % kVector == 0;
 }
 
+// Whether some element of `a` is one of `b`. Columns beside each other in the same rows are not.
 template <typename A, typename B>
 bool overlap(const View<A>& a, const View<B>& b) {
+  if (a.rows < 1 || b.rows < 1) return false;
+  const auto begin = [](const auto& x) { return reinterpret_cast<std::intptr_t>(x.data); };
   const auto end = [](const auto& x) {
-    return reinterpret_cast<const char*>(x.data + (x.rows - 1) * x.row_stride + x.cols);
+    return reinterpret_cast<std::intptr_t>(x.data + (x.rows - 1) * x.row_stride + x.cols);
   };
-  return a.rows > 0 && b.rows > 0 && reinterpret_cast<const char*>(a.data) < end(b) &&
-         reinterpret_cast<const char*>(b.data) < end(a);
+  if (end(a) <= begin(b) || end(b) <= begin(a)) return false;
+  const std::int64_t stride = a.row_stride * std::int64_t(sizeof(A));
+  if (stride != b.row_stride * std::int64_t(sizeof(B))) return true;
+  const std::int64_t apart = ((begin(b) - begin(a)) % stride + stride) % stride;
+  return apart < a.cols * std::int64_t(sizeof(A)) ||
+         apart + b.cols * std::int64_t(sizeof(B)) > stride;
 }
 
 // What the kernels would read beyond.
@@ -91,7 +98,7 @@ void check_batch(const AttentionBatch& b, std::int64_t tokens, std::int64_t rows
             "sequence {} has {} keys, its {} pages of {} hold {}",
             {s, length, b.pages_per_sequence, b.page_size, b.pages_per_sequence * b.page_size});
     for (std::int64_t i = 0; i * b.page_size < length; ++i) {
-      require(entries[i] >= 0 && (entries[i] + 1) * b.page_size <= rows, op,
+      require(entries[i] >= 0 && entries[i] < rows / b.page_size, op,
               "page {} of sequence {} is page {} of a pool of {}",
               {i, s, entries[i], rows / b.page_size});
     }
@@ -124,8 +131,11 @@ void check_tensors(const AttentionTensors<T>& t, const ModelShape& model, HeadCo
           "rows of q, k, v, the output and the log-sum-exp are {}, {}, {}, {} and {} apart, "
           "less than they are wide",
           {t.q.row_stride, t.k.row_stride, t.v.row_stride, t.out.row_stride, t.lse.row_stride});
-  require(!overlap(t.out, t.q) && !overlap(t.out, t.k) && !overlap(t.out, t.v), op,
-          "the output overlaps q, k or v ({} rows)", {t.out.rows});
+  require(!overlap(t.out, t.q) && !overlap(t.out, t.k) && !overlap(t.out, t.v) &&
+              !overlap(t.lse, t.q) && !overlap(t.lse, t.k) && !overlap(t.lse, t.v) &&
+              !overlap(t.lse, t.out),
+          op, "the output or the log-sum-exp overlaps q, k, v or each other ({} rows)",
+          {t.out.rows});
 }
 
 template <typename T, int kTile, int kMaxDim, bool kExact = false>
@@ -164,10 +174,12 @@ AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::in
   const int tile = tile_of(dtype, model, visible);
   const bool matrix = dtype != DType::f32;
   // A row's keys can begin and end within a tile, whose other keys take part with weight 0.
-  const std::int64_t keys = (visible + tile - 1) / tile * tile + tile;
+  const std::int64_t tiles = (visible + tile - 1) / tile + 1, keys = tiles * tile;
   return {
       .qk = {.depth = matrix ? (model.head_dim + 15) / 16 : model.head_dim, .matrix_steps = matrix},
       .pv = {.depth = matrix ? keys / 16 : keys, .matrix_steps = matrix},
+      // A lane's own columns of all tiles and then four lanes; or a warp for each tile.
+      .sum_depth = matrix ? keys / 4 + 2 : tiles + kWarpSumDepth,
       .p = dtype,
       .kv_tile = tile,
       .splits = int(settings.splits)};
@@ -175,10 +187,11 @@ AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::in
 
 template <typename T>
 void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
-               const AttentionSettings& s, const ModelShape& model, const ShardingRules& rules,
-               int tp_size, int tp_rank, Stream& stream) {
+               const AttentionSettings& settings, const ModelShape& model,
+               const ShardingRules& rules, int tp_size, int tp_rank, Stream& stream) {
   const AttentionRules& r = rules.attention;
   const char* op = "attention";
+  AttentionSettings s = settings;
   const HeadCounts counts = r.heads(model, tp_size);
   const KvHeadMap map = r.kv_heads(model, tp_size, tp_rank, s.whole_cache);
   require(map.group >= 1 && counts.heads % map.group == 0, op,
@@ -190,8 +203,12 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
           {s.window.value_or(0)});
   require(s.splits >= 1 && kv_heads * s.splits <= 65535 && batch.sequences() <= 65535, op,
           "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
+  require(s.splits == 1 || t.workspace != nullptr, op, "{} splits without a workspace", {s.splits});
+  if (t.q.rows == 0) return;
 
   const std::int64_t max_keys = batch.max_kv_len(), max_queries = batch.max_queries();
+  // A window as wide as the whole batch is none, and no position is beyond 32 bits.
+  if (s.window) s.window = std::min(*s.window, max_keys + max_queries);
   const std::int64_t visible = most_visible(max_keys, s);
   constexpr DType kType = dtype_of<T>::value;
   const int tile = tile_of(kType, model, visible);
@@ -200,8 +217,11 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   // The rows of a block see `visible` keys each, from as many different positions as they have
   // queries.
   const std::int64_t spread = std::min(max_queries, (rows + map.group - 1) / map.group + 1);
-  const std::int64_t tiles = r.tiles_of(std::min(max_keys, visible + spread), tile);
+  const std::int64_t tiles =
+      r.tiles_of(std::min(max_keys, visible + spread), tile, s.window.has_value());
   const bool decode = max_queries <= 1;
+  const std::int64_t pages =
+      batch.page_size == 0 ? 1 : (max_keys + batch.page_size - 1) / batch.page_size;
 
   AttentionLaunch<T> a{
       .q = t.q,
@@ -215,13 +235,10 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .query_start = batch.device.query_start,
       .kv_len = batch.device.kv_len,
       .table = batch.device.table,
-      .table_stride = r.table_stride(
-          batch.pages_per_sequence,
-          batch.page_size == 0
-              ? 1
-              : std::max<std::int64_t>(1, (max_keys + batch.page_size - 1) / batch.page_size)),
+      .table_stride = r.table_stride(batch.pages_per_sequence, std::max<std::int64_t>(1, pages)),
       .page_size = std::int32_t(batch.page_size),
       .offset_bits = r.offset_bits,
+      .stale_pages = r.stale_pages,
       .dim = model.head_dim,
       .v_dim = model.value_head_dim(),
       .v_head_stride = int(r.v_head_stride(model)),
@@ -233,12 +250,12 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .splits = int(s.splits),
       .tiles_of_split = int(r.tiles_of_split(tiles, s.splits)),
       .causal = s.causal,
-      .vectors = whole_vectors(t.q, model.head_dim) && whole_vectors(t.k, model.head_dim) &&
-                 whole_vectors(t.v, model.value_head_dim()),
       .causal_ahead = int(r.causal_ahead),
+      .behind_context = r.behind_context,
+      .length_unit = int(r.length_unit(batch.page_size)),
       .window_left = s.window ? int(r.window_left(*s.window, decode)) : -1,
-      .window_right = s.window && !s.causal ? int(*s.window - 1) : -1,
-      .scale = float(s.scale),
+      .window_right = s.window ? int(r.window_right(*s.window, s.causal)) : -1,
+      .scale = float(r.scale(s.scale, model)),
       .softcap = float(s.softcap),
       .hidden_logit = r.hidden_logit,
       .empty_maximum = r.empty_maximum,
@@ -247,9 +264,8 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   a.q.row_stride = r.row_stride(t.q.row_stride, t.q.cols);
   a.k.row_stride = r.row_stride(t.k.row_stride, t.k.cols);
   a.v.row_stride = r.row_stride(t.v.row_stride, t.v.cols);
-  a.vectors = a.vectors && whole_vectors(a.q, model.head_dim) &&
-              whole_vectors(a.k, model.head_dim) && whole_vectors(a.v, model.value_head_dim()) &&
-              r.v_head_stride(model) % 8 == 0;
+  a.vectors = whole_vectors(a.q, a.dim) && whole_vectors(a.k, a.dim) &&
+              whole_vectors(a.v, a.v_dim) && a.v_head_stride % 8 == 0;
 
   const dim3 grid(unsigned(std::max<std::int64_t>(1, (pack + rows - 1) / rows)),
                   unsigned(kv_heads * s.splits), unsigned(batch.sequences()));

@@ -29,6 +29,9 @@ void output_gate(View<const T> x, View<const T> gate, View<T> out, Stream& strea
   require(gate.rows == x.rows && gate.cols == x.cols && out.rows == x.rows && out.cols == x.cols,
           "output_gate", "x is {} x {}, the gate {} x {}, the output {} x {}",
           {x.rows, x.cols, gate.rows, gate.cols, out.rows, out.cols});
+  require(x.row_stride >= x.cols && gate.row_stride >= gate.cols && out.row_stride >= out.cols,
+          "output_gate", "rows of {} columns are {}, {} and {} apart",
+          {x.cols, x.row_stride, gate.row_stride, out.row_stride});
   const unsigned threads = x.cols <= 32 ? 32 : x.cols <= 512 ? 128 : 256;
   launch("output_gate", output_gate_kernel<T>, dim3(unsigned(x.rows)), dim3(threads), 0, stream, x,
          gate, out);

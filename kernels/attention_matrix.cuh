@@ -12,7 +12,7 @@ namespace tp {
 constexpr int whole_steps(int cols) { return (cols + 31) / 32 * 32; }
 constexpr int tile_stride(int cols) { return whole_steps(cols) + 8; }
 
-// Where the rows of a tile lie in k and in v, from a head's first element on; -1: nowhere.
+// Where the rows of a tile lie in k and in v, from a head's first element on; -1: zeros.
 template <int kTile>
 struct TileRows {
   std::int64_t k[kTile], v[kTile];
@@ -66,9 +66,9 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
   const auto find_rows = [&](int tile, int stage) {
     for (int j = int(threadIdx.x); j < kTile; j += int(blockDim.x)) {
       const int position = tile * kTile + j;
-      const bool there = position < block.keys;
-      tile_rows[stage].k[j] = there ? block.offset_of(position, a.k.row_stride) : -1;
-      tile_rows[stage].v[j] = there ? block.offset_of(position, a.v.row_stride) : -1;
+      const bool seen = block.is_seen(position);
+      tile_rows[stage].k[j] = seen ? block.offset_of(position, a.k.row_stride) : -1;
+      tile_rows[stage].v[j] = seen ? block.offset_of(position, a.v.row_stride) : -1;
     }
   };
   const auto bring_tile = [&](int stage) {
@@ -188,9 +188,9 @@ __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
     __syncthreads();  // the stage is free for the tile after the next
   }
 
+  if (!works) return;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (!works) return;
     state[i].sum = quad_sum(state[i].sum);
     if (!block.has_row(row + 8 * i)) continue;
     const RowResult<T> result(block, row + 8 * i, state[i]);

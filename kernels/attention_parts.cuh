@@ -26,7 +26,7 @@ struct AttentionLaunch {
   const std::int32_t* table;
   std::int64_t table_stride;
   std::int32_t page_size;  // 0: consecutive rows
-  int offset_bits;
+  int offset_bits, stale_pages;
 
   int dim, v_dim, v_head_stride;
   int heads, group, first_kv_head;
@@ -35,7 +35,7 @@ struct AttentionLaunch {
   int splits, tiles_of_split;
   bool causal;
   bool vectors;  // rows of q, k and v are whole 16-byte vectors
-  int causal_ahead;
+  int causal_ahead, behind_context, length_unit;
   std::int32_t window_left, window_right;  // keys in front of and behind the own; -1: no window
 
   float scale, softcap, hidden_logit, empty_maximum, lse_unit;
@@ -66,7 +66,9 @@ struct AttentionBlock {
   __device__ int query_of(int row) const { return row / a.group; }
   __device__ int head_of(int row) const { return kv_head * a.group + row % a.group; }
   __device__ std::int64_t token_of(int row) const { return first_query + query_of(row); }
-  __device__ int position_of(int row) const { return keys - queries + query_of(row); }
+  __device__ int position_of(int row) const {
+    return (keys - queries) * a.behind_context + query_of(row);
+  }
 
   // Positions [first, end) of the keys that a row sees.
   __device__ int first_key(int row) const {
@@ -74,22 +76,27 @@ struct AttentionBlock {
     return first > 0 ? first : 0;
   }
   __device__ int end_key(int row) const {
-    int end = keys;
+    int end = (keys + a.length_unit - 1) / a.length_unit * a.length_unit;
     const int position = position_of(row);
     if (a.window_right >= 0) end = min(end, position + a.window_right + 1);
     if (a.causal) end = min(end, position + 1 + a.causal_ahead);
     return end;
   }
 
-  // Tiles [first, end) that this block's split has of what its rows see together.
-  __device__ int first_tile() const {
-    return first_key(first_row) / a.tile + split * a.tiles_of_split;
+  // What its rows see together; and tiles [first, end) that this block's split has of that.
+  __device__ int first_key() const { return first_key(first_row); }
+  __device__ int end_key() const {
+    const int end = end_key(min(first_row + a.rows_of_block, rows()) - 1);
+    return end > 0 ? end : 0;
   }
+  __device__ int first_tile() const { return first_key() / a.tile + split * a.tiles_of_split; }
   __device__ int end_tile() const {
-    const int last_row = min(first_row + a.rows_of_block, rows()) - 1;
-    const int end = end_key(last_row);
-    const int tiles = end <= 0 ? 0 : (end + a.tile - 1) / a.tile;
-    return min(tiles, first_tile() + a.tiles_of_split);
+    return min((end_key() + a.tile - 1) / a.tile, first_tile() + a.tiles_of_split);
+  }
+  // Whether some row sees the key. The others of a tile may hold anything, infinities and NaN too
+  // (a page of them may have been given away): they must not be multiplied, not even with 0.
+  __device__ bool is_seen(int position) const {
+    return first_key() <= position && position < end_key();
   }
 
   // Which row of k and v holds the key at a position, and where rows begin. In 64 bits: pages times
@@ -105,10 +112,11 @@ struct AttentionBlock {
   __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
     const std::int32_t* row = a.table + sequence * a.table_stride;
     if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
-    const int page = position / a.page_size;
+    const int last = (keys - 1) / a.page_size - a.stale_pages;
+    const int page = min(position / a.page_size, last < 0 ? 0 : last);
     const int unused = 64 - a.offset_bits;
     const std::uint64_t begin = std::uint64_t(row[page] * (a.page_size * row_stride));
-    return std::int64_t(begin << unused >> unused) + (position - page * a.page_size) * row_stride;
+    return std::int64_t(begin << unused >> unused) + position % a.page_size * row_stride;
   }
 };
 

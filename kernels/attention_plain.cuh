@@ -43,13 +43,16 @@ __global__ void attention_plain_kernel(AttentionLaunch<T> a) {
   float o[kMaxAttentionHeadDim / 32][kRows] = {};
   const int end = block.end_tile();
   for (int tile = block.first_tile(); tile < end; ++tile) {
-    const int first_key = tile * kPlainTile, keys = min(kPlainTile, block.keys - first_key);
+    const int first_key = tile * kPlainTile, keys = min(kPlainTile, block.end_key() - first_key);
     __syncthreads();  // the tile before is read by all
     for (int j = warp; j < keys; j += warps) {
-      const T* k = block.key(first_key + j);
-      const T* v = block.value(first_key + j);
-      for (int d = lane; d < a.dim; d += 32) k_tile[j * (a.dim + 1) + d] = to_float(k[d]);
-      for (int d = lane; d < a.v_dim; d += 32) v_tile[j * a.v_dim + d] = to_float(v[d]);
+      const bool seen = block.is_seen(first_key + j);
+      const T* k = seen ? block.key(first_key + j) : nullptr;
+      const T* v = seen ? block.value(first_key + j) : nullptr;
+      for (int d = lane; d < a.dim; d += 32)
+        k_tile[j * (a.dim + 1) + d] = seen ? to_float(k[d]) : 0.0f;
+      for (int d = lane; d < a.v_dim; d += 32)
+        v_tile[j * a.v_dim + d] = seen ? to_float(v[d]) : 0.0f;
     }
     __syncthreads();
     if (!block.has_row(first_row)) continue;
@@ -91,7 +94,6 @@ __global__ void attention_plain_kernel(AttentionLaunch<T> a) {
         for (int r = 0; r < kRows; ++r) o[i][r] = fmaf(weights[r], v, o[i][r]);
       }
     }
-    __syncwarp();
   }
 
 #pragma unroll

@@ -22,7 +22,7 @@ inline Budget output_gate(const Matrix& x, const Matrix& gate) {
     // subnormal.
     const double rel = 4 * u * (e / (1 + e)) + 3 * u + 8 * 0x1p-53;
     out.rho[i] = x.values[i] == 0 ? 0
-                 : g < -88        ? std::fabs(r) + 0x1p-149
+                 : g < -87.3      ? std::fabs(r) + 0x1p-149
                                   : std::fabs(r) * rel + 0x1p-149;
   }
   return out;

@@ -62,15 +62,30 @@ struct AttentionRules {
     return std::int64_t{model.value_head_dim()};
   };
 
+  // What products q.k are multiplied with, in a model whose own scale is `scale`.
+  double (*scale)(double scale, const ModelShape& model) = [](double scale, const ModelShape&) {
+    return scale;
+  };
+  // 1: queries stand behind the keys that were there before them; 0: at the first ones.
+  int behind_context = 1;
   // A causal query sees this many keys beyond its own position.
   std::int64_t causal_ahead = 0;
-  // Keys in front of its own that a query sees in a window of `window`.
+  // Keys in front of and behind its own that a query sees in a window of `window`.
   std::int64_t (*window_left)(std::int64_t window, bool decode) = [](std::int64_t window, bool) {
     return window - 1;
   };
-  // Tiles of `tile` keys that `keys` consecutive keys can lie in, wherever they begin.
-  std::int64_t (*tiles_of)(std::int64_t keys, std::int64_t tile) =
-      [](std::int64_t keys, std::int64_t tile) { return (keys + tile - 1) / tile + 1; };
+  std::int64_t (*window_right)(std::int64_t window, bool causal) =
+      [](std::int64_t window, bool causal) { return causal ? 0 : window - 1; };
+  // A sequence's length is counted in this many keys.
+  std::int64_t (*length_unit)(std::int64_t page_size) = [](std::int64_t) {
+    return std::int64_t{1};
+  };
+  // Tiles of `tile` keys that `keys` consecutive keys can lie in: the first of them begins a tile,
+  // or, in a window, it may lie anywhere in one.
+  std::int64_t (*tiles_of)(std::int64_t keys, std::int64_t tile, bool in_window) =
+      [](std::int64_t keys, std::int64_t tile, bool in_window) {
+        return (keys + tile - 1) / tile + (in_window ? 1 : 0);
+      };
   // Tiles that each of `splits` takes of `tiles`.
   std::int64_t (*tiles_of_split)(std::int64_t tiles, std::int64_t splits) =
       [](std::int64_t tiles, std::int64_t splits) { return (tiles + splits - 1) / splits; };
@@ -78,6 +93,8 @@ struct AttentionRules {
   // are in use.
   std::int64_t (*table_stride)(std::int64_t allocated, std::int64_t used) =
       [](std::int64_t allocated, std::int64_t) { return allocated; };
+  // Pages at the end of a sequence for which the one before them is read.
+  int stale_pages = 0;
   // Bits that the product of a page and its stride keeps.
   int offset_bits = 64;
 
