@@ -110,7 +110,12 @@ Stage attention_of_block(const Case& c, const ShardingRules& rules, const Variat
   for (const char* key :
        {"num_seqs", "splits", "mask", "window", "scale", "softcap", "sinks", "alibi"})
     options[key] = c.options.at(key);
-  return renamed(attention_stage(as_case(c, "attention", options), rules, v, sources), "attention",
+  Case attention = as_case(c, "attention", options);
+  // Exact data of its own: softmax makes nothing exact of whole numbers.
+  const std::int64_t only = c.options.at("stage");
+  if (only > 0 && std::string(kStages[only - 1]) == "attention" && c.fill == Fill::exact)
+    attention.fill = Fill::one_hot;
+  return renamed(attention_stage(attention, rules, v, sources), "attention",
                  {.tensors = {{"q", "q_rope"}, {"k", "k_rope"}, {"out", "attn"}},
                   .buffers = {{"out", {"attn"}}}});
 }

@@ -200,6 +200,30 @@ const Planted kPlanted[] = {
      "attention num_heads=1 num_kv_heads=1 head_dim=16 tp_size=1 num_tokens=5 dtype=bf16 seed=3 "
      "fill=one_hot num_seqs=2 page_size=1",
      Outcome::WrongValue},
+    {"swa-window-inclusive:right",
+     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=2 dtype=bf16 seed=3 "
+     "fill=ties mask=full window=1",
+     Outcome::WrongValue},
+    {"own:mask-top-left",
+     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=1",
+     Outcome::WrongValue},
+    {"own:stale-page",
+     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=1 page_size=1",
+     Outcome::WrongValue},
+    {"own:stale-page",
+     "attention num_heads=1 num_kv_heads=1 head_dim=64 tp_size=1 num_tokens=1 dtype=f16 seed=3 "
+     "fill=tripwire context=20 page_size=16",
+     Outcome::WrongValue},
+    {"own:length-of-whole-pages",
+     "attention num_heads=1 num_kv_heads=1 head_dim=1 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties page_size=2 mask=full",
+     Outcome::WrongValue},
+    {"own:scale-of-value-heads",
+     "attention num_heads=1 num_kv_heads=1 head_dim=8 v_head_dim=2 tp_size=1 num_tokens=2 "
+     "dtype=f32 seed=3 fill=dense",
+     Outcome::WrongValue},
     {"own:value-stride",
      "attention num_heads=2 num_kv_heads=2 head_dim=1 tp_size=1 num_tokens=1 v_head_dim=2 "
      "dtype=bf16 seed=3 fill=ties",

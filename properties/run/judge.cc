@@ -260,8 +260,8 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
             places, got.owner(comparison.first->row, comparison.first->col), t, *comparison.first);
       }
       if (got.replica() && !result.finding) result.finding = wrong_replica(places, got, budgets[i]);
-      result.exact.push_back(std::all_of(budgets[i].rho.begin(), budgets[i].rho.end(),
-                                         [](double x) { return x == 0; }));
+      std::vector<bool>& exact = result.exact.emplace_back();
+      for (const double rho : budgets[i].rho) exact.push_back(rho == 0);
       XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
     }
     if (discriminate && telling(data.regime().fill) && stage.blind_to && !result.blind_to)

@@ -21,9 +21,9 @@ struct Gathered {
 };
 
 struct Judgement {
-  std::optional<Verdict> finding;  // outcome and detail only
-  std::vector<Gathered> outputs;   // of all stages
-  std::vector<bool> exact;         // of each output: rho was 0 everywhere
+  std::optional<Verdict> finding;        // outcome and detail only
+  std::vector<Gathered> outputs;         // of all stages
+  std::vector<std::vector<bool>> exact;  // of each output, of its elements: rho was 0
   std::uint64_t digest = 0;
   double score = 0;
   double reference_seconds = 0;

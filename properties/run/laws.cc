@@ -45,9 +45,8 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
     const auto same = std::find_if(original.outputs.begin(), original.outputs.end(),
                                    [&](const Gathered& g) { return g.tensor.name == t.name; });
     if (same == original.outputs.end()) continue;
-    if (!law.always_bitwise &&
-        !(original.exact[std::size_t(same - original.outputs.begin())] && varied.exact[o]))
-      continue;
+    const std::vector<bool>&here_exact = varied.exact[o],
+          &there_exact = original.exact[std::size_t(same - original.outputs.begin())];
     const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       for (std::int64_t j = 0; j < t.cols; ++j) {
@@ -55,6 +54,8 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
         if (law.twin) twin = law.twin(c, variation, t, i, j);
         if (!twin) continue;
         const std::int64_t at = twin->row * same->tensor.cols + twin->col, here = i * t.cols + j;
+        if (!law.always_bitwise && !(here_exact[std::size_t(here)] && there_exact[std::size_t(at)]))
+          continue;
         if (std::memcmp(same->bytes.data() + at * width,
                         varied.outputs[o].bytes.data() + here * width, std::size_t(width)) == 0)
           continue;

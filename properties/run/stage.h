@@ -166,8 +166,8 @@ struct Place {
 struct LawRun {
   Law law;
   std::function<std::pair<Case, Variation>(const Case&)> vary;
-  // Bit-equal outputs for all data; otherwise for exact data only, and within the varied case's own
-  // budget else.
+  // Bit-equal outputs for all data; otherwise where both are exact (rho is 0), and within the
+  // varied case's own budget else.
   bool always_bitwise = true;
   // The twin of an element of the varied run's output `tensor`; nothing: it has none. Empty: rows
   // rotated as the tokens were. Outputs that only one of the runs has are not compared.
