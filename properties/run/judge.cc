@@ -267,9 +267,9 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
     if (discriminate && telling(data.regime().fill) && stage.blind_to && !result.blind_to)
       result.blind_to = stage.blind_to(inputs, budgets);
   }
-  for (const Stage& stage : stages) {
-    for (const TensorSpec& t : stage.outputs)
-      result.outputs.push_back({t, assemblies.at(t.name).bytes()});
+  for (std::size_t i = 0; i < stages.size(); ++i) {
+    for (const TensorSpec& t : stages[i].outputs)
+      result.outputs.push_back({t, i, assemblies.at(t.name).bytes()});
   }
   result.digest = XXH3_64bits_digest(hash);
   XXH3_freeState(hash);

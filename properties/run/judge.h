@@ -17,6 +17,7 @@ namespace tp {
 // A global output as the ranks produced it.
 struct Gathered {
   TensorSpec tensor;
+  std::size_t stage = 0;  // which of them made it
   std::vector<std::byte> bytes;
 };
 

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 namespace tp {
@@ -40,13 +41,17 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
                                       const Judgement& original, const Judgement& varied) {
   // A varied run that is wrong by itself breaks the law in the plainest way.
   if (varied.finding) return fmt::format("law {}: {}", law.law.name, varied.finding->detail);
+  // Where a stage's outputs differ within their budgets, the next stages have other inputs.
+  std::size_t comparable_stages = SIZE_MAX;
   for (std::size_t o = 0; o < varied.outputs.size(); ++o) {
-    const TensorSpec& t = varied.outputs[o].tensor;
+    const Gathered& mine = varied.outputs[o];
+    const TensorSpec& t = mine.tensor;
     const auto same = std::find_if(original.outputs.begin(), original.outputs.end(),
                                    [&](const Gathered& g) { return g.tensor.name == t.name; });
-    if (same == original.outputs.end()) continue;
-    const std::vector<bool>&here_exact = varied.exact[o],
-          &there_exact = original.exact[std::size_t(same - original.outputs.begin())];
+    if (same == original.outputs.end() || mine.stage > comparable_stages) continue;
+    const std::vector<bool>& exact = varied.exact[o];
+    const std::vector<bool>& exact_there =
+        original.exact[std::size_t(same - original.outputs.begin())];
     const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       for (std::int64_t j = 0; j < t.cols; ++j) {
@@ -54,14 +59,16 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
         if (law.twin) twin = law.twin(c, variation, t, i, j);
         if (!twin) continue;
         const std::int64_t at = twin->row * same->tensor.cols + twin->col, here = i * t.cols + j;
-        if (!law.always_bitwise && !(here_exact[std::size_t(here)] && there_exact[std::size_t(at)]))
+        if (std::memcmp(same->bytes.data() + at * width, mine.bytes.data() + here * width,
+                        std::size_t(width)) == 0)
           continue;
-        if (std::memcmp(same->bytes.data() + at * width,
-                        varied.outputs[o].bytes.data() + here * width, std::size_t(width)) == 0)
+        if (!law.always_bitwise && !(exact[std::size_t(here)] && exact_there[std::size_t(at)])) {
+          comparable_stages = std::min(comparable_stages, mine.stage);
           continue;
+        }
         return fmt::format("law {}: {}[{}, {}] is {:.9g} in the varied run, {:.9g} in the original",
                            law.law.name, t.name, twin->row, twin->col,
-                           load(t.dtype, varied.outputs[o].bytes.data(), here),
+                           load(t.dtype, mine.bytes.data(), here),
                            load(t.dtype, same->bytes.data(), at));
       }
     }
