@@ -59,6 +59,7 @@ std::vector<Key> attention_batch_keys() {
        .min = 0,
        .max = 1 << 20,
        .draw_max = 200,
+       .large_max = 800,
        .is_size = true},
       {.name = "missing",
        .help =
@@ -101,6 +102,7 @@ std::vector<Key> attention_model_keys() {
        .min = 0,
        .max = 1 << 20,
        .draw_max = 40,
+       .large_max = 800,
        .of_model = true},
       {.name = "scale",
        .help = "what q.k is multiplied by",

@@ -2,11 +2,19 @@
 // What the properties of linear layers have in common: their keys and their data.
 
 #include <algorithm>
+#include <cmath>
 
 #include "harness/base/philox.h"
 #include "properties/run/stage.h"
 
 namespace tp::linear {
+
+// Enough tokens for all of matmul's tilings.
+inline Key tokens_key() {
+  Key key = shared_key("num_tokens");
+  key.draw_max = 160;
+  return key;
+}
 
 // A shared key that is a width: where a drawn case would be too much work it gives way, so that a
 // real model keeps its heads and its tp_size, which is where the bugs are, and gets narrower.
@@ -25,7 +33,11 @@ inline Key bias_key() {
 }
 
 inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
+  return {.name = "pad",
+          .help = "elements between the rows of " + of_what,
+          .min = 0,
+          .max = 64,
+          .grain = 8};
 }
 
 inline bool has_bias(const Case& c) { return c.options.at("bias") == 1; }
@@ -36,15 +48,24 @@ inline DataRegime regime(const Case& c, const Variation& v) {
   return {c.fill, c.seed, 1e-6, v.scale_log2 + small, v.rotate_rows};
 }
 
+// A matrix product of more tokens than these is made in tiles of so many rows and columns.
+constexpr std::int64_t kFewTokens = 64, kLargeTile = 128;
+// Products that an element of a weight counts for: it is drawn twice, copied and converted.
+constexpr double kProductsOfWeight = 16;
+
 // Multiply-adds of products of `cols` columns of output on all ranks together, `depth` deep each,
-// as far as they take time, in those of the reference: tensor cores take 16 rows and 16 of the
-// depth as one; the emulator takes about twice as long as the reference; and each element of a
-// weight is drawn twice, copied and converted, for which it counts as some more.
+// as far as they take time: those of the reference, and those of the kernel, which takes 16 of the
+// rows and of the depth as one, and large tiles whole where there are many tokens.
 inline double work(const Case& c, double cols, std::int64_t depth) {
-  const auto padded = [&](std::int64_t n) {
-    return c.dtype == DType::f32 ? n : (n + 15) / 16 * 16;
-  };
-  return 2 * cols * (double(padded(depth)) * double(padded(c.num_tokens)) + 8 * double(depth));
+  const bool matrix = c.dtype != DType::f32;
+  const auto padded = [](double n, double to) { return std::ceil(n / to) * to; };
+  const double step = matrix ? 16 : 1, deep = padded(double(depth), step);
+  const double reference = cols * deep * padded(c.num_tokens, step);
+  const double kernel = matrix && c.num_tokens > kFewTokens
+                            ? c.tp_size * padded(cols / c.tp_size, kLargeTile) *
+                                  padded(c.num_tokens, kLargeTile) * deep
+                            : reference;
+  return reference + kernel + kProductsOfWeight * cols * double(depth);
 }
 
 // The cost of `products` multiply-adds and of reading and writing `elements` elements.

@@ -20,7 +20,11 @@ inline Key eps_key() {
 }
 
 inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
+  return {.name = "pad",
+          .help = "elements between the rows of " + of_what,
+          .min = 0,
+          .max = 64,
+          .grain = 8};
 }
 
 // As the kernel gets it, in fp32; scaled with the data where a law scales them.

@@ -252,7 +252,7 @@ Operator make_qkv_linear() {
       .what = "fused q, k, v projection, column-parallel, cut by head",
       .keys = {linear::width_key("hidden_size"), shared_key("num_heads"),
                shared_key("num_kv_heads"), linear::width_key("head_dim"),
-               linear::width_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
+               linear::width_key("v_head_dim"), shared_key("tp_size"), linear::tokens_key(),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), linear::bias_key(),
                linear::pad_key("x and of the fused row")},
       .laws = {tp1, law_tokens()},

@@ -6,6 +6,7 @@
 
 #include <cmath>
 
+#include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
@@ -163,6 +164,12 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   return {stage};
 }
 
+// The layer that a model has behind its attention.
+void adopt(Case& c, const Model& model) {
+  c.options.at("in_per_rank") =
+      std::int64_t{model.shape.num_heads} * model.shape.value_head_dim() / c.tp_size;
+}
+
 // One rank with all the columns.
 LawRun law_one_rank() {
   LawRun law = law_tp1();
@@ -193,9 +200,11 @@ Operator make_row_linear() {
                 .fallback = 8,
                 .always = true,
                 .draw_max = 1024,
+                .grain = 8,
+                .of_model = true,
                 .is_size = true},
                shared_key("tp_size"),
-               shared_key("num_tokens"),
+               linear::tokens_key(),
                shared_key("dtype"),
                shared_key("fill"),
                shared_key("seed"),
@@ -223,6 +232,7 @@ Operator make_row_linear() {
           [](const Case& c) {
             return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c));
           },
+      .adopt = adopt,
       .regime = linear::regime,
       .stages = stages,
   });

@@ -52,6 +52,8 @@ struct Key {
   Shrink shrink = Shrink::to_min;
   std::vector<int> weights = {};  // how often each word is drawn; empty: equally often
   std::int64_t draw_max = 0;      // numbers are drawn log-uniformly up to this; 0: up to max
+  std::int64_t large_max = 0;     // in a large case: uniformly from draw_max up to this; 0: as ever
+  std::int64_t grain = 1;         // half of the drawn numbers are multiples of this
   bool of_model = false;          // an option that a model's config decides (Operator::adopt)
   bool is_size = false;           // halved where a drawn case would be too much work
   // A field of Case shared by operators; without these two the key lives in Case::options.

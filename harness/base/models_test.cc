@@ -68,6 +68,8 @@ TEST(Models, WhatTheUnusualOnesSay) {
   const Model deepseek = find_model("DeepSeek-V3");
   EXPECT_EQ(deepseek.shape, (ModelShape{7168, 128, 128, 192, 128, false}));
   EXPECT_TRUE(deepseek.mla);
+  for (const char* gemma : {"gemma-3-1b-it", "gemma-3-27b-it"})
+    EXPECT_TRUE(find_model(gemma).qk_norm_one_plus) << gemma;
 }
 
 TEST(Models, FoundByName) {

@@ -68,7 +68,8 @@ struct Operator {
   // Multiply-adds of the reference, so that what is drawn takes milliseconds; empty: the elements
   // of the widest tensor say enough.
   std::function<double(const Case&)> work = {};
-  // Takes the keys that a model's config decides, beyond the shape; empty: there are none.
+  // Takes the keys that a model's config decides, beyond the shape, at the case's tp_size; empty:
+  // there are none.
   std::function<void(Case&, const Model&)> adopt = {};
   // Runs a legal case on all processes of the world and returns the same verdict on each of them.
   std::function<Verdict(World&, const Case&, const RunOptions&)> run;

@@ -103,6 +103,11 @@ void expect_exact_everywhere() {
     expect_exact<T, Out>(s, 0, 8, true);  // aligned rows wherever k allows it
     expect_exact<T, Out>(s, 1, 3, true);
   }
+  // Rows that come by 16-byte copies, in more tiles than are on their way at a time.
+  for (const Size s : {Size{16, 40, 320}, Size{33, 40, 576}, Size{130, 136, 320}}) {
+    expect_exact<T, Out>(s, 0, 0, false);
+    expect_exact<T, Out>(s, 0, 8, true);
+  }
 }
 
 TEST(Matmul, IsExactForExactDataAtEverySize) {

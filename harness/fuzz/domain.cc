@@ -132,8 +132,8 @@ EachPair each_pair(const Domain& domain) {
       ++each.legal;
       for (const Operator* op : domain.ops) {
         Case c = op->blank();
-        set_model(c, model);
         c.tp_size = tp;
+        set_model(c, model);
         each.cases.push_back(c);
       }
     }

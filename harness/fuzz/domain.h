@@ -46,7 +46,8 @@ struct Domain {
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
                    const std::vector<std::string>& models, const std::string& mutant);
 
-// The operator's keys that a model decides, set from it; the others stay as they are.
+// The operator's keys that a model decides at the case's tp_size, set from it; the others stay as
+// they are.
 void set_model(Case& c, const Model& model);
 
 // One case for each model, tp_size at which the heads can be cut evenly, and operator (which varies

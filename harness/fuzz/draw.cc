@@ -15,11 +15,20 @@ namespace tp {
 namespace {
 
 constexpr int kMaxHeads = 128;
+// Where room is needed for sizes: of half of the shapes that are no model's, and of large cases.
+constexpr int kFewHeads = 8;
+// Of heads whose width is none of the operator's sizes, in large cases.
+constexpr std::int64_t kNarrowHead = 32;
 // Of the widest tensor on all ranks together; tokens give way. A night of many small cases finds
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
-constexpr std::int64_t kMaxElements = 1 << 19;
-// Of Operator::work: some milliseconds of the reference.
+constexpr std::int64_t kMaxElements = 1 << 18;
+// Of Operator::work: some milliseconds of the reference. Most cases get between an eighth of this
+// and all of it, log-uniformly, which pays for the few large ones.
 constexpr double kMaxWork = 1 << 20;
+constexpr double kLeastShare = 1.0 / 8;
+// Large cases get 10 to 20 times as much: long contexts, many tiles, many tokens.
+constexpr double kLargeCases = 0.035;
+constexpr double kLargeShare = 10, kMaxLargeShare = 20;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -36,6 +45,7 @@ struct Dice {
     const std::int64_t n = max - min + 1;
     return min + std::min(std::int64_t(std::exp(unit() * std::log(double(n) + 1))), n) - 1;
   }
+  double log_between(double min, double max) { return min * std::pow(max / min, unit()); }
   std::size_t weighted(std::span<const double> weights) {
     double at = unit() * std::accumulate(weights.begin(), weights.end(), 0.0);
     std::size_t last = 0;
@@ -58,7 +68,26 @@ struct Dice {
   }
 };
 
-// Which tp sizes of the domain a relation can be had at: of any model shape, and of the models'.
+bool is_model_key(const Key& key) {
+  static const Case none;
+  Case touched;
+  if (!key.set_field) return key.of_model;
+  key.set(touched, key.max);
+  return touched.model != none.model;
+}
+
+// Whether the operator's keys take this model's shape.
+bool fits(const Operator& op, const Model& model, int tp_size) {
+  Case c = op.blank();
+  c.tp_size = tp_size;
+  set_model(c, model);
+  return std::all_of(op.keys.begin(), op.keys.end(), [&](const Key& key) {
+    return !is_model_key(key) || (key.min <= key.get(c) && key.get(c) <= key.max);
+  });
+}
+
+// Which tp sizes of the domain a relation can be had at: of any model shape, and of the models that
+// the operator takes.
 struct Choices {
   struct OfModel {
     const Model* model;
@@ -67,7 +96,7 @@ struct Choices {
   std::vector<int> random[4];
   std::vector<OfModel> models[4];
 
-  explicit Choices(const Domain& domain) {
+  Choices(const Domain& domain, const Operator& op) {
     for (const int tp : domain.tp_sizes) {
       if (tp == 1) random[int(Relation::single)].push_back(tp);
       if (tp == 1) continue;
@@ -77,7 +106,7 @@ struct Choices {
     for (const Model& model : domain.models) {
       std::vector<int> of[4];
       for (const int tp : domain.tp_sizes) {
-        if (partitionable(model.shape, tp)) continue;
+        if (partitionable(model.shape, tp) || !fits(op, model, tp)) continue;
         of[int(relation_of({model.shape.num_heads, model.shape.num_kv_heads, tp}))].push_back(tp);
       }
       for (int r = 0; r < 4; ++r) {
@@ -96,7 +125,7 @@ Relation draw_relation(Dice& dice, const List (&possible)[4]) {
 
 // Heads are drawn as multiples of what they must be multiples of: if tp_size and num_kv_heads
 // divide one another, the larger one.
-HeadTriple draw_heads(Dice& dice, Relation relation, int tp) {
+HeadTriple draw_heads(Dice& dice, Relation relation, int tp, int max_heads) {
   int kv = tp;
   if (relation == Relation::below) {
     std::vector<int> divisors;
@@ -105,12 +134,12 @@ HeadTriple draw_heads(Dice& dice, Relation relation, int tp) {
     }
     kv = dice.one_of(divisors);
   } else if (relation == Relation::above) {
-    kv = tp * int(1 + dice.log_uniform(1, std::max(1, kMaxHeads / tp - 1)));
+    kv = tp * int(1 + dice.log_uniform(1, std::max(1, max_heads / tp - 1)));
   } else if (relation == Relation::single) {
-    kv = int(dice.log_uniform(1, kMaxHeads));
+    kv = int(dice.log_uniform(1, max_heads));
   }
   const int unit = std::max(kv, tp);
-  return {unit * int(dice.log_uniform(1, std::max(1, kMaxHeads / unit))), kv, tp};
+  return {unit * int(dice.log_uniform(1, std::max(1, max_heads / unit))), kv, tp};
 }
 
 std::int64_t draw_head_dim(Dice& dice, const Key& key) {
@@ -124,8 +153,11 @@ bool is_idle_law(const std::string& law, const Case& c) {
   return (law == "tokens" && c.num_tokens == 1) || (law == "tp1" && c.tp_size == 1);
 }
 
+// Where a drawn case would be too much work, these give way.
+bool is_size(const Key& key) { return key.is_size || key.name == "num_tokens"; }
+
 // `c`: with the keys before this one.
-std::int64_t draw_value(Dice& dice, const Key& key, const Case& c) {
+std::int64_t draw_value(Dice& dice, const Key& key, const Case& c, bool large) {
   if (!key.words.empty()) {
     std::vector<double> weights(key.weights.begin(), key.weights.end());
     weights.resize(key.words.size(), key.weights.empty() ? 1 : 0);
@@ -137,6 +169,11 @@ std::int64_t draw_value(Dice& dice, const Key& key, const Case& c) {
   const std::int64_t max = key.draw_max > 0 ? key.draw_max : key.max;
   // Small seeds are no simpler than large ones.
   if (key.name == "seed") return key.min + dice.below(max - key.min + 1);
+  if (large && key.large_max > 0) return max + 1 + dice.below(key.large_max - max);
+  if (large && is_size(key)) return key.min + dice.below(max - key.min + 1);
+  if (key.grain > 1 && dice.unit() < 0.5) {
+    return key.grain * dice.log_uniform((key.min + key.grain - 1) / key.grain, max / key.grain);
+  }
   return dice.log_uniform(key.min, max);
 }
 
@@ -147,92 +184,106 @@ std::int64_t elements_of_token(const Operator& op, const Case& c) {
   return std::max<std::int64_t>(c.model.hidden_size, 1) * c.tp_size;
 }
 
-bool is_model_key(const Key& key) {
-  static const Case none;
-  Case touched;
-  if (!key.set_field) return key.of_model;
-  key.set(touched, key.max);
-  return touched.model != none.model;
+bool has_wide_shape(const Operator& op) {
+  return std::any_of(op.keys.begin(), op.keys.end(),
+                     [](const Key& key) { return key.is_size && is_model_key(key); });
 }
 
-// Whether the operator's keys take this model's shape.
-bool fits(const Operator& op, const Model& model) {
-  Case c = op.blank();
-  set_model(c, model);
-  return std::all_of(op.keys.begin(), op.keys.end(), [&](const Key& key) {
-    return !is_model_key(key) || (key.min <= key.get(c) && key.get(c) <= key.max);
-  });
+// Heads of a shape that is no model's: few where wide layers or long contexts need the room.
+void draw_triple(Dice& dice, const Choices& choices, const Operator& op, Case& c, bool large) {
+  const bool few = large || (has_wide_shape(op) && dice.unit() < 0.5);
+  const Relation relation = draw_relation(dice, choices.random);
+  const int tp_size = dice.size_from(choices.random[int(relation)]);
+  set_heads(c, draw_heads(dice, relation, tp_size, few ? kFewHeads : kMaxHeads));
 }
 
 void draw_shape(Dice& dice, const Domain& domain, const Choices& choices, const Operator& op,
-                Case& c) {
-  const bool heads = has_heads(op);
-  if (domain.models_only || dice.unit() < 0.5) {
+                Case& c, bool large) {
+  if (domain.models_only || (!large && dice.unit() < 0.5)) {
     const Relation relation = draw_relation(dice, choices.models);
-    std::vector<Choices::OfModel> fitting = choices.models[int(relation)];
-    std::erase_if(fitting, [&](const auto& of) { return !fits(op, *of.model); });
-    if (!fitting.empty()) {
+    if (const auto& fitting = choices.models[int(relation)]; !fitting.empty()) {
       const Choices::OfModel& choice = dice.one_of(fitting);
-      set_model(c, *choice.model);
       if (op.key("tp_size")) c.tp_size = dice.size_from(choice.tp_sizes);
+      set_model(c, *choice.model);
       return;
     }
   }
-  if (heads) {
-    const Relation relation = draw_relation(dice, choices.random);
-    set_heads(c, draw_heads(dice, relation, dice.size_from(choices.random[int(relation)])));
+  if (has_heads(op)) {
+    draw_triple(dice, choices, op, c, large);
   } else if (op.key("tp_size")) {
     c.tp_size = dice.size_from(domain.tp_sizes);
   }
   for (const Key& key : op.keys) {
     if (!is_model_key(key)) continue;
-    if (key.name == "head_dim") {
-      key.set(c, draw_head_dim(dice, key));
+    if (key.name == "head_dim" || key.name == "v_head_dim") {
+      Key limited = key;
+      if (large && !key.is_size) limited.max = std::min(key.max, kNarrowHead);
+      const bool as_head_dim = key.name == "v_head_dim" && dice.unit() < 0.8;
+      key.set(c, as_head_dim ? 0 : draw_head_dim(dice, limited));
     } else if (key.name == "hidden_size") {
       key.set(c, dice.unit() < 0.5 ? 64 * dice.log_uniform(1, 128) : dice.log_uniform(1, 8192));
-    } else if (key.name == "v_head_dim") {
-      key.set(c, dice.unit() < 0.8 ? 0 : draw_head_dim(dice, key));
     } else if (key.of_model) {
-      key.set(c, draw_value(dice, key, c));
+      key.set(c, draw_value(dice, key, c, large));
     }
   }
 }
 
-// Halves the largest of the sizes until the case is light enough, or nothing is left to halve.
-void make_lighter(const Operator& op, Case& c) {
-  while (op.work && op.work(c) > kMaxWork) {
-    const Key* largest = nullptr;
-    for (const Key& key : op.keys) {
-      if (!key.is_size && key.name != "num_tokens") continue;
-      if (key.get(c) > key.min && (!largest || key.get(c) > largest->get(c))) largest = &key;
-    }
-    if (largest == nullptr) return;
-    largest->set(c, std::max(largest->min, largest->get(c) / 2));
-  }
+// The largest number up to `most` that is a multiple of 8 if `most` is: rows that are aligned stay
+// so.
+std::int64_t as_aligned(std::int64_t number, std::int64_t most) {
+  return most % 8 == 0 && number >= 8 ? number / 8 * 8 : number;
 }
 
-Case draw_rest(Dice& dice, Case c) {
-  const Operator& op = find_operator(c.op);
+// The largest value up to `most`, but no less than it is, that keeps the work within `budget`.
+void grow(const Operator& op, Case& c, const Key& key, std::int64_t most, double budget) {
+  std::int64_t least = key.get(c), too_much = most + 1;
+  while (too_much - least > 1) {
+    const std::int64_t middle = least + (too_much - least) / 2;
+    key.set(c, as_aligned(middle, most));
+    (op.work(c) <= budget ? least : too_much) = middle;
+  }
+  key.set(c, as_aligned(least, most));
+}
+
+// Cuts `sizes` down until the case is no more work than `budget`, if it can be: all but the first
+// start small and take what room the ones before them left, so that who comes first is a large one.
+void share_out(Dice& dice, const Operator& op, Case& c, const std::vector<const Key*>& sizes,
+               double budget) {
+  if (op.work(c) <= budget) return;
+  const std::int64_t start = 16 >> dice.below(4);
+  std::vector<std::int64_t> drawn;
+  for (const Key* key : sizes) drawn.push_back(key->get(c));
+  for (std::int64_t small = start; small > 0; small /= 2) {
+    for (std::size_t i = 0; i < sizes.size(); ++i)
+      sizes[i]->set(c, std::min(drawn[i], std::max(small, sizes[i]->min)));
+    if (op.work(c) <= budget) break;
+  }
+  const double room = std::max(budget, op.work(c));
+  for (std::size_t i = 0; i < sizes.size(); ++i) grow(op, c, *sizes[i], drawn[i], room);
+}
+
+// The keys that are not of the shape.
+void draw_others(Dice& dice, const Operator& op, Case& c, bool large) {
   for (const Key& key : op.keys) {
     if (is_model_key(key) || key.name == "tp_size") continue;
     Key limited = key;
-    if (key.name == "num_tokens") {
+    if (key.name == "num_tokens" && !op.work) {
       limited.draw_max =
           std::clamp<std::int64_t>(kMaxElements / elements_of_token(op, c), 1, key.draw_max);
     }
-    key.set(c, draw_value(dice, limited, c));
+    key.set(c, draw_value(dice, limited, c, large));
   }
-  make_lighter(op, c);
-  // An option that this shape does not allow (a law about heads where there is one) gives way to
-  // its default: the shape was drawn with care, and stays.
-  // One alone, if that is enough.
-  if (op.refuse(c)) {
-    for (const Key& key : op.keys) {
-      if (key.get_field) continue;
-      Case other = c;
-      key.set(other, key.fallback);
-      if (!op.refuse(other)) return other;
-    }
+}
+
+// An option that this shape does not allow (a law about heads where there is one) gives way to its
+// default: the shape was drawn with care, and stays. One option alone, if that is enough.
+Case with_legal_options(const Operator& op, Case c) {
+  if (!op.refuse(c)) return c;
+  for (const Key& key : op.keys) {
+    if (key.get_field) continue;
+    Case other = c;
+    key.set(other, key.fallback);
+    if (!op.refuse(other)) return other;
   }
   for (const Key& key : op.keys) {
     if (!op.refuse(c)) break;
@@ -241,26 +292,66 @@ Case draw_rest(Dice& dice, Case c) {
   return c;
 }
 
-Case draw_case(Dice& dice, const Domain& domain, const Choices& choices) {
-  const Operator& op = *dice.one_of(domain.ops);
+// The sizes that may give way, in the order in which they get room: any; in a large case those that
+// make it one come first.
+std::vector<const Key*> sizes_in_order(Dice& dice, const Operator& op, bool of_shape, bool large) {
+  std::vector<const Key*> sizes;
+  for (const Key& key : op.keys) {
+    if (is_size(key) && (of_shape || !is_model_key(key))) sizes.push_back(&key);
+  }
+  for (std::size_t i = sizes.size(); i > 1; --i)
+    std::swap(sizes[i - 1], sizes[std::size_t(dice.below(std::int64_t(i)))]);
+  if (large) {
+    std::stable_partition(sizes.begin(), sizes.end(),
+                          [](const Key* key) { return key->large_max > 0; });
+  }
+  return sizes;
+}
+
+Case draw_case(Dice& dice, const Domain& domain, const std::vector<Choices>& choices) {
+  const auto which = std::size_t(dice.below(std::int64_t(domain.ops.size())));
+  const Operator& op = *domain.ops[which];
+  const bool large = op.work && dice.unit() < kLargeCases;
   Case c = op.blank();
-  draw_shape(dice, domain, choices, op, c);
-  return draw_rest(dice, c);
+  draw_shape(dice, domain, choices[which], op, c, large);
+  draw_others(dice, op, c, large);
+  if (op.work) {
+    const double share =
+        large ? dice.log_between(kLargeShare, kMaxLargeShare) : dice.log_between(kLeastShare, 1);
+    share_out(dice, op, c, sizes_in_order(dice, op, true, large), share * kMaxWork);
+  }
+  return with_legal_options(op, c);
+}
+
+// As draw_case, of a shape that stays as it is: the least work that this is, twice over, may be
+// more than others get.
+Case draw_rest(Dice& dice, Case c) {
+  const Operator& op = find_operator(c.op);
+  draw_others(dice, op, c, false);
+  if (op.work) {
+    const auto sizes = sizes_in_order(dice, op, false, false);
+    Case least = c;
+    for (const Key* key : sizes) key->set(least, key->min);
+    share_out(dice, op, c, sizes, std::max(kMaxWork, 2 * op.work(least)));
+  }
+  return with_legal_options(op, c);
 }
 
 }  // namespace
 
 struct Draw::State {
   Domain domain;
-  Choices choices;
+  std::vector<Choices> choices;  // of each operator
   rc::Random random;
   rc::Gen<Case> gen;
 
   State(const Domain& d, std::uint64_t seed)
-      : domain(d), choices(domain), random(seed), gen([this](const rc::Random& r, int) {
+      : domain(d), random(seed), gen([this](const rc::Random& r, int) {
           Dice dice{r};
           return rc::shrinkable::just(draw_case(dice, domain, choices));
-        }) {}
+        }) {
+    for (const Operator* op : domain.ops) choices.emplace_back(domain, *op);
+  }
 };
 
 Draw::Draw(const Domain& domain, std::uint64_t seed) : state_(new State(domain, seed)) {

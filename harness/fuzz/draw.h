@@ -17,7 +17,8 @@ class Draw {
   Draw(const Domain& domain, std::uint64_t seed);
   ~Draw();
   Case next();
-  // The case with every key drawn that is not its shape: tokens, type, data, options.
+  // The case with every key drawn that is not its shape: tokens, type, data, options. Those give
+  // way where it would be much work; the shape does not.
   Case rest(const Case& shape);
 
  private:

@@ -1,4 +1,5 @@
-// The generator: only legal cases, the mix that was promised, the same cases for the same seed.
+// The generator: only legal cases, the mix that was promised, the same cases for the same seed; and
+// how long what is drawn may take.
 
 #include "harness/fuzz/draw.h"
 
@@ -9,6 +10,7 @@
 #include <set>
 
 #include "harness/fuzz/canary_testing.h"
+#include "harness/fuzz/deadlines.h"
 
 namespace tp {
 namespace {
@@ -30,6 +32,52 @@ Operator headless() {
   return op;
 }
 
+// An operator that says how much work it is: a projection of every head, and keys in front.
+Operator layer() {
+  Operator op;
+  op.name = "layer";
+  for (const char* key : {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "tp_size",
+                          "num_tokens", "dtype", "fill", "seed"}) {
+    op.keys.push_back(shared_key(key));
+    Key& last = op.keys.back();
+    last.is_size = last.name == "hidden_size" || last.name == "head_dim";
+    if (last.name == "num_tokens") last.draw_max = 160;
+  }
+  op.keys.push_back({.name = "width", .help = "", .min = 1, .max = 1 << 20, .of_model = true});
+  op.keys.push_back({.name = "pad", .help = "", .min = 0, .max = 64, .grain = 8});
+  op.refuse = [](const Case& c) { return partitionable(c.model, c.tp_size); };
+  op.work = [](const Case& c) {
+    const std::int64_t rows = (c.num_tokens + 15) / 16 * 16;
+    return double(c.model.num_heads) * c.model.head_dim * c.model.hidden_size * double(rows + 8);
+  };
+  op.adopt = [](Case& c, const Model& model) {
+    c.options.at("width") = model.shape.num_heads * model.shape.head_dim / c.tp_size;
+  };
+  return op;
+}
+
+// One that is long in large cases.
+Operator cache() {
+  Operator op = layer();
+  op.name = "cache";
+  op.adopt = {};
+  for (Key& key : op.keys) {
+    if (key.name == "head_dim") key.is_size = false;
+  }
+  op.keys.push_back({.name = "context",
+                     .help = "",
+                     .min = 0,
+                     .max = 1 << 20,
+                     .draw_max = 200,
+                     .large_max = 800,
+                     .is_size = true});
+  op.work = [](const Case& c) {
+    return double(c.model.num_heads) * c.model.head_dim *
+           double(c.num_tokens + c.options.at("context")) * double(c.num_tokens);
+  };
+  return op;
+}
+
 class DrawTest : public testing::Test {
  protected:
   static void SetUpTestSuite() {
@@ -37,7 +85,7 @@ class DrawTest : public testing::Test {
     for (const Operator& op : operators()) {
       if (op.name == "headless") return;
     }
-    add_operator(headless());
+    for (const auto make : {headless, layer, cache}) add_operator(make());
   }
   static Domain canary() { return make_domain({"canary"}, up_to(16), {}, ""); }
 };
@@ -50,7 +98,7 @@ TEST_F(DrawTest, EveryCaseIsLegalAndItsLineComesBack) {
       ASSERT_FALSE(find_operator(c.op).refuse(c)) << to_line(c);
       ASSERT_LE(c.tp_size, 16);
       ASSERT_TRUE(c.op != "canary" || is_legal(heads_of(c))) << to_line(c);
-      ASSERT_LE(std::int64_t{c.num_tokens} * c.model.num_heads * c.model.head_dim, 1 << 19)
+      ASSERT_LE(std::int64_t{c.num_tokens} * c.model.num_heads * c.model.head_dim, 1 << 18)
           << to_line(c);
       ASSERT_EQ(case_from_line(to_line(c)), c);
     }
@@ -147,6 +195,88 @@ TEST_F(DrawTest, RestKeepsTheShape) {
     tokens.insert(c.num_tokens);
   }
   EXPECT_GT(tokens.size(), 5u);
+}
+
+// Whatever the shape costs: what gives way is what is not the model's.
+TEST_F(DrawTest, RestKeepsAShapeThatIsMuchWork) {
+  Draw draw(make_domain({"layer"}, up_to(16), {"MiniMaxAI/MiniMax-M2.5"}, ""), 1);
+  for (const Case& shape : each_pair(make_domain({"layer"}, {1, 16}, {"MiniMax-M2.5"}, "")).cases) {
+    std::set<int> tokens;
+    for (int i = 0; i < 100; ++i) {
+      const Case c = draw.rest(shape);
+      EXPECT_EQ(c.model, shape.model);
+      EXPECT_EQ(c.model.hidden_size, 3072);
+      EXPECT_EQ(c.options.at("width"), 48 * 128 / c.tp_size);
+      EXPECT_LE(c.num_tokens, 32) << to_line(c);
+      tokens.insert(c.num_tokens);
+    }
+    EXPECT_GT(tokens.size(), 5u);
+  }
+}
+
+// Each size is a large one in its turn, and what costs much is rare enough for the mean to stay.
+TEST_F(DrawTest, NoSizeStarves) {
+  constexpr int kCases = 4000;
+  Draw draw(make_domain({"layer"}, up_to(16), {}, ""), 3);
+  const auto aligned = [](std::int64_t n) { return n % 8 == 0; };
+  int deep = 0, deeper = 0, wide = 0, many = 0, full_rows = 0, deep_and_full = 0, deep_and_more = 0;
+  double work = 0;
+  for (int i = 0; i < kCases; ++i) {
+    const Case c = draw.next();
+    const std::int64_t hidden = c.model.hidden_size;
+    const bool full = aligned(hidden) && aligned(hidden + c.options.at("pad"));
+    const double of_case = find_operator("layer").work(c);
+    ASSERT_LE(of_case, 30 << 20) << to_line(c);
+    work += of_case;
+    deep += hidden > 64;
+    deeper += hidden > 256;
+    wide += c.model.head_dim >= 64;
+    many += c.num_tokens > 64;
+    full_rows += full;
+    deep_and_full += full && hidden > 256;
+    deep_and_more += hidden > 64 && c.num_tokens > 16;
+  }
+  EXPECT_LE(work / kCases, 1 << 20);
+  EXPECT_GE(deep, kCases / 5);
+  EXPECT_GE(deeper, kCases / 10);
+  EXPECT_GE(wide, kCases / 10);
+  EXPECT_GE(many, kCases * 3 / 100);
+  EXPECT_GE(full_rows, kCases / 4);
+  EXPECT_GE(deep_and_full, kCases * 3 / 100);
+  EXPECT_GE(deep_and_more, kCases * 3 / 100);
+}
+
+TEST_F(DrawTest, AFewContextsAreLong) {
+  constexpr int kCases = 4000;
+  Draw draw(make_domain({"cache"}, up_to(16), {}, ""), 3);
+  int is_long = 0;
+  for (int i = 0; i < kCases; ++i) {
+    const Case c = draw.next();
+    if (c.options.at("context") <= 256) continue;
+    ++is_long;
+    EXPECT_LE(c.model.head_dim, 32) << to_line(c);
+    EXPECT_LE(c.options.at("context"), 800) << to_line(c);
+  }
+  EXPECT_NEAR(double(is_long) / kCases, 0.035, 0.01);
+}
+
+TEST_F(DrawTest, ADeadlineGrowsWithTheWork) {
+  using std::chrono::milliseconds;
+  Case light = find_operator("layer").blank(), heavy = light;
+  heavy.model = {.hidden_size = 4096, .num_heads = 64, .num_kv_heads = 8, .head_dim = 128};
+  heavy.num_tokens = 8;
+  constexpr double kOfWork = 80500;  // 64 * 128 * 4096 * 24 multiply-adds, in ms
+  Deadlines deadlines(0);
+  EXPECT_NEAR(double(deadlines.of(light).count()), 30000, 10);
+  EXPECT_NEAR(double(deadlines.of(heavy).count()), 30000 + kOfWork, 100);
+  deadlines.passed(heavy, 40);  // no slower than its work is
+  EXPECT_NEAR(double(deadlines.of(light).count()), 2000, 10);
+  EXPECT_NEAR(double(deadlines.of(heavy).count()), 2000 + kOfWork, 100);
+  deadlines.passed(light, 1);
+  EXPECT_NEAR(double(deadlines.of(light).count()), 20000, 150);
+  deadlines.passed(find_operator("headless").blank(), 3);
+  EXPECT_EQ(deadlines.of(find_operator("headless").blank()), milliseconds(60000));
+  EXPECT_EQ(Deadlines(1.5).of(heavy), milliseconds(1500));
 }
 
 }  // namespace

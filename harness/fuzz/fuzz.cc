@@ -97,7 +97,7 @@ class Fuzzer {
   Request request_for(const Case& c) const {
     return {.line = to_line(c),
             .mutant = mutant_,
-            .deadline = deadlines_.of(c.op),
+            .deadline = deadlines_.of(c),
             .poison = options_.poison};
   }
 
@@ -116,7 +116,7 @@ class Fuzzer {
     if (where_.jobs > 1) answer.verdict.timing = {};
     const Verdict& v = answer.verdict;
     result_.summary.add(c, v);
-    if (v.outcome == Outcome::Pass) deadlines_.passed(c.op, v.seconds);
+    if (v.outcome == Outcome::Pass) deadlines_.passed(c, v.seconds);
     if (pairs_) {
       const bool again = answers_ < kHopeless + 100 * std::int64_t(result_.summary.pairs_legal);
       pairs_->answered(answer.request.line, v.outcome, again);
@@ -143,7 +143,8 @@ class Fuzzer {
       Request r = request_for(smaller);
       // Every step on the way down from a hang costs its deadline.
       if (failure.verdict.outcome == Outcome::Hang)
-        r.deadline = std::min(r.deadline, kHangDeadline);
+        r.deadline =
+            std::min(r.deadline, kHangDeadline + milliseconds_of(seconds_of_work(smaller)));
       return r;
     };
     Finding finding = investigate(runner_, failure, request, where_, {});

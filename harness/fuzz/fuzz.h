@@ -32,7 +32,7 @@ struct FuzzOptions {
   std::optional<std::uint64_t> seed;
   Where where;
   bool poison = true;  // RunOptions::poison
-  double timeout = 0;  // of a case, in seconds; 0: max(2, 20 x the operator's slowest passing case)
+  double timeout = 0;  // of a case, in seconds; 0: as Deadlines has it (deadlines.h)
   std::string artifacts = "findings";
   bool keep_going = false;
   std::string mutant;  // id; empty: the operators as they are
