@@ -319,6 +319,7 @@ Stage make_stage(const Case& c, const ShardingRules& rules, const Variation& var
                 .flops = c.dtype == DType::f32 ? flops : 0,
                 .matrix_flops = c.dtype == DType::f32 ? 0 : flops};
       },
+      .own_bits = true,
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         std::optional<Matrix> slopes;
         if (plan.alibi) {

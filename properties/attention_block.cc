@@ -196,6 +196,7 @@ Stage output_gate_stage(const Case& c) {
             double(tokens * partition(m, c.tp_size, tp_rank).heads.size * v_dim);
         return {.bytes = 3 * elements * size_of(c.dtype), .flops = 4 * elements};
       },
+      .own_bits = true,
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         return {reference::output_gate(in["attn"], in["gate"])};
       },

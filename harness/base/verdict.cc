@@ -18,6 +18,8 @@ constexpr std::array<std::string_view, 16> kNames = {
     "BadLaunch",     "LawBroken",   "Crash",         "Hang",
     "OutOfMemory",   "Refused",     "Mistrusted",    "Skipped"};
 
+constexpr std::string_view kOwnBits = " own_bits";
+
 // The part of a verdict line that is only there where something was measured. Bytes and flops are
 // counts: every digit of them travels.
 std::string timing_words(const Timing& t) {
@@ -56,9 +58,9 @@ std::string timing_text(const Timing& t) {
 std::string to_line(const Verdict& v) {
   std::string detail = v.detail;
   std::replace(detail.begin(), detail.end(), '\n', ' ');
-  return fmt::format("{} digest={:016x} score={:.6g} threads={} seconds={:.6g}{} | {}",
+  return fmt::format("{} digest={:016x} score={:.6g} threads={} seconds={:.6g}{}{} | {}",
                      name_of(v.outcome), v.digest, v.score, v.threads, v.seconds,
-                     timing_words(v.timing), detail);
+                     v.own_bits ? kOwnBits : "", timing_words(v.timing), detail);
 }
 
 Verdict verdict_from_line(std::string_view line) {
@@ -70,10 +72,13 @@ Verdict verdict_from_line(std::string_view line) {
   int end = 0;
   const bool ok = bar != std::string_view::npos &&
                   std::sscanf(head.c_str(), "%31s digest=%llx score=%lg threads=%llu seconds=%lg%n",
-                              name, &digest, &v.score, &threads, &v.seconds, &end) == 5 &&
-                  read_timing(head.c_str() + end, v.timing);
+                              name, &digest, &v.score, &threads, &v.seconds, &end) == 5;
+  const char* rest = head.c_str() + end;
+  v.own_bits = std::string_view(rest).starts_with(kOwnBits);
+  if (v.own_bits) rest += kOwnBits.size();
   const auto it = std::find(kNames.begin(), kNames.end(), std::string_view(name));
-  if (!ok || it == kNames.end()) throw BadInput(fmt::format("not a verdict line: '{}'", line));
+  if (!ok || it == kNames.end() || !read_timing(rest, v.timing))
+    throw BadInput(fmt::format("not a verdict line: '{}'", line));
   v.outcome = Outcome(it - kNames.begin());
   v.digest = digest;
   v.threads = threads;

@@ -53,6 +53,9 @@ struct Verdict {
   Outcome outcome = Outcome::Pass;
   std::string detail;        // one line: where, got, accepted; or the reason
   std::uint64_t digest = 0;  // xxHash of every gathered output, 0 if there was none
+  // Functions of this executor's own are in it (exp, log, tanh): other executors may have other
+  // bits, as many processes of this one may not.
+  bool own_bits = false;
   double score = 0;  // largest |error| / budget (research/numerics.md section 4); <= 1 if accepted
   std::uint64_t threads = 0;  // emulated CUDA threads run, all ranks
   double seconds = 0;         // wall time of the case on the driving process

@@ -31,6 +31,7 @@ void expect_equal(const Verdict& a, const Verdict& b) {
   EXPECT_EQ(a.outcome, b.outcome);
   EXPECT_EQ(a.detail, b.detail);
   EXPECT_EQ(a.digest, b.digest);
+  EXPECT_EQ(a.own_bits, b.own_bits);
   EXPECT_EQ(a.score, b.score);
   EXPECT_EQ(a.threads, b.threads);
   EXPECT_EQ(a.seconds, b.seconds);
@@ -44,6 +45,8 @@ void expect_equal(const Verdict& a, const Verdict& b) {
 
 TEST(VerdictLine, GoesThereAndBack) {
   Verdict v = example();
+  expect_equal(verdict_from_line(to_line(v)), v);
+  v.own_bits = true;
   expect_equal(verdict_from_line(to_line(v)), v);
   v.timing = example_timing();
   expect_equal(verdict_from_line(to_line(v)), v);

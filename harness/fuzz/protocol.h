@@ -20,7 +20,7 @@ namespace tp {
 
 // The two sides may be binaries of their own, built at other times: a change of what they say to
 // each other is another number.
-inline constexpr int kProtocol = 2;
+inline constexpr int kProtocol = 3;
 
 inline constexpr std::string_view kReady = "tpcheck-ready ";
 inline constexpr std::string_view kCannot = "tpcheck-cannot ";

@@ -17,9 +17,11 @@ bool ran(const Verdict& v) { return v.outcome == Outcome::Pass || v.finding(); }
 bool same_end(const Verdict& a, const Verdict& b) {
   return a.finding() == b.finding() && (!a.finding() || same_failure(a, b));
 }
-// Who crashed has no bits, and is like whoever ended alike.
+// Who crashed has no bits, and is like whoever ended alike; so is who has bits of its own.
 bool same_bits(const Verdict& a, const Verdict& b) {
-  return same_end(a, b) && a.digest == b.digest && (a.digest != 0 || a.outcome == b.outcome);
+  if (!same_end(a, b)) return false;
+  if (a.own_bits || b.own_bits) return true;
+  return a.digest == b.digest && (a.digest != 0 || a.outcome == b.outcome);
 }
 
 // Gpu and emulator do not agree.

@@ -261,7 +261,10 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
       }
       if (got.replica() && !result.finding) result.finding = wrong_replica(places, got, budgets[i]);
       std::vector<bool>& exact = result.exact.emplace_back();
-      for (const double rho : budgets[i].rho) exact.push_back(rho == 0);
+      for (const double rho : budgets[i].rho) {
+        exact.push_back(rho == 0);
+        result.own_bits |= stage.own_bits && rho != 0;
+      }
       XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
     }
     if (discriminate && telling(data.regime().fill) && stage.blind_to && !result.blind_to)

@@ -26,6 +26,7 @@ struct Judgement {
   std::vector<Gathered> outputs;         // of all stages
   std::vector<std::vector<bool>> exact;  // of each output, of its elements: rho was 0
   std::uint64_t digest = 0;
+  bool own_bits = false;  // some of them are not exact, and of a stage whose bits are its own
   double score = 0;
   double reference_seconds = 0;
   std::optional<std::string> blind_to;  // a mistake these data could not have shown

@@ -218,6 +218,7 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     judgement = runs.judge_outputs(c, all, wants_discrimination(c));
     if (judgement->finding) verdict = *judgement->finding;
     verdict.digest = judgement->digest;
+    verdict.own_bits = judgement->own_bits;
     verdict.score = judgement->score;
     verdict.timing = timing_of(all.times, all.stages);
   }

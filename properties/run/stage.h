@@ -138,6 +138,9 @@ struct Stage {
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
   std::function<Cost(int tp_rank)> cost;
+  // Its kernels call functions of the executor's own (exp, log, tanh), whose bits differ between a
+  // GPU and the emulator where the result is not exact.
+  bool own_bits = false;
   // Budgets of the outputs, in their order.
   std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;
   // Names a mistake that this shape allows and that these data could not have shown; nothing if
