@@ -83,8 +83,7 @@ inline bool tells_apart(DType t, const Budget& right, const Budget& altered, Sha
   for (std::int64_t i = 0; i < altered.rows; ++i) {
     for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
       const std::size_t at = std::size_t(i * right.cols + j);
-      const double y = round_to(t, altered.r[at]), r = right.r[at], rho = right.rho[at];
-      if (!(round_to(t, r - rho) <= y && y <= round_to(t, r + rho))) return true;
+      if (!accepts(t, altered.r[at], right.r[at], right.rho[at])) return true;
     }
   }
   return false;

@@ -293,7 +293,8 @@ Operator make_operator(OperatorSpec spec) {
                                15));
   op.keys.push_back(on_off_key(
       "delays", "1: seeded delays before kernels, so that a missing event or barrier shows", 15));
-  if (!spec.mutants.empty()) {
+  const std::vector<Stage> stages = spec.stages(op.blank(), sharding_rules(), {});
+  if (std::any_of(stages.begin(), stages.end(), [](const Stage& s) { return bool(s.blind_to); })) {
     op.keys.push_back(on_off_key(
         "discriminate", "1: mistrust data that could not have shown the known mistakes", 20));
   }

@@ -179,8 +179,8 @@ struct LawRun {
 struct OperatorSpec {
   std::string name;
   std::string what;
-  std::vector<Key> keys;  // `law`, `poison`, `graph`, `delays` and, if there are mutants,
-                          // `discriminate` are added
+  std::vector<Key> keys;  // `law`, `poison`, `graph`, `delays` and, if a stage says what its data
+                          // are blind to, `discriminate` are added
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
