@@ -1,5 +1,5 @@
 #pragma once
-// What the norm kernels share: how many threads take a row, and the sum of its squares.
+// What kernels of rows share: how many threads take a row; and of norms, the sum of its squares.
 
 #include <cstdint>
 

@@ -24,9 +24,7 @@ inline Key bias_key() {
           .words = {"none", "yes"}};
 }
 
-inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
-}
+using tp::pad_key;  // which linear layers have as others do
 
 inline bool has_bias(const Case& c) { return c.options.at("bias") == 1; }
 
@@ -37,14 +35,18 @@ inline DataRegime regime(const Case& c, const Variation& v) {
 }
 
 // Multiply-adds of products of `cols` columns of output on all ranks together, `depth` deep each,
-// as far as they take time, in those of the reference: tensor cores take 16 rows and 16 of the
-// depth as one; the emulator takes about twice as long as the reference; and each element of a
-// weight is drawn twice, copied and converted, for which it counts as some more.
+// as far as they take time, in those of the reference. Tensor cores take as many rows as one as
+// they take of the depth.
 inline double work(const Case& c, double cols, std::int64_t depth) {
+  constexpr std::int64_t kStep = 16;
+  // How long the emulator takes for one, and drawing an element of a weight (twice), copying and
+  // converting it: measured, roughly.
+  constexpr double kEmulator = 2, kWeight = 8;
   const auto padded = [&](std::int64_t n) {
-    return c.dtype == DType::f32 ? n : (n + 15) / 16 * 16;
+    return c.dtype == DType::f32 ? n : (n + kStep - 1) / kStep * kStep;
   };
-  return 2 * cols * (double(padded(depth)) * double(padded(c.num_tokens)) + 8 * double(depth));
+  return kEmulator * cols *
+         (double(padded(depth)) * double(padded(c.num_tokens)) + kWeight * double(depth));
 }
 
 // The cost of `products` multiply-adds and of reading and writing `elements` elements.

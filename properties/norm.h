@@ -19,10 +19,6 @@ inline Key eps_key() {
           .words = {"1e-6", "1e-5"}};
 }
 
-inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
-}
-
 // As the kernel gets it, in fp32; scaled with the data where a law scales them.
 inline double eps_of(const Case& c, const Variation& v) {
   return double(c.options.at("eps") == 0 ? 1e-6f : 1e-5f) * std::ldexp(1.0, 2 * v.scale_log2);

@@ -10,22 +10,13 @@
 #include <numeric>
 #include <vector>
 
-#include "harness/base/fill.h"
 #include "harness/base/philox.h"
+#include "properties/budget_testing.h"
 #include "reference/qkv_linear.h"
 #include "reference/row_linear.h"
 
 namespace tp {
 namespace {
-
-Matrix filled(const TensorSpec& t, const DataRegime& g) {
-  std::vector<std::byte> bytes(std::size_t(t.rows * t.cols * size_of(t.dtype)));
-  fill_block(t, g, {0, t.rows}, {0, t.cols}, bytes.data(), t.cols);
-  Matrix m(t.rows, t.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(t.dtype, bytes.data(), std::int64_t(i));
-  return m;
-}
 
 // Integers of both signs, none of them 0.
 Matrix integers(const char* name, std::int64_t rows, std::int64_t cols, int largest,

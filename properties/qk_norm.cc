@@ -406,7 +406,7 @@ Operator make_qk_norm() {
       .keys = {shared_key("num_heads"), shared_key("num_kv_heads"), shared_key("head_dim"),
                shared_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), norm::eps_key(),
-               norm::pad_key("qkv and of the outputs"),
+               pad_key("qkv and of the outputs"),
                norm::head_norm_key("style", "what a mean spans and what it is multiplied with",
                                    "full_width", 58)},
       .laws = {law_tp1(), law_scale(), law_tokens()},
@@ -414,10 +414,7 @@ Operator make_qk_norm() {
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
-            const std::int64_t width =
-                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-                std::max(c.model.head_dim, c.model.value_head_dim());
-            return too_large(c.num_tokens, width);
+            return too_large(c.num_tokens, widest_qkv(c));
           },
       .regime = norm::regime,
       .stages = stages,

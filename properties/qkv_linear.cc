@@ -261,15 +261,13 @@ Operator make_qkv_linear() {
                shared_key("num_kv_heads"), linear::width_key("head_dim"),
                linear::width_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), linear::bias_key(),
-               linear::pad_key("x and of the fused row")},
+               pad_key("x and of the fused row")},
       .laws = {tp1, law_tokens()},
       .mutants = mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
-            const std::int64_t width =
-                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-                std::max(c.model.head_dim, c.model.value_head_dim());
+            const std::int64_t width = widest_qkv(c);
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
           },

@@ -205,7 +205,7 @@ Operator make_rms_norm() {
                shared_key("fill"),
                shared_key("seed"),
                norm::eps_key(),
-               norm::pad_key("x, residual and of the outputs"),
+               pad_key("x, residual and of the outputs"),
                {.name = "residual",
                 .help = "add: x + residual is rounded, written and normed",
                 .min = 0,

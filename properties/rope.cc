@@ -363,10 +363,7 @@ std::optional<std::string> refuse(const Case& c) {
   if (auto reason = partitionable(c.model, c.tp_size)) return reason;
   if (norm_of(c) == kNoNorm && c.options.at("law") == kScaleLaw)
     return "law=scale is about norms, and norm=none";
-  const std::int64_t width =
-      std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-      std::max(c.model.head_dim, c.model.value_head_dim());
-  if (auto reason = too_large(c.num_tokens, width)) return reason;
+  if (auto reason = too_large(c.num_tokens, widest_qkv(c))) return reason;
   return too_large(c.options.at("max_position"), std::int64_t{c.model.head_dim} * c.tp_size);
 }
 
@@ -390,7 +387,7 @@ Operator make_rope() {
                shared_key("fill"),
                shared_key("seed"),
                norm::eps_key(),
-               norm::pad_key("qkv and of the outputs"),
+               pad_key("qkv and of the outputs"),
                {.name = "rotary",
                 .help =
                     "the columns of a head that rotate: rounded down to an even number, 2 at least",

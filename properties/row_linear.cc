@@ -297,7 +297,7 @@ Operator make_row_linear() {
                 .min = 0,
                 .max = 1,
                 .words = {"activation", "f32"}},
-               linear::pad_key("x and of out")},
+               pad_key("x and of out")},
       .laws = {law_one_rank(), law_tokens(), law_other_reduce()},
       .mutants = mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {

@@ -261,6 +261,15 @@ std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols) {
                      cols, kMax);
 }
 
+std::int64_t widest_qkv(const Case& c) {
+  return std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
+         std::max(c.model.head_dim, c.model.value_head_dim());
+}
+
+Key pad_key(const std::string& of_what) {
+  return {.name = "pad", .help = "elements between the rows of " + of_what, .min = 0, .max = 64};
+}
+
 Operator make_operator(OperatorSpec spec) {
   Operator op{.name = spec.name,
               .what = spec.what,

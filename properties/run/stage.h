@@ -201,4 +201,10 @@ LawRun law_tokens();  // tokens in another order are the same tokens
 // Why rows x cols is too large to be a case; nothing if it is not.
 std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols);
 
+// At least the columns of q, k and v on all ranks together, replicas counted.
+std::int64_t widest_qkv(const Case& c);
+
+// The key `pad` of operators whose rows may lie apart.
+Key pad_key(const std::string& of_what);
+
 }  // namespace tp
