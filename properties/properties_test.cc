@@ -9,6 +9,7 @@
 #include "harness/base/check.h"
 #include "harness/fuzz/draw.h"
 #include "harness/group/mpi_testing.h"
+#include "harness/group/tp_group.h"
 #include "properties/operators.h"
 #include "properties/planted_testing.h"
 
