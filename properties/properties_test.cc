@@ -148,7 +148,7 @@ const Planted kPlanted[] = {
     Planted{"own:qkv-v-rows-of-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=12",
             Outcome::BadLaunch, kQkvLinear},
     Planted{"own:qkv-v-rows-of-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=4",
-            Outcome::OutOfBounds, kQkvLinear},
+            Outcome::BadLaunch, kQkvLinear},
     Planted{"own:qkv-bias-of-rank-0", "num_heads=2 num_kv_heads=1 tp_size=2 bias=yes",
             Outcome::WrongValue, kQkvLinear},
     Planted{"own:qkv-bias-kv-head-modulo", "num_heads=4 num_kv_heads=2 tp_size=4 bias=yes",
@@ -164,6 +164,20 @@ const Planted kPlanted[] = {
 INSTANTIATE_TEST_SUITE_P(Zoo, Mutants, testing::ValuesIn(kPlanted), [](const auto& info) {
   return test_name(std::to_string(info.index) + "_" + info.param.id);
 });
+
+// The other ranks have zeros to add to an only token, whose sum is right already.
+TEST(Mutants, AnOnlyTokenThatIsScatteredMayBeAddedUpTwice) {
+  const std::string id = "shared-expert-double-reduce:twice";
+  const Mutant& twice = *find_mutant(id).front().mutant;
+  for (const char* fill : {"exact", "dense"}) {
+    const std::string line = std::string(kRowLinear) +
+                             "dtype=f32 seed=3 reduce=reduce_scatter fill=" + fill + " num_tokens=";
+    EXPECT_FALSE(twice.shows(case_from_line(line + "1")));
+    EXPECT_EQ(run(line + "1", id).digest, run(line + "1").digest);
+    EXPECT_TRUE(twice.shows(case_from_line(line + "2")));
+    EXPECT_EQ(run(line + "2", id).outcome, Outcome::WrongValue);
+  }
+}
 
 TEST(Mutants, AreAllPlanted) {
   std::set<std::string> declared, planted = planted_mutants();
