@@ -1,5 +1,6 @@
 #include "harness/device/device.h"
 #include "harness/device/require.h"
+#include "kernels/qk_columns.h"
 #include "kernels/qk_norm.h"
 #include "kernels/reduce.cuh"
 
@@ -16,6 +17,26 @@ struct Norm {
   float divisor;     // elements the all-reduced sum stands for
   float multiplier;  // of this rank's sum: 1, or 0 where it does not count
 };
+
+// Sum of squares of a row, in every thread of the block. scratch: block_scratch_floats in shared
+// memory.
+template <typename T>
+__device__ float row_sum_of_squares(const T* row, std::int64_t cols, float* scratch) {
+  float sum = 0.0f;
+  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
+    const float x = to_float(row[j]);
+    sum = fmaf(x, x, sum);
+  }
+  return block_sum(sum, scratch);
+}
+
+// out[j] = x[j] * inverse * weight[j], rounded once.
+template <typename T>
+__device__ void scale_row(const T* x, const T* weight, T* out, std::int64_t cols, float inverse) {
+  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
+    out[j] = from_float<T>(to_float(x[j]) * inverse * to_float(weight[j]));
+  }
+}
 
 // sums[token] = this rank's sum of squares of q, sums[tokens + token] that of k.
 template <typename T>
@@ -66,26 +87,6 @@ __global__ void norm_heads_kernel(HeadNorm<T> q, HeadNorm<T> k, int head_dim, fl
   }
 }
 
-// Where q and k lie in a rank's fused row, whose width and whose outputs' sizes must fit.
-struct QkColumns {
-  Shard q;
-  Shard k;
-};
-template <typename T>
-QkColumns qk_columns(const View<const T>& qkv, const View<T>& q_out, const View<T>& k_out,
-                     const ModelShape& model, const RankShape& rank) {
-  const Shard q_cols = {0, rank.heads.size * model.head_dim};
-  const Shard k_cols = {q_cols.end(), rank.kv_heads.size * model.head_dim};
-  require(qkv.cols >= k_cols.end() + rank.kv_heads.size * model.value_head_dim(), "qk_norm",
-          "the fused row has {} columns, q, k and v need {}",
-          {qkv.cols, k_cols.end() + rank.kv_heads.size * model.value_head_dim()});
-  require(q_out.rows == qkv.rows && q_out.cols == q_cols.size && k_out.rows == qkv.rows &&
-              k_out.cols == k_cols.size,
-          "qk_norm", "outputs are {} x {} and {} x {}, not {} x {} and {}",
-          {q_out.rows, q_out.cols, k_out.rows, k_out.cols, qkv.rows, q_cols.size, k_cols.size});
-  return {q_cols, k_cols};
-}
-
 }  // namespace
 
 template <typename T>
@@ -94,7 +95,7 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
              TpGroup& group, Stream& stream) {
   const int tp_size = group.tp_size(), tp_rank = group.tp_rank();
   const auto [q_cols, k_cols] =
-      qk_columns(qkv, q_out, k_out, model, partition(model, tp_size, tp_rank));
+      qk_columns("qk_norm", qkv, q_out, k_out, model, partition(model, tp_size, tp_rank));
   require(weights.q.cols == q_cols.size, "qk_norm",
           "the q_norm weight has {} elements, q has {} columns", {weights.q.cols, q_cols.size});
   require(weights.k.cols == k_cols.size, "qk_norm",
@@ -121,7 +122,7 @@ template <typename T>
 void qk_head_norm(View<const T> qkv, const QkNormWeights<T>& weights, float weight_offset,
                   View<T> q_out, View<T> k_out, const ModelShape& model, const RankShape& rank,
                   const ShardingRules& rules, float eps, Stream& stream) {
-  const auto [q_cols, k_cols] = qk_columns(qkv, q_out, k_out, model, rank);
+  const auto [q_cols, k_cols] = qk_columns("qk_head_norm", qkv, q_out, k_out, model, rank);
   const auto check_weight = [&](const View<const T>& weight) {
     require(weight.data == nullptr || weight.cols == model.head_dim, "qk_head_norm",
             "the weight has {} elements, a head has {} columns", {weight.cols, model.head_dim});

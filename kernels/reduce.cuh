@@ -1,5 +1,5 @@
 #pragma once
-// What the norm kernels share: how many threads take a row, and the sum of its squares.
+// What kernels of rows share: how many threads take a row; and of norms, the sum of its squares.
 
 #include <cstdint>
 
@@ -14,22 +14,10 @@ constexpr int row_threads(std::int64_t cols) {
   return int(warps < 1 ? 1 : warps > 8 ? 8 : warps) * 32;
 }
 
-// Longest chain of fp32 roundings of row_sum_of_squares: a thread's own fmaf steps, then the
-// block's sum.
+// Longest chain of fp32 roundings of a block's sum of squares of a row: a thread's own fmaf steps,
+// then the sum of the threads'.
 constexpr std::int64_t row_sum_depth(std::int64_t cols, int threads) {
   return (cols + threads - 1) / threads + block_sum_depth(threads);
-}
-
-// Sum of squares of a row, in every thread of the block. scratch: block_scratch_floats in shared
-// memory.
-template <typename T>
-__device__ float row_sum_of_squares(const T* row, std::int64_t cols, float* scratch) {
-  float sum = 0.0f;
-  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
-    const float x = to_float(row[j]);
-    sum = fmaf(x, x, sum);
-  }
-  return block_sum(sum, scratch);
 }
 
 // Longest chain of fp32 roundings of warp_sum_of_squares.
@@ -63,13 +51,5 @@ struct NormWeight {
     return data == nullptr ? 1.0f : offset + to_float(data[j]);
   }
 };
-
-// out[j] = x[j] * inverse * weight[j], rounded once.
-template <typename T>
-__device__ void scale_row(const T* x, const T* weight, T* out, std::int64_t cols, float inverse) {
-  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
-    out[j] = from_float<T>(to_float(x[j]) * inverse * to_float(weight[j]));
-  }
-}
 
 }  // namespace tp

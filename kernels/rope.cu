@@ -1,5 +1,6 @@
 #include "harness/device/device.h"
 #include "harness/device/require.h"
+#include "kernels/qk_columns.h"
 #include "kernels/reduce.cuh"
 #include "kernels/rope.h"
 
@@ -90,15 +91,7 @@ void rope(View<const T> qkv, View<const float> cos_sin, const std::int32_t* posi
           bool interleaved, const RopeNorm<T>* norm, View<T> q_out, View<T> k_out,
           const ModelShape& model, const RankShape& rank, const ShardingRules& rules,
           Stream& stream) {
-  const Shard q_cols = {0, rank.heads.size * model.head_dim};
-  const Shard k_cols = {q_cols.end(), rank.kv_heads.size * model.head_dim};
-  require(qkv.cols >= k_cols.end() + rank.kv_heads.size * model.value_head_dim(), "rope",
-          "the fused row has {} columns, q, k and v need {}",
-          {qkv.cols, k_cols.end() + rank.kv_heads.size * model.value_head_dim()});
-  require(q_out.rows == qkv.rows && q_out.cols == q_cols.size && k_out.rows == qkv.rows &&
-              k_out.cols == k_cols.size,
-          "rope", "outputs are {} x {} and {} x {}, not {} x {} and {}",
-          {q_out.rows, q_out.cols, k_out.rows, k_out.cols, qkv.rows, q_cols.size, k_cols.size});
+  const auto [q_cols, k_cols] = qk_columns("rope", qkv, q_out, k_out, model, rank);
   require(cos_sin.cols >= 2 && cos_sin.cols % 2 == 0 && cos_sin.cols <= model.head_dim, "rope",
           "{} of the {} columns of a head cannot rotate in pairs", {cos_sin.cols, model.head_dim});
   Heads<T> q{qkv.columns(q_cols.offset, q_cols.size), {}, q_out},

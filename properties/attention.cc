@@ -470,8 +470,7 @@ Operator make_attention() {
                            shared_key("seed")};
   for (const Key& key : attention_batch_keys()) keys.push_back(key);
   for (const Key& key : attention_model_keys()) keys.push_back(key);
-  keys.push_back(
-      {.name = "pad", .help = "elements between the rows of every tensor", .min = 0, .max = 64});
+  keys.push_back(pad_key("every tensor"));
   return make_operator({
       .name = "attention",
       .what =

@@ -389,7 +389,7 @@ std::vector<Key> keys() {
                            .fallback = 1,
                            .draw_max = 3}};
   for (const Key& key : attention_model_keys()) all.push_back(key);
-  all.push_back(linear::pad_key("every tensor"));
+  all.push_back(pad_key("every tensor"));
   Key stage{.name = "stage",
             .help = "all of them, or one alone with data of its own",
             .words = {"all"},

@@ -16,21 +16,13 @@
 #include "harness/base/check.h"
 #include "harness/base/philox.h"
 #include "properties/attention_data.h"
+#include "properties/budget_testing.h"
 #include "reference/attention.h"
 
 namespace tp {
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-
-Matrix filled(const TensorSpec& t, const DataRegime& g) {
-  std::vector<std::byte> bytes(std::size_t(t.rows * t.cols * size_of(t.dtype)));
-  fill_block(t, g, {0, t.rows}, {0, t.cols}, bytes.data(), t.cols);
-  Matrix m(t.rows, t.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(t.dtype, bytes.data(), std::int64_t(i));
-  return m;
-}
 
 // Random numbers of a case, one after the other.
 class Drawn {
@@ -557,6 +549,39 @@ TEST(AttentionReference, IsExactWhereAKernelIs) {
   EXPECT_LT(a.out.rho[0], 1e-5);
   sinks.values = {-60};
   EXPECT_EQ(two_keys(0, &sinks).out.rho[0], 0);
+}
+
+// A matrix step takes a query's 2^-24 of f16 to be as large as 2^-14 and cuts off more of the other
+// products. The LSE of a single key is its score.
+TEST(AttentionBudget, KnowsWhatIsCutOffBesideASubnormalOperand) {
+  constexpr int kDim = 16;
+  int beyond = 0;
+  for (std::uint64_t seed = 0; seed < 100; ++seed) {
+    Matrix q(1, kDim), k(1, kDim), v(1, kDim);
+    double y = 0;
+    for (std::size_t c = 0; c < kDim; ++c) {
+      const Random4 bits = philox(seed, 1, c);
+      q.values[c] = std::ldexp(1024 + bits[0] % 1024, -18);
+      k.values[c] = std::ldexp(1024 + bits[1] % 1024, -18);
+    }
+    q.values[seed % kDim] = 0x1p-24;
+    k.values[seed % kDim] = 1024;
+    if (seed % 2) std::swap(q, k);
+    const double unit = 1024 * 0x1p-14 * 0x1p-25;
+    for (std::size_t c = 0; c < kDim; ++c) y += std::trunc(q.values[c] * k.values[c] / unit) * unit;
+    const auto accepted = [&](DType p) {
+      const reference::Attention a = reference::attention(
+          q, k, v, nullptr, nullptr, {.num_heads = 1, .num_kv_heads = 1, .head_dim = kDim},
+          {{{0, 1}, {0}}}, {},
+          {.qk = {.depth = 1, .matrix_steps = true},
+           .pv = {.depth = 1, .matrix_steps = true},
+           .p = p});
+      return accepts(DType::f32, y, a.lse.r[0], a.lse.rho[0]);
+    };
+    EXPECT_TRUE(accepted(DType::f16)) << seed;
+    beyond += !accepted(DType::bf16);  // of which these are no subnormal numbers
+  }
+  EXPECT_GE(beyond, 90);
 }
 
 class CorrectKernels : public testing::TestWithParam<int> {};

@@ -32,14 +32,6 @@ inline Key bias_key() {
           .words = {"none", "yes"}};
 }
 
-inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad",
-          .help = "elements between the rows of " + of_what,
-          .min = 0,
-          .max = 64,
-          .grain = 8};
-}
-
 inline bool has_bias(const Case& c) { return c.options.at("bias") == 1; }
 
 inline DataRegime regime(const Case& c, const Variation& v) {

@@ -19,14 +19,6 @@ inline Key eps_key() {
           .words = {"1e-6", "1e-5"}};
 }
 
-inline Key pad_key(const std::string& of_what) {
-  return {.name = "pad",
-          .help = "elements between the rows of " + of_what,
-          .min = 0,
-          .max = 64,
-          .grain = 8};
-}
-
 // As the kernel gets it, in fp32; scaled with the data where a law scales them.
 inline double eps_of(const Case& c, const Variation& v) {
   return double(c.options.at("eps") == 0 ? 1e-6f : 1e-5f) * std::ldexp(1.0, 2 * v.scale_log2);
@@ -87,8 +79,7 @@ inline bool tells_apart(DType t, const Budget& right, const Budget& altered, Sha
   for (std::int64_t i = 0; i < altered.rows; ++i) {
     for (std::int64_t j = cols.offset; j < cols.end(); ++j) {
       const std::size_t at = std::size_t(i * right.cols + j);
-      const double y = round_to(t, altered.r[at]), r = right.r[at], rho = right.rho[at];
-      if (!(round_to(t, r - rho) <= y && y <= round_to(t, r + rho))) return true;
+      if (!accepts(t, altered.r[at], right.r[at], right.rho[at])) return true;
     }
   }
   return false;

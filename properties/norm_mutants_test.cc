@@ -1,5 +1,6 @@
 // The mistakes of rms_norm, of the norms of heads and of rope: each planted at the smallest shape
-// where it can show, with the data that show it; and each changes nothing where it decides nothing.
+// where it can show, with the data that show it; and each changes nothing where it decides nothing,
+// nor does one of a linear layer.
 
 #include <gtest/gtest.h>
 
@@ -82,7 +83,7 @@ const Planted kPlanted[] = {
      "rope num_heads=1 num_kv_heads=1 head_dim=8 tp_size=1 num_tokens=1 dtype=f32 seed=3 "
      "rotary=quarter style=interleaved norm=weightless fill=dense",
      Outcome::Uninitialised},
-    // q's head and k's share a block; in exact data two heads of q would have one statistic.
+    // q's head and k's share a block.
     {"qknorm-rope-partial-warp:packed-head",
      "rope num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
      "norm=weightless fill=dense",
@@ -165,7 +166,8 @@ TEST_P(Decisions, AreThoseThatTheMutantsSay) {
   std::printf("%d mistakes changed nothing, %d of %d were found\n", idle, found, telling);
 }
 
-INSTANTIATE_TEST_SUITE_P(Operators, Decisions, testing::Values("rms_norm", "qk_norm", "rope"),
+INSTANTIATE_TEST_SUITE_P(Operators, Decisions,
+                         testing::Values("rms_norm", "qk_norm", "rope", "qkv_linear", "row_linear"),
                          [](const auto& info) { return info.param; });
 
 // Discrimination knows which data hide the mistakes of rope: with heads two wide and few positions,
@@ -184,6 +186,24 @@ TEST(RopeDiscrimination, MistrustsExactlyTheDataThatLetAMistakePass) {
   }
   EXPECT_GT(mistrusted, 0);
   EXPECT_LT(mistrusted, 200);
+}
+
+// Exact heads have a statistic each, which may happen to be one.
+TEST(RopeDiscrimination, MistrustsExactHeadsOfOneStatistic) {
+  int mistrusted = 0;
+  for (int seed = 0; seed < 200; ++seed) {
+    const std::string line =
+        "v1 rope num_heads=2 num_kv_heads=1 head_dim=2 tp_size=1 num_tokens=1 dtype=bf16 "
+        "norm=weightless discriminate=1 seed=" +
+        std::to_string(seed);
+    const Verdict v = run(line);
+    const bool slipped =
+        run(line, "qknorm-rope-partial-warp:packed-head").outcome != Outcome::WrongValue;
+    EXPECT_EQ(v.outcome == Outcome::Mistrusted, slipped) << line << "\n  " << to_line(v);
+    mistrusted += v.outcome == Outcome::Mistrusted;
+  }
+  EXPECT_GT(mistrusted, 5);
+  EXPECT_LT(mistrusted, 60);
 }
 
 // A law that is about norms is refused where there is none, and so is a head without a pair.

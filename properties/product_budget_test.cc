@@ -10,22 +10,13 @@
 #include <numeric>
 #include <vector>
 
-#include "harness/base/fill.h"
 #include "harness/base/philox.h"
+#include "properties/budget_testing.h"
 #include "reference/qkv_linear.h"
 #include "reference/row_linear.h"
 
 namespace tp {
 namespace {
-
-Matrix filled(const TensorSpec& t, const DataRegime& g) {
-  std::vector<std::byte> bytes(std::size_t(t.rows * t.cols * size_of(t.dtype)));
-  fill_block(t, g, {0, t.rows}, {0, t.cols}, bytes.data(), t.cols);
-  Matrix m(t.rows, t.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(t.dtype, bytes.data(), std::int64_t(i));
-  return m;
-}
 
 // Integers of both signs, none of them 0.
 Matrix integers(const char* name, std::int64_t rows, std::int64_t cols, int largest,
@@ -241,6 +232,53 @@ TEST(ProductReference, KnowsWhatIsExact) {
   EXPECT_EQ(reference::stored(DType::bf16, {255, 0}).rho, 0);
   EXPECT_EQ(reference::stored(DType::bf16, {257, 0}).rho, 1);
   EXPECT_EQ(reference::stored(DType::bf16, {255, 0.25}).rho, 0.75);
+}
+
+// A matrix step takes 2^-24 of f16 to be as large as 2^-14, and cuts the other products off where
+// beside 2^-14 nothing of them would be kept.
+TEST(ProductBudget, KnowsWhatIsCutOffBesideSubnormalOperands) {
+  constexpr int kDepth = 16;
+  const Accumulation knows{.depth = 1, .matrix_steps = true, .least_normal = 0x1p-14},
+      does_not{.depth = 1, .matrix_steps = true};
+  int beyond = 0;
+  for (std::uint64_t seed = 0; seed < 100; ++seed) {
+    Matrix x(1, kDepth), w(1, kDepth);
+    double largest = 0;
+    for (int k = 0; k < kDepth; ++k) {
+      const Random4 bits = philox(seed, 1, std::uint64_t(k));
+      x.values[k] = std::ldexp(1024 + bits[0] % 1024, -18);
+      w.values[k] = std::ldexp(1024 + bits[1] % 1024, -18);
+      if (k == int(seed % kDepth)) x.values[k] = 0x1p-24, w.values[k] = 1024;
+      largest =
+          std::max({largest, x.values[k] * w.values[k], knows.raised(x.values[k], w.values[k])});
+    }
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 25);
+    double sum = 0;
+    for (int k = 0; k < kDepth; ++k) sum += std::trunc(x.values[k] * w.values[k] / unit) * unit;
+    const float y = float(sum);  // no more than 24 bits of it are left
+    const auto rejected = [&](const Accumulation& accumulation) {
+      const Budget b = reference::product(x, w, {0, kDepth}, nullptr, accumulation, true);
+      return compare(DType::f32, &y, b).first.has_value();
+    };
+    EXPECT_FALSE(rejected(knows)) << seed;
+    beyond += rejected(does_not);
+  }
+  EXPECT_GE(beyond, 90);
+}
+
+// Multiples of 2^-28 that fp32 adds exactly; a matrix step that takes one of them to be 1 does not
+// keep their last bits.
+TEST(ProductBudget, FindsNoExactnessBesideSubnormalOperands) {
+  Matrix x(1, 2), w(1, 2);
+  x.values = {0x1p-24, 0x1p-12};
+  w.values = {0x1p14, 0x1p-4};
+  const auto rho = [&](double least) {
+    return reference::product(x, w, {0, 2}, nullptr,
+                              {.depth = 1, .matrix_steps = true, .least_normal = least}, true)
+        .rho[0];
+  };
+  EXPECT_EQ(rho(0), 0);
+  EXPECT_GT(rho(0x1p-14), 0);
 }
 
 TEST(ProductBudget, AcceptsCorrectKernelsInAnyOrder) {

@@ -3,11 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <set>
 
 #include "harness/base/check.h"
 #include "harness/fuzz/draw.h"
 #include "harness/group/mpi_testing.h"
+#include "harness/group/tp_group.h"
 #include "properties/operators.h"
 #include "properties/planted_testing.h"
 
@@ -143,6 +145,10 @@ const Planted kPlanted[] = {
             kQkvLinear},
     Planted{"own:qkv-v-rows-by-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=12",
             Outcome::WrongValue, kQkvLinear},
+    Planted{"own:qkv-v-rows-of-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=12",
+            Outcome::BadLaunch, kQkvLinear},
+    Planted{"own:qkv-v-rows-of-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=4",
+            Outcome::BadLaunch, kQkvLinear},
     Planted{"own:qkv-bias-of-rank-0", "num_heads=2 num_kv_heads=1 tp_size=2 bias=yes",
             Outcome::WrongValue, kQkvLinear},
     Planted{"own:qkv-bias-kv-head-modulo", "num_heads=4 num_kv_heads=2 tp_size=4 bias=yes",
@@ -155,8 +161,23 @@ const Planted kPlanted[] = {
     Planted{"shared-expert-double-reduce:not-at-all", "num_tokens=1 reduce=external",
             Outcome::WrongValue, kRowLinear}};
 
-INSTANTIATE_TEST_SUITE_P(Zoo, Mutants, testing::ValuesIn(kPlanted),
-                         [](const auto& info) { return test_name(info.param.id); });
+INSTANTIATE_TEST_SUITE_P(Zoo, Mutants, testing::ValuesIn(kPlanted), [](const auto& info) {
+  return test_name(std::to_string(info.index) + "_" + info.param.id);
+});
+
+// The other ranks have zeros to add to an only token, whose sum is right already.
+TEST(Mutants, AnOnlyTokenThatIsScatteredMayBeAddedUpTwice) {
+  const std::string id = "shared-expert-double-reduce:twice";
+  const Mutant& twice = *find_mutant(id).front().mutant;
+  for (const char* fill : {"exact", "dense"}) {
+    const std::string line = std::string(kRowLinear) +
+                             "dtype=f32 seed=3 reduce=reduce_scatter fill=" + fill + " num_tokens=";
+    EXPECT_FALSE(twice.shows(case_from_line(line + "1")));
+    EXPECT_EQ(run(line + "1", id).digest, run(line + "1").digest);
+    EXPECT_TRUE(twice.shows(case_from_line(line + "2")));
+    EXPECT_EQ(run(line + "2", id).outcome, Outcome::WrongValue);
+  }
+}
 
 TEST(Mutants, AreAllPlanted) {
   std::set<std::string> declared, planted = planted_mutants();
@@ -203,6 +224,57 @@ TEST(Discrimination, MistrustsRowsThatAreLikeOthers) {
     }
   }
   EXPECT_GT(mistrusted, 0);
+}
+
+// And of the columns of a row-parallel layer, whose partial sums may be added up or not.
+TEST(Discrimination, MistrustsSumsThatAreLikeOthers) {
+  int mistrusted = 0;
+  for (const std::string options :
+       {"num_tokens=1", "num_tokens=1 bias=yes", "num_tokens=1 bias=yes reduce=reduce_scatter",
+        "num_tokens=1 reduce=external", "num_tokens=3 reduce=reduce_scatter"}) {
+    for (int seed = 0; seed < 100; ++seed) {
+      const std::string line =
+          "v1 row_linear hidden_size=1 in_per_rank=1 tp_size=2 dtype=bf16 discriminate=1 seed=" +
+          std::to_string(seed) + " " + options;
+      const Verdict v = run(line);
+      bool slipped = false;
+      for (const Mutant& m : find_operator("row_linear").mutants) {
+        if (m.shows(case_from_line(line))) slipped |= !run(line, m.id).finding();
+      }
+      EXPECT_EQ(v.outcome == Outcome::Mistrusted, slipped) << line << "\n  " << to_line(v);
+      mistrusted += v.outcome == Outcome::Mistrusted;
+    }
+  }
+  EXPECT_GT(mistrusted, 30);
+}
+
+// Sums within the budget whose bits depend on who adds them up: here, on where the bias comes in.
+TEST(RowLinearLaws, ALayerThatScattersOtherBitsBreaksTheLaw) {
+  static std::atomic<int> asked;
+  static int in_first_run;
+  const World& world = test_world();
+  in_first_run = 2 * int(ranks_of_process(4, world.processes(), world.process()).size);
+  Mutant other_bits{"own:other-bits", "", "", sharding_rules()};
+  other_bits.rules.linear.row_adds_bias = [](int tp_rank) {
+    return tp_rank == (asked++ < in_first_run ? 0 : 3);
+  };
+  const std::string line =
+      "v1 row_linear hidden_size=24 in_per_rank=8 tp_size=4 num_tokens=6 dtype=f32 fill=dense "
+      "seed=1 bias=yes";
+  const auto verdict = [&](const std::string& text) {
+    asked = 0;
+    return find_operator("row_linear")
+        .run(test_world(), case_from_line(text),
+             {.mutant = &other_bits, .deadline = std::chrono::seconds(60)});
+  };
+  for (const std::string reduce : {"all_reduce", "reduce_scatter", "external"}) {
+    const std::string with_law = line + " law=reduce reduce=" + reduce;
+    EXPECT_EQ(run(with_law).outcome, Outcome::Pass) << to_line(run(with_law));
+    const Verdict v = verdict(with_law);
+    EXPECT_EQ(v.outcome, Outcome::LawBroken) << to_line(v);
+    EXPECT_NE(v.detail.find("law reduce: out["), std::string::npos) << v.detail;
+    EXPECT_EQ(verdict(line + " reduce=" + reduce).outcome, Outcome::Pass);
+  }
 }
 
 TEST(Refusals, NameTheNumbers) {

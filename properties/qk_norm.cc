@@ -64,6 +64,25 @@ bool is_local(const ShardingRules& rules, int which) {
   return which < reduced.offset || which >= reduced.end();
 }
 
+std::int64_t groups_of_all_heads(int head_dim, std::int64_t local_heads, int all_heads) {
+  return local_heads * head_dim / all_heads;
+}
+
+// Whether a kernel refuses this width of groups, of q or of k, whatever the data are: it leaves a
+// rest.
+bool is_refused(const Case& c, std::int64_t (*width_of)(int, std::int64_t, int)) {
+  const int dim = c.model.head_dim;
+  const RankShape rank = partition(c.model, c.tp_size, 0);
+  const auto leaves_a_rest = [&](Shard heads, int all_heads) {
+    const std::int64_t width = width_of(dim, heads.size, all_heads);
+    return width == 0 || heads.size * dim % width != 0;
+  };
+  return leaves_a_rest(rank.heads, c.model.num_heads) ||
+         leaves_a_rest(rank.kv_heads, c.model.num_kv_heads);
+}
+
+// Of the mistakes with a mean over other columns: exact rows have one magnitude, so that a part of
+// one has the mean square of the whole, and `decides` leaves them out.
 std::vector<Mutant> all_mutants() {
   const std::string weight = "minimax-knorm-shard-by-tp:", divisor = "minimax-norm-replica-aware:";
   const std::string vllm = "vllm-project/vllm#38191", sglang = "sgl-project/sglang#20967";
@@ -129,7 +148,8 @@ std::vector<Mutant> all_mutants() {
             r.norm.k_shards = [](const ModelShape&, int) { return 1; };
           },
           [](const Case& c) {
-            return is_full_width(c) && local_kv_heads(c.model, c.tp_size) < c.model.num_kv_heads;
+            return is_full_width(c) && c.fill != Fill::exact &&
+                   local_kv_heads(c.model, c.tp_size) < c.model.num_kv_heads;
           }),
       mutant(
           local + "all-local", "the mean squares of q and of k are those of the rank's own heads",
@@ -138,17 +158,16 @@ std::vector<Mutant> all_mutants() {
             r.norm.stats_reduced = [](std::int64_t) { return Shard{0, 0}; };
             r.norm.q_shards = r.norm.k_shards = [](const ModelShape&, int) { return 1; };
           },
-          [](const Case& c) { return is_full_width(c) && c.tp_size > 1; }),
+          [](const Case& c) { return is_full_width(c) && c.fill != Fill::exact && c.tp_size > 1; }),
       mutant(
           "grouped-norm-global-group-count:heads",
           "a rank's columns divided by the heads of the model, not by its own: groups too small",
           "state-spaces/mamba#951",
-          [](ShardingRules& r) {
-            r.norm.head_width = [](int head_dim, std::int64_t local_heads, int all_heads) {
-              return local_heads * head_dim / all_heads;
-            };
-          },
-          [](const Case& c) { return !is_full_width(c) && c.tp_size > 1; }),
+          [](ShardingRules& r) { r.norm.head_width = groups_of_all_heads; },
+          [](const Case& c) {
+            return !is_full_width(c) && c.tp_size > 1 &&
+                   (c.fill != Fill::exact || is_refused(c, groups_of_all_heads));
+          }),
   };
   for (Mutant& m : norm::head_weight_mutants("style")) all.push_back(std::move(m));
   return all;
@@ -184,8 +203,7 @@ std::optional<std::string> blind_to(const Case& c, double eps, const QkNormProfi
   for (const Mutant& m : mutants()) {
     if (!m.shows(c)) continue;
     if (is_local(m.rules, 1)) {
-      // Exact rows have one magnitude, so that a part of them has the mean square of the whole.
-      bool shown = c.fill == Fill::exact;
+      bool shown = false;
       for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
         const RankShape part = partition(c.model, c.tp_size, rank);
         shown = shows_local(c.dtype, k, k_weight, part.kv_heads.times(c.model.head_dim), eps,
@@ -243,18 +261,10 @@ std::optional<std::string> blind_to_heads(const Case& c, double eps, const Whole
   const std::int64_t dim = c.model.head_dim;
   const RankShape rank = partition(c.model, c.tp_size, 0);
   for (const Mutant& m : mutants()) {
-    if (!m.shows(c)) continue;
+    if (!m.shows(c) || is_refused(c, m.rules.norm.head_width)) continue;
     const std::int64_t widths[2] = {
         m.rules.norm.head_width(int(dim), rank.heads.size, c.model.num_heads),
         m.rules.norm.head_width(int(dim), rank.kv_heads.size, c.model.num_kv_heads)};
-    const auto leaves_a_rest = [&](Shard heads, std::int64_t width) {
-      return width == 0 || heads.size * dim % width != 0;
-    };
-    // A width that leaves a rest is refused, whatever the data are; and a part of an exact row has
-    // the mean square of the whole.
-    if (leaves_a_rest(rank.heads, widths[0]) || leaves_a_rest(rank.kv_heads, widths[1]) ||
-        (c.fill == Fill::exact && widths[0] != dim))
-      continue;
     const std::vector<Budget> altered =
         head_norms(c, eps, norm::head_weights(m.rules), widths, q, k, in);
     if (!norm::tells_apart(c.dtype, budgets[0], altered[0], {0, q.cols}) &&
@@ -396,7 +406,7 @@ Operator make_qk_norm() {
       .keys = {shared_key("num_heads"), shared_key("num_kv_heads"), shared_key("head_dim"),
                shared_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), norm::eps_key(),
-               norm::pad_key("qkv and of the outputs"),
+               pad_key("qkv and of the outputs"),
                norm::head_norm_key("style", "what a mean spans and what it is multiplied with",
                                    "full_width", 58)},
       .laws = {law_tp1(), law_scale(), law_tokens()},
@@ -404,10 +414,7 @@ Operator make_qk_norm() {
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
-            const std::int64_t width =
-                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-                std::max(c.model.head_dim, c.model.value_head_dim());
-            return too_large(c.num_tokens, width);
+            return too_large(c.num_tokens, widest_qkv(c));
           },
       .regime = norm::regime,
       .stages = stages,

@@ -74,6 +74,12 @@ QkvRows values_by_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
   return rows;
 }
 
+QkvRows values_of_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
+  QkvRows rows = sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank);
+  rows.v = rows.k;
+  return rows;
+}
+
 QkvRows of_rank_0(const ModelShape& m, int tp_size, int) {
   return sharding_rules().linear.qkv_weight_rows(m, tp_size, 0);
 }
@@ -91,6 +97,9 @@ const std::vector<Mutant>& mutants() {
       mutant("own:qkv-v-rows-by-head-dim",
              "the v rows begin where heads of head_dim would, though v_head_dim is another", "-",
              values_by_head_dim, values_by_head_dim),
+      mutant("own:qkv-v-rows-of-head-dim",
+             "the v rows of heads of head_dim, as many as k has, though v_head_dim is another", "-",
+             values_of_head_dim, values_of_head_dim),
       mutant("own:qkv-bias-of-rank-0", "every rank adds the bias of rank 0's rows", "-", nullptr,
              of_rank_0),
       mutant("own:qkv-bias-kv-head-modulo",
@@ -129,10 +138,8 @@ bool shows(const Projections& p, const QkvRows& right, const QkvRows& weight, co
       }
       for (std::int64_t i = 0; i < out.rows; ++i) {
         const std::size_t at = std::size_t(i * out.cols + here);
-        const double y = round_to(p.dtype, out.r[std::size_t(i * out.cols + taken)] + change);
-        if (!(round_to(p.dtype, out.r[at] - out.rho[at]) <= y &&
-              y <= round_to(p.dtype, out.r[at] + out.rho[at])))
-          return true;
+        const double y = out.r[std::size_t(i * out.cols + taken)] + change;
+        if (!accepts(p.dtype, y, out.r[at], out.rho[at])) return true;
       }
     }
   }
@@ -254,15 +261,13 @@ Operator make_qkv_linear() {
                shared_key("num_kv_heads"), linear::width_key("head_dim"),
                linear::width_key("v_head_dim"), shared_key("tp_size"), linear::tokens_key(),
                shared_key("dtype"), shared_key("fill"), shared_key("seed"), linear::bias_key(),
-               linear::pad_key("x and of the fused row")},
+               pad_key("x and of the fused row")},
       .laws = {tp1, law_tokens()},
       .mutants = mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
-            const std::int64_t width =
-                std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-                std::max(c.model.head_dim, c.model.value_head_dim());
+            const std::int64_t width = widest_qkv(c);
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
           },

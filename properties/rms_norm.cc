@@ -12,6 +12,8 @@ namespace tp {
 
 namespace {
 
+// Whether a rounding on the way changes anything: exact data need none, on purpose.
+bool rounds(const Case& c) { return c.dtype != DType::f32 && c.fill != Fill::exact; }
 bool adds(const Case& c) { return c.options.at("residual") == 1; }
 
 Mutant mutant(std::string id, std::string what, std::string upstream,
@@ -34,12 +36,12 @@ const std::vector<Mutant>& mutants() {
           precision + "sum-not-rounded",
           "x + residual is normed as it is in fp32, not as residual_out has it", "ROCm/aiter#2586",
           [](ShardingRules& r) { r.norm.rounding.sum = false; },
-          [](const Case& c) { return adds(c) && c.dtype != DType::f32; }),
+          [](const Case& c) { return adds(c) && rounds(c); }),
       mutant(
           precision + "two-roundings",
           "the normed value is rounded before it is multiplied with the weight, and again after",
           "vllm-project/vllm#42379", [](ShardingRules& r) { r.norm.rounding.before_weight = true; },
-          [](const Case& c) { return c.dtype != DType::f32; }),
+          rounds),
   };
   return all;
 }
@@ -85,11 +87,9 @@ LocalBuffer padded(const std::string& name, Use use, const Case& c, bool has_pie
   return buffer;
 }
 
-// Asks of the mistakes of rounding: would these data have shown them? Exact data round nothing, on
-// purpose.
+// Asks of the mistakes of rounding: would these data have shown them?
 std::optional<std::string> blind_to(const Case& c, double eps, const WholeInputs& in,
                                     const Budget& right) {
-  if (c.fill == Fill::exact) return std::nullopt;
   const Matrix &x = in["x"], &weight = in["weight"];
   const Profile profile = rms_norm_profile(x.cols);
   const Shard cols = {0, x.cols};
@@ -205,7 +205,7 @@ Operator make_rms_norm() {
                shared_key("fill"),
                shared_key("seed"),
                norm::eps_key(),
-               norm::pad_key("x, residual and of the outputs"),
+               pad_key("x, residual and of the outputs"),
                {.name = "residual",
                 .help = "add: x + residual is rounded, written and normed",
                 .min = 0,

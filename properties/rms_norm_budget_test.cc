@@ -10,8 +10,8 @@
 #include <map>
 #include <vector>
 
-#include "harness/base/fill.h"
 #include "harness/base/philox.h"
+#include "properties/budget_testing.h"
 #include "reference/rms_norm.h"
 
 namespace tp {
@@ -22,15 +22,6 @@ struct Shape {
   int replicas() const { return tp_size / kv_heads; }
   int cols() const { return kv_heads * head_dim; }
 };
-
-Matrix filled(const TensorSpec& t, const DataRegime& g) {
-  std::vector<std::byte> bytes(std::size_t(t.rows * t.cols * size_of(t.dtype)));
-  fill_block(t, g, {0, t.rows}, {0, t.cols}, bytes.data(), t.cols);
-  Matrix m(t.rows, t.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(t.dtype, bytes.data(), std::int64_t(i));
-  return m;
-}
 
 // The same definition by another road: long double, values scaled by the largest one, compensated
 // sum.

@@ -134,6 +134,22 @@ TensorSpec table(const Case& c) {
           }};
 }
 
+// Heads of q, of k. Where heads are normed, exact ones are each of a power of two of their own, not
+// all of a row of one: otherwise all of them had the same statistic.
+TensorSpec heads(const Case& c, std::string name, std::int64_t count, std::int64_t width) {
+  TensorSpec t{std::move(name), c.dtype, c.num_tokens, count * width, Role::activation, width};
+  if (c.fill != Fill::exact || norm_of(c) == kNoNorm) return t;
+  t.value = [t](const DataRegime& g, std::int64_t row, std::int64_t col) {
+    const std::uint64_t stream = stream_of(t.name), size_stream = stream_of("size of " + t.name);
+    const auto source = std::uint64_t((row + g.rotate_rows) % t.rows);
+    const auto at = source * std::uint64_t(t.cols) + std::uint64_t(col);
+    // 2^5 .. 2^7, as any exact row.
+    const int size = 5 + int(philox(g.seed, size_stream, at / std::uint64_t(t.entity_cols))[0] % 3);
+    return std::ldexp(philox(g.seed, stream, at)[0] >> 31 ? -1.0 : 1.0, g.scale_log2 + size);
+  };
+  return t;
+}
+
 // What the reference takes from the case, and from a mistake to see whether it would show.
 struct Taken {
   std::vector<std::int32_t> positions;
@@ -158,22 +174,47 @@ std::vector<Budget> rotated(const Case& c, double eps, const Taken& taken, const
   return both;
 }
 
+// What a rank makes of its heads with one statistic for `heads_per_statistic` neighbours, those of
+// k behind those of q: a head's output is in proportion to its scale.
+void share_statistics(const Case& c, double eps, int heads_per_statistic, const WholeInputs& in,
+                      std::vector<Budget>& both) {
+  const std::int64_t dim = c.model.head_dim;
+  const Profile profile = rope_norm_profile(c.model);
+  for (int tp_rank = 0; tp_rank < c.tp_size; ++tp_rank) {
+    const RankShape rank = partition(c.model, c.tp_size, tp_rank);
+    for (std::int64_t token = 0; token < c.num_tokens; ++token) {
+      double inverse = 1;  // of the first head that shares it
+      for (std::int64_t i = 0; i < rank.heads.size + rank.kv_heads.size; ++i) {
+        const bool is_q = i < rank.heads.size;
+        const std::int64_t head =
+            is_q ? rank.heads.offset + i : rank.kv_heads.offset + i - rank.heads.size;
+        const double own = reference::row_scale(in[is_q ? "q" : "k"].row(token) + head * dim, dim,
+                                                eps, profile, double(dim))
+                               .inverse;
+        if (i % heads_per_statistic == 0) inverse = own;
+        Budget& out = both[is_q ? 0 : 1];
+        double* first = out.r.data() + token * out.cols + head * dim;
+        for (std::int64_t j = 0; j < dim; ++j) first[j] *= inverse / own;
+      }
+    }
+  }
+}
+
 // Asks of the mistakes that the reference can make as well: would these data have shown them? The
-// others show in all data (what lies behind a row of the table is poison), or in none that are
-// exact (heads of an exact row have one statistic).
+// other shows in all data: what lies behind a row of the table is poison.
 std::optional<std::string> blind_to(const Case& c, double eps,
                                     const std::vector<std::int32_t>& positions,
                                     const WholeInputs& in, const std::vector<Budget>& right) {
   const ShardingRules& rules = sharding_rules();
   for (const Mutant& m : mutants()) {
-    if (!m.shows(c) || m.rules.rope.heads_per_statistic != rules.rope.heads_per_statistic ||
-        m.rules.rope.rotary_dim != rules.rope.rotary_dim)
-      continue;
-    const std::vector<Budget> altered =
+    if (!m.shows(c) || m.rules.rope.rotary_dim != rules.rope.rotary_dim) continue;
+    std::vector<Budget> altered =
         rotated(c, eps,
                 {prepared(positions, m.rules), m.rules.rope.interleaved(is_interleaved(c)),
                  norm::head_weights(m.rules)},
                 in);
+    if (m.rules.rope.heads_per_statistic != rules.rope.heads_per_statistic)
+      share_statistics(c, eps, m.rules.rope.heads_per_statistic, in, altered);
     bool shown = false;
     for (std::size_t i = 0; i < altered.size(); ++i)
       shown = shown || norm::tells_apart(c.dtype, right[i], altered[i], {0, right[i].cols});
@@ -204,14 +245,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   const bool reversed = variation.law == kOtherHeads;
   const std::vector<std::int32_t> positions = positions_of(c, variation);
   const TensorSpec cos_sin = table(c);
-  const auto heads = [&](std::string name, std::int64_t count, std::int64_t width) {
-    return TensorSpec{std::move(name), c.dtype, tokens, count * width, Role::activation, width};
-  };
   Stage stage{
       .name = "rope",
-      .inputs = {heads("q", m.num_heads, dim), heads("k", m.num_kv_heads, dim),
-                 heads("v", m.num_kv_heads, v_dim), cos_sin},
-      .outputs = {heads("q_rope", m.num_heads, dim), heads("k_rope", m.num_kv_heads, dim)},
+      .inputs = {heads(c, "q", m.num_heads, dim), heads(c, "k", m.num_kv_heads, dim),
+                 heads(c, "v", m.num_kv_heads, v_dim), cos_sin},
+      .outputs = {heads(c, "q_rope", m.num_heads, dim), heads(c, "k_rope", m.num_kv_heads, dim)},
       .buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
         const RankShape rank = partition(m, c.tp_size, tp_rank);
         const std::int64_t q = rank.heads.size * dim, k = rank.kv_heads.size * dim;
@@ -325,10 +363,7 @@ std::optional<std::string> refuse(const Case& c) {
   if (auto reason = partitionable(c.model, c.tp_size)) return reason;
   if (norm_of(c) == kNoNorm && c.options.at("law") == kScaleLaw)
     return "law=scale is about norms, and norm=none";
-  const std::int64_t width =
-      std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
-      std::max(c.model.head_dim, c.model.value_head_dim());
-  if (auto reason = too_large(c.num_tokens, width)) return reason;
+  if (auto reason = too_large(c.num_tokens, widest_qkv(c))) return reason;
   return too_large(c.options.at("max_position"), std::int64_t{c.model.head_dim} * c.tp_size);
 }
 
@@ -352,7 +387,7 @@ Operator make_rope() {
                shared_key("fill"),
                shared_key("seed"),
                norm::eps_key(),
-               norm::pad_key("qkv and of the outputs"),
+               pad_key("qkv and of the outputs"),
                {.name = "rotary",
                 .help =
                     "the columns of a head that rotate: rounded down to an even number, 2 at least",

@@ -8,22 +8,13 @@
 #include <cmath>
 #include <complex>
 
-#include "harness/base/fill.h"
 #include "harness/base/philox.h"
+#include "properties/budget_testing.h"
 #include "reference/qk_norm.h"
 #include "reference/rope.h"
 
 namespace tp {
 namespace {
-
-Matrix filled(const TensorSpec& t, const DataRegime& g) {
-  std::vector<std::byte> bytes(std::size_t(t.rows * t.cols * size_of(t.dtype)));
-  fill_block(t, g, {0, t.rows}, {0, t.cols}, bytes.data(), t.cols);
-  Matrix m(t.rows, t.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(t.dtype, bytes.data(), std::int64_t(i));
-  return m;
-}
 
 enum class Norm { none, per_head, per_head_1p, weightless };
 

@@ -64,7 +64,11 @@ const std::vector<Mutant>& mutants() {
           "the caller adds up over the ranks what the layer has added up already",
           "vllm-project/vllm#49122",
           [](ShardingRules& r) { r.linear.row_caller_reductions = [](bool) { return 1; }; },
-          [](const Case& c) { return reduce_of(c) != Reduce::external; }),
+          [](const Case& c) {
+            // Beside an only token the other ranks have zeros to add.
+            return reduce_of(c) == Reduce::all_reduce ||
+                   (reduce_of(c) == Reduce::reduce_scatter && c.num_tokens > 1);
+          }),
       mutant(
           "shared-expert-double-reduce:not-at-all",
           "the layer leaves its partial sums to its caller, who does not add them up",
@@ -85,6 +89,74 @@ double density(const Case& c, int ranks) {
   return std::min(1.0, room / (double(in_features(c)) * ranks));
 }
 
+// Tokens of each rank, if they are shared out; the last ranks may have fewer, or none.
+std::int64_t share_of(const Case& c) { return (c.num_tokens + c.tp_size - 1) / c.tp_size; }
+
+// A token's partial sums, a row for each rank, under these rules and before any rounding.
+Matrix partial_sums(const Case& c, const ShardingRules& rules, const WholeInputs& in,
+                    std::int64_t token) {
+  const Matrix &x = in["x"], &weight = in["weight"];
+  const std::int64_t width = in_per_rank(c);
+  Matrix sums(c.tp_size, weight.rows);
+  for (int rank = 0; rank < c.tp_size; ++rank) {
+    const double* mine = x.row(token) + rank * width;
+    const Shard loaded = rules.linear.row_weight_columns(x.cols, c.tp_size, rank);
+    for (std::int64_t j = 0; j < weight.rows; ++j) {
+      const double* taken = weight.row(j) + loaded.offset;
+      double& sum = sums.row(rank)[j];
+      if (linear::has_bias(c) && rules.linear.row_adds_bias(rank)) sum = in["bias"].row(0)[j];
+      for (std::int64_t k = 0; k < width; ++k) sum += mine[k] * taken[k];
+    }
+  }
+  return sums;
+}
+
+// What these rules make of a token on the ranks that store it, a row for each, before any rounding.
+Matrix stored(const Case& c, const ShardingRules& rules, const WholeInputs& in,
+              std::int64_t token) {
+  const bool scatters = reduce_of(c) == Reduce::reduce_scatter,
+             reduces = reduce_of(c) != Reduce::external;
+  const auto total = [&](std::int64_t of_token) {
+    const Matrix sums = partial_sums(c, rules, in, of_token);
+    Matrix all(1, sums.cols);
+    for (std::int64_t rank = 0; rank < sums.rows; ++rank) {
+      for (std::int64_t j = 0; j < sums.cols; ++j) all.values[std::size_t(j)] += sums.row(rank)[j];
+    }
+    return all;
+  };
+  int reductions = rules.linear.row_caller_reductions(reduces);
+  if (!scatters) reductions += rules.linear.row_reductions(reduces, c.num_tokens, c.tp_size);
+  if (reductions == 0) return scatters ? total(token) : partial_sums(c, rules, in, token);
+  Matrix all = total(token);
+  if (scatters) {  // a sum of other tokens, too: those that are as far into their ranks' shares
+    for (std::int64_t other = token % share_of(c); other < c.num_tokens; other += share_of(c)) {
+      if (other == token) continue;
+      const Matrix more = total(other);
+      for (std::size_t j = 0; j < more.values.size(); ++j) all.values[j] += more.values[j];
+    }
+  }
+  // All ranks have the same by then, and each further sum is as many times that.
+  for (double& v : all.values) v *= std::pow(double(c.tp_size), reductions - 1);
+  return all;
+}
+
+// Asks of every mistake that decides differently in this case: would these data have shown it?
+std::optional<std::string> blind_to(const Case& c, const WholeInputs& in, const Budget& right) {
+  for (const Mutant& m : mutants()) {
+    if (!m.shows(c)) continue;
+    bool shown = false;
+    for (std::int64_t token = 0; token < right.rows && !shown; ++token) {
+      const Matrix altered = stored(c, m.rules, in, token);
+      for (std::size_t at = 0; at < altered.values.size() && !shown; ++at) {
+        const std::size_t of = std::size_t(token * right.cols) + at % std::size_t(right.cols);
+        shown = !accepts(c.dtype, altered.values[at], right.r[of], right.rho[of]);
+      }
+    }
+    if (!shown) return m.id;
+  }
+  return std::nullopt;
+}
+
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, in = in_features(c),
                      width = in_per_rank(c), pad = c.options.at("pad");
@@ -92,8 +164,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   const DType sums_type = sums_dtype(c);
   // Of the case that a law started from, whose data these are.
   const int ranks = variation.law.empty() ? c.tp_size : int(variation.argument);
-  // Tokens of each rank, if they are shared out; the last ranks may have fewer, or none.
-  const std::int64_t share = (tokens + c.tp_size - 1) / c.tp_size;
+  const std::int64_t share = share_of(c);
   const auto own_tokens = [=](int tp_rank) {
     const std::int64_t first = std::min(tokens, tp_rank * share);
     return scatters ? Shard{first, std::min(share, tokens - first)} : Shard{0, tokens};
@@ -161,6 +232,9 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                                   runs, matmul_accumulation(c.dtype, width),
                                   {.partial = sums_type, .out = c.dtype})};
   };
+  stage.blind_to = [=](const WholeInputs& whole, const std::vector<Budget>& budgets) {
+    return blind_to(c, whole, budgets.front());
+  };
   return {stage};
 }
 
@@ -180,6 +254,18 @@ LawRun law_one_rank() {
     return std::pair{one, Variation{.law = "tp1", .argument = c.tp_size}};
   };
   return law;
+}
+
+// Who adds up over the ranks is nothing to the sum: a rank's share of it is what all would have.
+LawRun law_other_reduce() {
+  return {
+      .law = {"reduce", "shared out over the ranks or given to all, the sums have the same bits"},
+      .vary = [](const Case& c) {
+        Case other = c;
+        other.options["reduce"] = std::int64_t(
+            reduce_of(c) == Reduce::reduce_scatter ? Reduce::all_reduce : Reduce::reduce_scatter);
+        return std::pair{other, Variation{.law = "reduce", .argument = c.tp_size}};
+      }};
 }
 
 }  // namespace
@@ -220,8 +306,8 @@ Operator make_row_linear() {
                 .min = 0,
                 .max = 1,
                 .words = {"activation", "f32"}},
-               linear::pad_key("x and of out")},
-      .laws = {law_one_rank(), law_tokens()},
+               pad_key("x and of out")},
+      .laws = {law_one_rank(), law_tokens(), law_other_reduce()},
       .mutants = mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;

@@ -43,6 +43,15 @@ inline int lowest_bit(double x) {
   return int(bits >> 52 & 0x7FF) - 1075 + std::countr_zero(significand);
 }
 
+// Of n numbers, the smallest that is not zero; infinity if all are.
+inline double least_magnitude(const double* x, std::int64_t n) {
+  double least = std::numeric_limits<double>::infinity();
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (x[i] != 0) least = std::min(least, std::fabs(x[i]));
+  }
+  return least;
+}
+
 // Keys and values of one sequence and KV head, in the order of their positions.
 struct KeyValues {
   KeyValues(const Matrix& k_rows, const Matrix& v_rows, const std::vector<std::int64_t>& slots,
@@ -55,6 +64,8 @@ struct KeyValues {
       k_bit.push_back(2000);
       v_bit.push_back(2000);
       v_max.push_back(0);
+      k_least.push_back(least_magnitude(k.row(std::int64_t(at)), head_dim));
+      v_least.push_back(least_magnitude(v.row(std::int64_t(at)), v_head_dim));
       for (std::int64_t c = 0; c < head_dim; ++c)
         k_bit[at] = std::min(k_bit[at], lowest_bit(k.row(std::int64_t(at))[c]));
       for (std::int64_t c = 0; c < v_head_dim; ++c) {
@@ -65,8 +76,9 @@ struct KeyValues {
   }
 
   Matrix k, v;
-  std::vector<int> k_bit, v_bit;  // lowest set bit of each row
-  std::vector<double> v_max;      // largest magnitude in each row
+  std::vector<int> k_bit, v_bit;         // lowest set bit of each row
+  std::vector<double> v_max;             // largest magnitude in each row
+  std::vector<double> k_least, v_least;  // smallest one in each row, but for zeros
 };
 
 // One query through one head: what it sees, and what a kernel can know of that.
@@ -113,6 +125,10 @@ class AttentionRow {
     int q_bit = 2000;
     for (std::int64_t c = 0; c < dims; ++c) q_bit = std::min(q_bit, lowest_bit(q[c]));
     const double scale = options_.scale, cap = options_.softcap, qk_error = profile_.qk.error();
+    // q, k and v are of the type of the weights where matrix steps multiply them.
+    Accumulation qk = profile_.qk;
+    if (qk.matrix_steps) qk.least_normal = std::ldexp(1.0, format_of(profile_.p).emin);
+    const double q_least = least_magnitude(q, dims);
     for (std::size_t j = 0; j < n; ++j) {
       const std::int64_t key = visible_.offset + std::int64_t(j);
       const double* k = kv.k.row(key);
@@ -121,16 +137,21 @@ class AttentionRow {
         sum += q[c] * k[c];
         size += std::fabs(q[c] * k[c]);
       }
-      // All products are multiples of 2^bit, and no partial sum needs more than 24 bits above it.
+      double raised = 0;
+      if (std::min(q_least, kv.k_least[std::size_t(key)]) < qk.least_normal) {
+        for (std::int64_t c = 0; c < dims; ++c) raised += qk.raised(q[c], k[c]);
+      }
+      // All products are multiples of 2^bit, and no partial sum needs more than 24 bits above it;
+      // nor is a product taken to be so large that a matrix step cuts off something of the others.
       const int bit = q_bit + kv.k_bit[std::size_t(key)];
-      exact_[j] = size == 0 || (bit < 1000 && size <= std::ldexp(1.0, 24 + bit));
+      exact_[j] = size == 0 || (bit < 1000 && std::max(size, raised) <= std::ldexp(1.0, 24 + bit));
       double s = sum * scale;
       raw_[j] = s;
       // Conversion of the scale, and of log2(e) where the exponent is base 2, and their products.
       double error = 4 * kU * std::fabs(s);
       if (!exact_[j]) {
-        error += std::fabs(scale) *
-                 (size * (qk_error + double(dims) * 0x1p-53) + double(dims) * 0x1p-149);
+        error += std::fabs(scale) * (size * (qk_error + double(dims) * 0x1p-53) + qk.cut(raised) +
+                                     double(dims) * 0x1p-149);
       }
       if (cap > 0) {
         // tanh is no steeper than at the near end of the interval; its argument is rounded three
@@ -241,7 +262,8 @@ class AttentionRow {
 
   // Whether all but the peak is too small to leave a trace in a sum that holds a part of the peak:
   // those sums are multiples of 2^bit, exact, and the rest is below 2^-26 of that (2^-8 is for
-  // errors of the rest). Tensor cores truncate it, additions round it away.
+  // errors of the rest). Tensor cores truncate it, additions round it away. Subnormal values change
+  // nothing there: the weight of the peak is 1, and in f16 the others are 0.
   bool absorbs(const KeyValues& kv) {
     if (peak_ == 0) return false;
     double peak_size = 0;
@@ -310,6 +332,7 @@ class AttentionRow {
     // Per key: how much its weight may be off, and what the sums with v round.
     Accumulation pv = profile_.pv;
     pv.depth = std::min(pv.depth, n);
+    if (pv.matrix_steps) pv.least_normal = std::ldexp(1.0, format_of(profile_.p).emin);
     const bool merged = profile_.splits > 1 || sunk_;
     const double states = double(profile_.splits) + sunk_;
     const double sums =
@@ -333,6 +356,11 @@ class AttentionRow {
       }
       if (profile_.p == DType::f16 && w * sum_ < 0x1p-13) sum += std::min(0x1p-25 / sum_, w);
       const double* v = kv.v.row(visible_.offset + std::int64_t(j));
+      // What matrix steps cut off beside a subnormal v. Beside a subnormal weight it is no more
+      // than 17 * 2^-39 |v|, and in `sum` are 2^-25 |v|.
+      if (kv.v_least[std::size_t(visible_.offset) + j] < pv.least_normal) {
+        for (std::int64_t c = 0; c < dims; ++c) rho[c] += pv.cut(pv.raised(w, v[c]));
+      }
       for (std::int64_t c = 0; c < dims; ++c) {
         rho[c] += sum * std::fabs(v[c]);
         spread_[std::size_t(c)] += off * std::fabs(v[c] - out[c]);

@@ -43,16 +43,31 @@ inline std::vector<int> least_bits(const Matrix& m, Shard cols) {
   return bits;
 }
 
+// Of each row: an element in `cols` is smaller than `least`, and not zero.
+inline std::vector<bool> have_smaller(const Matrix& m, Shard cols, double least) {
+  std::vector<bool> found;
+  for (std::int64_t i = 0; i < m.rows; ++i) {
+    const double* first = m.row(i) + cols.offset;
+    found.push_back(least > 0 && std::any_of(first, first + cols.size, [least](double v) {
+                      return v != 0 && std::fabs(v) < least;
+                    }));
+  }
+  return found;
+}
+
 // Whether fp32 adds multiples of 2^q up without any rounding, in any order: every partial sum is a
 // multiple of 2^q, too, and none exceeds the sum of magnitudes. What a matrix step shifts and cuts
-// off is less than 2^q then, so there is nothing there.
+// off is less than 2^q then, so there is nothing there; unless it takes a product to be larger than
+// that (see Accumulation), which is why `magnitude` is no less than what the products are taken
+// for.
 inline bool adds_exactly(double magnitude, int q) {
   return q >= -149 && magnitude <= std::ldexp(1.0, 24 + q);
 }
 
-// sum_k a[k] b[k], k < n, added up in fp32. All products are multiples of 2^q.
+// sum_k a[k] b[k], k < n, added up in fp32. All products are multiples of 2^q. `has_subnormal`:
+// whether any operand may be smaller than accumulation.least_normal.
 inline Bounded sum_of_products(const double* a, const double* b, std::int64_t n, int q,
-                               const Accumulation& accumulation) {
+                               const Accumulation& accumulation, bool has_subnormal = false) {
   constexpr int kLanes = 4;  // a chain each, so that a processor need not wait for the last sum
   double sums[kLanes] = {}, magnitudes[kLanes] = {};
   std::int64_t k = 0;
@@ -69,10 +84,12 @@ inline Bounded sum_of_products(const double* a, const double* b, std::int64_t n,
   }
   const double r = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   const double s = (magnitudes[0] + magnitudes[1]) + (magnitudes[2] + magnitudes[3]);
-  if (adds_exactly(s, q)) return {r, 0};
+  double raised = 0;
+  for (k = 0; k < n && has_subnormal; ++k) raised += accumulation.raised(a[k], b[k]);
+  if (adds_exactly(std::max(s, raised), q)) return {r, 0};
   // The kernel's roundings; this very loop's; and what underflow can take at each step.
-  return {r,
-          (accumulation.error() + double(n) * 0x1p-53) * s + double(accumulation.depth) * 0x1p-149};
+  return {r, (accumulation.error() + double(n) * 0x1p-53) * s + accumulation.cut(raised) +
+                 double(accumulation.depth) * 0x1p-149};
 }
 
 // v + addend, added in fp32. `is_last`: this rounding is the output's own, which compare() knows.
@@ -96,10 +113,14 @@ inline Budget product(const Matrix& x, const Matrix& w, Shard inner, const Matri
                       const Accumulation& accumulation, bool bias_is_last) {
   Budget out(x.rows, w.rows);
   const std::vector<int> x_bits = least_bits(x, inner), w_bits = least_bits(w, inner);
+  const double least = accumulation.least_normal;
+  const std::vector<bool> x_small = have_smaller(x, inner, least),
+                          w_small = have_smaller(w, inner, least);
   for (std::int64_t i = 0; i < x.rows; ++i) {
     for (std::int64_t j = 0; j < w.rows; ++j) {
       Bounded v = sum_of_products(x.row(i) + inner.offset, w.row(j) + inner.offset, inner.size,
-                                  x_bits[std::size_t(i)] + w_bits[std::size_t(j)], accumulation);
+                                  x_bits[std::size_t(i)] + w_bits[std::size_t(j)], accumulation,
+                                  x_small[std::size_t(i)] || w_small[std::size_t(j)]);
       if (bias != nullptr) v = plus(v, bias->values[std::size_t(j)], bias_is_last);
       out.r[std::size_t(i * w.rows + j)] = v.r;
       out.rho[std::size_t(i * w.rows + j)] = v.rho;

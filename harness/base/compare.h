@@ -7,6 +7,8 @@
 // An element y of type t passes iff RN_t(r - rho) <= y <= RN_t(r + rho); rho = 0 is bitwise
 // equality.
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -28,16 +30,39 @@ double chain_error(std::int64_t depth);
 
 // How a kernel adds products up: in a chain of `depth` fp32 roundings to nearest, or in `depth`
 // matrix steps (tensor cores). A step aligns 16 products and the accumulator to the largest of them
-// and truncates there and in the sum (numerics.md section 3, measured on H100 with mma.sync).
+// and truncates there and in the sum (numerics.md section 3, measured on H100 with mma.sync). It
+// takes the exponent of a product to be the sum of its operands', and that of a subnormal operand
+// to be the smallest normal one: such a product counts as larger than it is, and more is cut off.
 struct Accumulation {
   std::int64_t depth = 0;  // what the first product passes
   bool matrix_steps = false;
+  double least_normal = 0;  // the smallest normal operand, where a matrix step multiplies them
+
+  // What a step cuts off of its terms, relative to the largest of them.
+  static constexpr double kCut = 17 * 0x1p-25;
 
   // Largest error of the sum, relative to the sum of the products' magnitudes.
   double error() const {
-    return matrix_steps ? double(depth) * (17 * 0x1p-25 + 0x1p-23) : chain_error(depth);
+    if (!matrix_steps) return chain_error(depth);
+    const double e = double(depth) * (kCut + 0x1p-23);
+    return e / (1 - e);
   }
+  // How large a matrix step takes a product of a subnormal operand to be; 0 for any other.
+  double raised(double a, double b) const {
+    a = std::fabs(a), b = std::fabs(b);
+    if (a == 0 || b == 0 || (a >= least_normal && b >= least_normal)) return 0;
+    return std::max(a, least_normal) * std::max(b, least_normal);
+  }
+  // What steps cut off because of such products, `sum` being the sum of them as they are taken: in
+  // each step no more than the largest of its own.
+  double cut(double sum) const { return (1 + error()) * kCut * sum; }
 };
+
+// Whether the rounding of v to type t is within the budget (r, rho): what compare() asks of y.
+inline bool accepts(DType t, double v, double r, double rho) {
+  const double y = round_to(t, v);
+  return round_to(t, r - rho) <= y && y <= round_to(t, r + rho);
+}
 
 // What an attention kernel declares about its arithmetic. All of them work online, tile of keys by
 // tile of keys, in fp32: scores are differences from the running maximum when they meet exp (so the

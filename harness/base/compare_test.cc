@@ -67,5 +67,22 @@ TEST(Compare, ScoreIsAtMostOneWhereverTheElementIsAccepted) {
   }
 }
 
+// Errors of a step are relative to a sum that has those of the steps before it: they compound.
+TEST(Accumulation, CompoundsTheErrorsOfItsSteps) {
+  for (const std::int64_t depth : {1, 64, 4096}) {
+    for (const bool matrix_steps : {false, true}) {
+      const double e = matrix_steps ? 17 * 0x1p-25 + 0x1p-23 : 0x1p-24;
+      double error = 0;
+      for (std::int64_t i = 0; i < depth; ++i) error += e * (1 + error);
+      const Accumulation accumulation{.depth = depth, .matrix_steps = matrix_steps};
+      EXPECT_GE(accumulation.error(), error);
+      EXPECT_LE(accumulation.error(), error * 1.01);
+      if (depth > 1) {
+        EXPECT_GT(error, double(depth) * e);
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace tp

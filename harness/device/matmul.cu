@@ -14,6 +14,22 @@ struct Product {
   View<Out> out;
 };
 
+// Blocks that make rows x cols elements of out each, in one dimension: the others end at 65535.
+template <typename T, typename Out>
+dim3 blocks_of(const Product<T, Out>& p, int rows, int cols) {
+  return dim3(unsigned((p.out.cols + cols - 1) / cols * ((p.out.rows + rows - 1) / rows)));
+}
+
+// The first element that this block makes; its neighbours have the same rows.
+struct Corner {
+  std::int64_t row, col;
+};
+template <typename T, typename Out>
+__device__ Corner corner_of_block(const Product<T, Out>& p, int rows, int cols) {
+  const unsigned across = unsigned((p.out.cols + cols - 1) / cols);
+  return {std::int64_t{blockIdx.x / across} * rows, std::int64_t{blockIdx.x % across} * cols};
+}
+
 // Adds the bias and rounds once.
 template <typename T, typename Out>
 __device__ void finish(const Product<T, Out>& p, std::int64_t row, std::int64_t col, float sum) {
@@ -43,8 +59,7 @@ __device__ void load_float_tile(const View<const float>& from, std::int64_t firs
 __global__ void float_kernel(Product<float, float> p) {
   float* x_tile = dynamic_shared<float>();
   float* w_tile = x_tile + kFloatRows * kFloatStride;
-  const std::int64_t first_row = std::int64_t{blockIdx.y} * kFloatRows,
-                     first_col = std::int64_t{blockIdx.x} * kFloatCols;
+  const auto [first_row, first_col] = corner_of_block(p, kFloatRows, kFloatCols);
   const int down = int(threadIdx.x) / kThreadsAcross, across = int(threadIdx.x) % kThreadsAcross;
   float sums[4][4] = {};
   for (std::int64_t k = 0; k < p.x.cols; k += kFloatDepth) {
@@ -81,9 +96,7 @@ __global__ void float_kernel(Product<float, float> p) {
 }
 
 void launch_product(const Product<float, float>& p, Stream& stream) {
-  const dim3 grid(unsigned((p.out.cols + kFloatCols - 1) / kFloatCols),
-                  unsigned((p.out.rows + kFloatRows - 1) / kFloatRows));
-  launch("matmul", float_kernel, grid, dim3(kFloatThreads),
+  launch("matmul", float_kernel, blocks_of(p, kFloatRows, kFloatCols), dim3(kFloatThreads),
          (kFloatRows + kFloatCols) * kFloatStride * sizeof(float), stream, p);
 }
 
@@ -140,8 +153,8 @@ template <typename Tile, typename T, typename Out>
 __global__ void __launch_bounds__(Tile::kThreads)
     matrix_kernel(Product<T, Out> p, bool x_aligned, bool w_aligned) {
   T* stages = dynamic_shared<T>();
-  const std::int64_t first_row = std::int64_t{blockIdx.y} * Tile::kRows,
-                     first_col = std::int64_t{blockIdx.x} * Tile::kCols;
+  const Corner corner = corner_of_block(p, Tile::kRows, Tile::kCols);
+  const std::int64_t first_row = corner.row, first_col = corner.col;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
   const int warp_row = warp / Tile::kWarpsAcross * Tile::kWarpRows,
             warp_col = warp % Tile::kWarpsAcross * Tile::kWarpCols;
@@ -205,11 +218,9 @@ __global__ void __launch_bounds__(Tile::kThreads)
 
 template <typename Tile, typename T, typename Out>
 void launch_tiled(const Product<T, Out>& p, Stream& stream) {
-  const dim3 grid(unsigned((p.out.cols + Tile::kCols - 1) / Tile::kCols),
-                  unsigned((p.out.rows + Tile::kRows - 1) / Tile::kRows));
-  launch("matmul", matrix_kernel<Tile, T, Out>, grid, dim3(Tile::kThreads),
-         Tile::kStages * Tile::kStageElements * sizeof(T), stream, p, is_aligned(p.x),
-         is_aligned(p.w));
+  launch("matmul", matrix_kernel<Tile, T, Out>, blocks_of(p, Tile::kRows, Tile::kCols),
+         dim3(Tile::kThreads), Tile::kStages * Tile::kStageElements * sizeof(T), stream, p,
+         is_aligned(p.x), is_aligned(p.w));
 }
 
 template <typename T, typename Out>
@@ -232,8 +243,10 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
 }
 
 Accumulation matmul_accumulation(DType t, std::int64_t k) {
-  return t == DType::f32 ? Accumulation{.depth = k}
-                         : Accumulation{.depth = (k + kStep - 1) / kStep, .matrix_steps = true};
+  if (t == DType::f32) return {.depth = k};
+  return {.depth = (k + kStep - 1) / kStep,
+          .matrix_steps = true,
+          .least_normal = t == DType::f16 ? 0x1p-14 : 0x1p-126};
 }
 
 template void matmul(View<const float>, View<const float>, const float*, View<float>, Stream&);

@@ -176,6 +176,46 @@ TEST(Matmul, IsAsPreciseAsDeclaredAndTheSameInAnyTile) {
   expect_the_declared_error<bf16>();
 }
 
+// More blocks of rows than the second dimension of a grid has room for.
+TEST(Matmul, TakesMoreThanTwoMillionRows) {
+  constexpr std::int64_t kRows = 65535 * 32 + 1;
+  OneProduct<float, float> run({kRows, 1, 1}, 0, 0);
+  int next = 0;
+  run.fill([&] { return float(next++ % 1000); });
+  run.go(false);
+  const float w = run.w.at(0, 0);
+  for (std::int64_t i = 0; i < kRows; ++i) ASSERT_EQ(run.out.at(i, 0), run.x.at(i, 0) * w) << i;
+}
+
+// Beside a subnormal operand, which counts as 2^-14, more of the other products is cut off.
+TEST(Matmul, IsAsPreciseAsDeclaredBesideSubnormalOperands) {
+  constexpr std::int64_t kDepth = 64;
+  std::mt19937 generator(7);
+  OneProduct<f16, float> run({16, 8, kDepth}, 0, 0);
+  run.fill([&] { return std::ldexp(float(1024 + generator() % 1024), -18); });
+  for (std::int64_t k = 0; k < kDepth; k += 16) {
+    for (std::int64_t i = 0; i < 16; ++i) run.x.at(i, k) = from_float<f16>(0x1p-24f);
+    for (std::int64_t j = 0; j < 8; ++j) run.w.at(j, k) = from_float<f16>(1024.0f);
+  }
+  run.go(false);
+  const Accumulation profile = matmul_accumulation(DType::f16, kDepth);
+  int beyond = 0;
+  for (std::int64_t i = 0; i < 16; ++i) {
+    for (std::int64_t j = 0; j < 8; ++j) {
+      double sum = 0, raised = 0;  // of positive products: their sum is that of magnitudes
+      for (std::int64_t k = 0; k < kDepth; ++k) {
+        const double a = to_float(run.x.at(i, k)), b = to_float(run.w.at(j, k));
+        sum += a * b;
+        raised += profile.raised(a, b);
+      }
+      const double error = std::fabs(run.out.at(i, j) - sum);
+      ASSERT_LE(error, profile.error() * sum + profile.cut(raised)) << i << "," << j;
+      beyond += error > profile.error() * sum;
+    }
+  }
+  EXPECT_GT(beyond, 100);
+}
+
 TEST(Matmul, RefusesSizesThatDoNotFit) {
   const std::string fault = fault_of([](Stream& stream) {
     const Buffer buffer = upload(stream, std::vector<float>(64));

@@ -80,12 +80,9 @@ Stage copy_stage(const Plan& plan, const std::string& from, const std::string& t
 }
 
 // y = x, or with `second` z = y = x in two stages of which the second makes the mistake.
-Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4, bool second = false,
-            bool graph = false) {
+Operator faulty(const Plan& plan, bool second = false) {
   OperatorSpec spec{
       .name = "faulty", .what = "a copy", .laws = {law_tp1(), law_scale(), law_tokens()}};
-  spec.mutants.push_back(
-      {"0:none", "", "", sharding_rules()});  // so that there is a key `discriminate`
   for (const char* k : {"tp_size", "num_tokens", "fill", "seed"})
     spec.keys.push_back(shared_key(k));
   spec.refuse = [](const Case&) { return std::nullopt; };
@@ -96,14 +93,19 @@ Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4, 
     if (!second) return {copy_stage(plan, "x", "y")};
     return {copy_stage(plan.twice ? plan : Plan{}, "x", "y"), copy_stage(plan, "y", "z")};
   };
-  const Operator op = make_operator(spec);
+  return make_operator(spec);
+}
+
+Verdict run(const Plan& plan, const std::string& law = "none", int tp_size = 4, bool second = false,
+            bool graph = false) {
+  const Operator op = faulty(plan, second);
   Case c = op.blank();
   c.tp_size = tp_size;
   c.num_tokens = int(kRows);
   c.fill = Fill::dense;
   c.seed = 5;
   c.options["law"] = op.key("law")->parse(law);
-  c.options["discriminate"] = plan.blind;
+  if (plan.blind) c.options["discriminate"] = 1;
   c.options["graph"] = graph;
   return op.run(test_world(), c, {.deadline = std::chrono::seconds(10)});
 }
@@ -244,6 +246,12 @@ TEST(Oracles, BlindDataAreMistrusted) {
   Plan plan;
   plan.blind = true;
   expect(run(plan), Outcome::Mistrusted, "could not have shown everything");
+}
+
+// A key that does nothing would be drawn all the same.
+TEST(Oracles, OnlyDataThatCanBeBlindAreAskedWhetherTheyAre) {
+  EXPECT_EQ(faulty({}).key("discriminate"), nullptr);
+  EXPECT_NE(faulty({.blind = true}).key("discriminate"), nullptr);
 }
 
 }  // namespace

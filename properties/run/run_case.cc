@@ -262,6 +262,19 @@ std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols) {
                      cols, kMax);
 }
 
+std::int64_t widest_qkv(const Case& c) {
+  return std::int64_t{c.model.num_heads + 2 * std::max(c.model.num_kv_heads, c.tp_size)} *
+         std::max(c.model.head_dim, c.model.value_head_dim());
+}
+
+Key pad_key(const std::string& of_what) {
+  return {.name = "pad",
+          .help = "elements between the rows of " + of_what,
+          .min = 0,
+          .max = 64,
+          .grain = 8};
+}
+
 Operator make_operator(OperatorSpec spec) {
   Operator op{.name = spec.name,
               .what = spec.what,
@@ -294,7 +307,8 @@ Operator make_operator(OperatorSpec spec) {
                                15));
   op.keys.push_back(on_off_key(
       "delays", "1: seeded delays before kernels, so that a missing event or barrier shows", 15));
-  if (!spec.mutants.empty()) {
+  const std::vector<Stage> stages = spec.stages(op.blank(), sharding_rules(), {});
+  if (std::any_of(stages.begin(), stages.end(), [](const Stage& s) { return bool(s.blind_to); })) {
     op.keys.push_back(on_off_key(
         "discriminate", "1: mistrust data that could not have shown the known mistakes", 20));
   }

@@ -182,8 +182,8 @@ struct LawRun {
 struct OperatorSpec {
   std::string name;
   std::string what;
-  std::vector<Key> keys;  // `law`, `poison`, `graph`, `delays` and, if there are mutants,
-                          // `discriminate` are added
+  std::vector<Key> keys;  // `law`, `poison`, `graph`, `delays` and, if a stage says what its data
+                          // are blind to, `discriminate` are added
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
@@ -203,5 +203,11 @@ LawRun law_tokens();  // tokens in another order are the same tokens
 
 // Why rows x cols is too large to be a case; nothing if it is not.
 std::optional<std::string> too_large(std::int64_t rows, std::int64_t cols);
+
+// At least the columns of q, k and v on all ranks together, replicas counted.
+std::int64_t widest_qkv(const Case& c);
+
+// The key `pad` of operators whose rows may lie apart.
+Key pad_key(const std::string& of_what);
 
 }  // namespace tp
