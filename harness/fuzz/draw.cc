@@ -22,13 +22,13 @@ constexpr std::int64_t kNarrowHead = 32;
 // Of the widest tensor on all ranks together; tokens give way. A night of many small cases finds
 // more than one of few large ones, and 8192 columns of 32 tokens are within.
 constexpr std::int64_t kMaxElements = 1 << 18;
-// Of Operator::work: some milliseconds of the reference. Most cases get between an eighth of this
+// Of Operator::work: some milliseconds of the reference. Most cases get between a quarter of this
 // and all of it, log-uniformly, which pays for the few large ones.
 constexpr double kMaxWork = 1 << 20;
-constexpr double kLeastShare = 1.0 / 8;
-// Large cases get 10 to 20 times as much: long contexts, many tiles, many tokens.
-constexpr double kLargeCases = 0.035;
-constexpr double kLargeShare = 10, kMaxLargeShare = 20;
+constexpr double kLeastShare = 1.0 / 4;
+// Large cases get 6 to 20 times as much: long contexts, many tiles, many tokens.
+constexpr double kLargeCases = 0.04;
+constexpr double kLargeShare = 6, kMaxLargeShare = 20;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -250,7 +250,7 @@ void grow(const Operator& op, Case& c, const Key& key, std::int64_t most, double
 void share_out(Dice& dice, const Operator& op, Case& c, const std::vector<const Key*>& sizes,
                double budget) {
   if (op.work(c) <= budget) return;
-  const std::int64_t start = 16 >> dice.below(4);
+  const std::int64_t start = 16 >> dice.below(5);
   std::vector<std::int64_t> drawn;
   for (const Key* key : sizes) drawn.push_back(key->get(c));
   for (std::int64_t small = start; small > 0; small /= 2) {
