@@ -441,5 +441,21 @@ INSTANTIATE_TEST_SUITE_P(
                     Rate{"next_ranks_columns", Bug::next_ranks_columns, 100, 100}),
     [](const auto& info) { return std::string(info.param.name); });
 
+// 60000 + 60000 - 70000: the result fits f16, a sum of two of the ranks does not.
+TEST(RowLinearBudget, SaysNothingOfSumsThatMayOverflowOnTheWay) {
+  Matrix x(1, 3), weight(2, 3);
+  x.values = {60000, 60000, -35000};
+  weight.values = {1, 1, 2, 0.25, 0.25, 0.5};
+  const Budget budget =
+      reference::row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
+                            {.partial = DType::f16, .out = DType::f16});
+  EXPECT_EQ(budget.rho[0], HUGE_VAL);
+  EXPECT_LT(budget.rho[1], 64);
+  const Budget wide =
+      reference::row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
+                            {.partial = DType::f32, .out = DType::f16});
+  EXPECT_EQ(wide.rho[0], 0);
+}
+
 }  // namespace
 }  // namespace tp

@@ -49,6 +49,11 @@ inline Budget row_linear(const Matrix& x, const Matrix& weight, const Matrix* bi
   for (std::size_t i = 0; i < size; ++i) {
     // Every partial sum of any order lies within [-largest, largest], but for roundings before it.
     double largest = std::max(above[i], below[i]);
+    if (std::isinf(round_to(types.partial, largest))) {
+      // A sum on the way may overflow, whatever the last one is.
+      out.rho[i] = HUGE_VAL;
+      continue;
+    }
     if (out.rho[i] == 0 && largest <= std::ldexp(1.0, p + least[i])) continue;
     largest += roundings * half_ulp(types.partial, largest);
     out.rho[i] += roundings * half_ulp(types.partial, largest) +

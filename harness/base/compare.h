@@ -79,7 +79,9 @@ struct AttentionProfile {
   double exp_ulps = 2, tanh_ulps = 2, log_ulps = 2;  // errors, one ulp being at most 2^-23 relative
 };
 
-// Value and radius of every element of a matrix, row-major.
+// Value and radius of every element of a matrix, row-major. An infinite radius: the element is not
+// checked, because a declared intermediate (a partial sum in 16 bits) may overflow where the result
+// does not.
 struct Budget {
   std::int64_t rows = 0;
   std::int64_t cols = 0;
@@ -101,6 +103,7 @@ struct Mismatch {
 
 struct Comparison {
   std::optional<Mismatch> first;  // the first rejected element in row-major order
+  std::int64_t unchecked = 0;
   // Largest |y - r| / (rho + h_t(|r| + rho)); for reports and ranking only, <= 1 whenever accepted.
   double score = 0;
 };

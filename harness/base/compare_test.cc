@@ -84,5 +84,17 @@ TEST(Accumulation, CompoundsTheErrorsOfItsSteps) {
   }
 }
 
+// Where a partial sum may overflow nothing can be said, and that is counted; not of its neighbours.
+TEST(Compare, AnInfiniteRadiusIsNotChecked) {
+  Budget budget(1, 3);
+  budget.r = {1, 2, 3};
+  budget.rho = {0, HUGE_VAL, 0};
+  const float right[] = {1, -INFINITY, 3}, wrong[] = {1, NAN, 4};
+  EXPECT_FALSE(compare(DType::f32, right, budget).first);
+  EXPECT_EQ(compare(DType::f32, right, budget).unchecked, 1);
+  ASSERT_TRUE(compare(DType::f32, wrong, budget).first);
+  EXPECT_EQ(compare(DType::f32, wrong, budget).first->col, 2);
+}
+
 }  // namespace
 }  // namespace tp

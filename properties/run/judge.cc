@@ -249,6 +249,13 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
       const TensorSpec& t = stage.outputs[i];
       const Comparison comparison = compare(t.dtype, got.bytes().data(), budgets[i]);
       result.score = std::max(result.score, comparison.score);
+      const std::int64_t elements = t.rows * t.cols;
+      if (100 * comparison.unchecked > elements && !result.blind_to) {
+        result.blind_to = fmt::format(
+            "what becomes of {} of {} elements of {}: they may overflow on "
+            "the way",
+            comparison.unchecked, elements, t.name);
+      }
       if (const auto orphan = got.orphan(); orphan && !result.finding) {
         result.finding =
             Verdict{.outcome = Outcome::WrongValue,
