@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "harness/fuzz/commands_testing.h"
+#include "harness/fuzz/protocol.h"
 
 namespace tp {
 namespace {
@@ -283,8 +284,10 @@ TEST_F(ExecutorsTest, AnExecutorOfAnotherKindIsThree) {
 }
 
 TEST_F(ExecutorsTest, AnExecutorOfAnotherVersionIsThree) {
-  for (const char* greeting : {"tpcheck-ready gpu Old GPU", "tpcheck-ready 1 gpu Old GPU",
-                               "tpcheck-ready 3 emulator new", "tpcheck-ready"}) {
+  const std::string older = fmt::format("tpcheck-ready {} gpu Old GPU", kProtocol - 1),
+                    newer = fmt::format("tpcheck-ready {} emulator new", kProtocol + 1);
+  for (const std::string& greeting :
+       {std::string("tpcheck-ready gpu Old GPU"), older, newer, std::string("tpcheck-ready")}) {
     std::ofstream(folder_ / "other")
         << "#!/bin/sh\necho '" << greeting << " '\nexec cat >/dev/null\n";
     fs::permissions(folder_ / "other", fs::perms::all);
