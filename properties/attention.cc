@@ -363,11 +363,13 @@ std::vector<LawRun> laws() {
         const AttentionCall call = attention_call(c);
         std::int64_t s = std::int64_t(c.seed % call.sequences.size());
         if (call.sequences[std::size_t(s)].queries.size == 0) s = 0;
-        return std::pair{c, Variation{.law = kBatch, .argument = s}};
+        const std::int64_t first = call.sequences[std::size_t(s)].queries.offset;
+        return std::pair{c, Variation{.rotate_rows = int(first), .law = kBatch, .argument = s}};
       });
-  batch.twin = [](const Case& c, const Variation& v, const TensorSpec&, std::int64_t row,
+  // Asked for each element, so the sequence's first row is known by then.
+  batch.twin = [](const Case&, const Variation& v, const TensorSpec&, std::int64_t row,
                   std::int64_t col) -> std::optional<Place> {
-    return Place{attention_call(c).sequences[std::size_t(v.argument)].queries.offset + row, col};
+    return Place{v.rotate_rows + row, col};
   };
   LawRun heads = law(kHeads, "heads in another order give the same bits in that order", true);
   heads.twin = [](const Case& c, const Variation&, const TensorSpec& t, std::int64_t row,
