@@ -14,11 +14,14 @@ int exponent_in(const Format& f, double magnitude) {
 
 double round_to(DType t, double x) {
   if (t == DType::f32) return float(x);
-  if (!std::isfinite(x)) return x;
+  if (t == DType::u8 || t == DType::i32) return x;
+  if (std::isnan(x) || (std::isinf(x) && t != DType::e4m3)) return x;
   const Format f = format_of(t);
   const double magnitude = std::fabs(x);
-  const double infinity = std::copysign(std::numeric_limits<double>::infinity(), x);
-  const double limit = t == DType::f16 ? 0x1p16 : 0x1p128;  // 2^(emax + 1)
+  const double infinity =
+      std::copysign(t == DType::e4m3 ? 448 : std::numeric_limits<double>::infinity(), x);
+  // 2^(emax + 1); e4m3 has given the last number below it to NaN.
+  const double limit = t == DType::f16 ? 0x1p16 : t == DType::e4m3 ? 480 : 0x1p128;
   if (magnitude >= limit) return infinity;
   // Adding and taking away 1.5 * 2^52 units rounds to the nearest unit, ties to even (Dekker).
   const double unit =

@@ -1,6 +1,7 @@
 #pragma once
-// f32, f16 and bf16 on any machine, with integer operations only, so that host, emulator and GPU
-// get the same bits (nvcc: --expt-relaxed-constexpr). All roundings are to nearest, ties to even.
+// f32, f16, bf16 and fp8 e4m3 on any machine, with integer operations only, so that host, emulator
+// and GPU get the same bits (nvcc: --expt-relaxed-constexpr). All roundings are to nearest, ties to
+// even. Beside them the whole numbers that quantised weights are packed into.
 
 #include <bit>
 #include <cmath>
@@ -11,13 +12,18 @@
 
 namespace tp {
 
-enum class DType : std::uint8_t { f32, f16, bf16 };
+// The first three are what activations may be; the others are how weights are kept.
+enum class DType : std::uint8_t { f32, f16, bf16, e4m3, u8, i32 };
 
 struct f16 {
   std::uint16_t bits = 0;
 };
 struct bf16 {
   std::uint16_t bits = 0;
+};
+// OCP 8-bit float E4M3 (NVIDIA's e4m3fn): no infinities, NaN is S.1111.111, the largest number 448.
+struct e4m3 {
+  std::uint8_t bits = 0;
 };
 
 // p: bits of the significand, the hidden one included. emin: exponent of the smallest normal
@@ -35,13 +41,20 @@ constexpr Format format_of(DType t) {
       return {11, -14, 15, 2};
     case DType::bf16:
       return {8, -126, 127, 2};
+    case DType::e4m3:
+      return {4, -6, 8, 1};
+    case DType::u8:
+      return {8, 0, 7, 1};
+    case DType::i32:
+      return {31, 0, 30, 4};
     default:
       return {24, -126, 127, 4};
   }
 }
 constexpr int size_of(DType t) { return format_of(t).bytes; }
 constexpr std::string_view name_of(DType t) {
-  return t == DType::f32 ? "f32" : t == DType::f16 ? "f16" : "bf16";
+  constexpr std::string_view kNames[] = {"f32", "f16", "bf16", "e4m3", "u8", "i32"};
+  return kNames[int(t)];
 }
 
 template <typename T>
@@ -58,6 +71,18 @@ template <>
 struct dtype_of<bf16> {
   static constexpr DType value = DType::bf16;
 };
+template <>
+struct dtype_of<e4m3> {
+  static constexpr DType value = DType::e4m3;
+};
+template <>
+struct dtype_of<std::uint8_t> {
+  static constexpr DType value = DType::u8;
+};
+template <>
+struct dtype_of<std::int32_t> {
+  static constexpr DType value = DType::i32;
+};
 
 constexpr float to_float(float x) { return x; }
 constexpr float to_float(bf16 x) { return std::bit_cast<float>(std::uint32_t{x.bits} << 16); }
@@ -70,6 +95,22 @@ constexpr float to_float(f16 x) {
     return std::bit_cast<float>(sign | ((exponent + 112) << 23) | (fraction << 13));
   const float magnitude = float(fraction) * 0x1p-24f;  // subnormal: exact
   return sign ? -magnitude : magnitude;
+}
+
+constexpr float to_float(e4m3 x) {
+  const std::uint32_t sign = std::uint32_t(x.bits & 0x80u) << 24;
+  const std::uint32_t exponent = (x.bits >> 3) & 0xFu;
+  const std::uint32_t fraction = x.bits & 0x7u;
+  if ((x.bits & 0x7Fu) == 0x7F) return std::bit_cast<float>(sign | 0x7FC00000u);
+  if (exponent != 0)
+    return std::bit_cast<float>(sign | ((exponent + 120) << 23) | (fraction << 20));
+  const float magnitude = float(fraction) * 0x1p-9f;  // subnormal: exact
+  return sign ? -magnitude : magnitude;
+}
+// E2M1, the four bits of NVFP4: 0 .. 6 in steps of 0.5, 1 and 2, and a sign.
+constexpr float e2m1_to_float(unsigned bits) {
+  constexpr float kMagnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  return bits & 8u ? -kMagnitudes[bits & 7u] : kMagnitudes[bits & 7u];
 }
 
 template <typename T>
@@ -105,7 +146,30 @@ constexpr f16 from_float<f16>(float x) {
   return {std::uint16_t(sign | (kept + (rest > half || (rest == half && (kept & 1u)) ? 1u : 0u)))};
 }
 
-// RN_t(x): x rounded once to `t`, with its overflow and subnormals, as a double.
+// Saturating, as quantisation wants it: whatever rounds to more than 448, infinities included,
+// becomes 448. NaN stays NaN.
+template <>
+constexpr e4m3 from_float<e4m3>(float x) {
+  const std::uint32_t b = std::bit_cast<std::uint32_t>(x);
+  const std::uint8_t sign = std::uint8_t((b >> 24) & 0x80u);
+  const std::uint32_t a = b & 0x7FFFFFFFu;
+  if (a > 0x7F800000u) return {std::uint8_t(sign | 0x7Fu)};
+  if (a >= 0x43E80000u) return {std::uint8_t(sign | 0x7Eu)};  // 464, the tie above 448, and above
+  if (a >= 0x3C800000u) {                                     // normal: 2^-6 and above
+    const std::uint32_t r = a - 0x3C000000u;                  // rebias 127 -> 7
+    return {std::uint8_t(sign | ((r + 0x7FFFFu + ((r >> 20) & 1u)) >> 20))};
+  }
+  if (a < 0x3A800000u) return {sign};  // below half the smallest subnormal
+  const std::uint32_t significand = (a & 0x7FFFFFu) | 0x800000u;
+  const int shift = 141 - int(a >> 23);  // 21..24: bits below 2^-9
+  const std::uint32_t kept = significand >> shift;
+  const std::uint32_t rest = significand & ((1u << shift) - 1u);
+  const std::uint32_t half = 1u << (shift - 1);
+  return {std::uint8_t(sign | (kept + (rest > half || (rest == half && (kept & 1u)) ? 1u : 0u)))};
+}
+
+// RN_t(x): x rounded once to `t`, with its overflow (of e4m3: saturation) and subnormals, as a
+// double. Whole numbers stay as they are.
 double round_to(DType t, double x);
 
 // h_t(x) of research/numerics.md section 3: the largest error of rounding a value of size |x| to t.
@@ -118,8 +182,14 @@ inline double load(DType t, const void* data, std::int64_t i) {
       return static_cast<const float*>(data)[i];
     case DType::f16:
       return to_float(static_cast<const f16*>(data)[i]);
-    default:
+    case DType::bf16:
       return to_float(static_cast<const bf16*>(data)[i]);
+    case DType::e4m3:
+      return to_float(static_cast<const e4m3*>(data)[i]);
+    case DType::u8:
+      return static_cast<const std::uint8_t*>(data)[i];
+    default:
+      return static_cast<const std::int32_t*>(data)[i];
   }
 }
 // Stores x, which must already be a value of t (see round_to).
@@ -131,13 +201,24 @@ inline void store(DType t, void* data, std::int64_t i, double x) {
     case DType::f16:
       static_cast<f16*>(data)[i] = from_float<f16>(float(x));
       break;
-    default:
+    case DType::bf16:
       static_cast<bf16*>(data)[i] = from_float<bf16>(float(x));
+      break;
+    case DType::e4m3:
+      static_cast<e4m3*>(data)[i] = from_float<e4m3>(float(x));
+      break;
+    case DType::u8:
+      static_cast<std::uint8_t*>(data)[i] = std::uint8_t(x);
+      break;
+    default:
+      static_cast<std::int32_t*>(data)[i] = std::int32_t(x);
       break;
   }
 }
 
-// Calls f with a value of the C++ type of t: dispatch(t, [&]<typename T>(T) { ... }).
+// Calls f with a value of the C++ type of t, a type of activations: dispatch(t, [&]<typename T>(T)
+// {
+// ... }).
 template <typename F>
 decltype(auto) dispatch(DType t, F&& f) {
   switch (t) {
