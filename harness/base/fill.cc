@@ -137,12 +137,11 @@ void fill_typed(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols
   }
 }
 
-template <typename T>
-void fill_by_value(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols, T* out,
+void fill_by_value(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols, void* out,
                    std::int64_t out_stride) {
   for (std::int64_t i = 0; i < rows.size; ++i) {
     for (std::int64_t j = 0; j < cols.size; ++j)
-      out[i * out_stride + j] = from_float<T>(float(t.value(g, rows.offset + i, cols.offset + j)));
+      store(t.dtype, out, i * out_stride + j, t.value(g, rows.offset + i, cols.offset + j));
   }
 }
 
@@ -156,13 +155,13 @@ void fill_block(const TensorSpec& tensor, const DataRegime& regime, Shard rows, 
   // A weight keeps its rows whatever a law does to the tokens.
   DataRegime g = regime;
   if (tensor.role == Role::weight) g.rotate_rows = 0;
-  dispatch(tensor.dtype, [&]<typename T>(T) {
-    if (tensor.value) {
-      fill_by_value(tensor, g, rows, cols, static_cast<T*>(out), out_stride);
-    } else {
+  if (tensor.value) {
+    fill_by_value(tensor, g, rows, cols, out, out_stride);
+  } else {
+    dispatch(tensor.dtype, [&]<typename T>(T) {
       fill_typed(tensor, g, rows, cols, static_cast<T*>(out), out_stride);
-    }
-  });
+    });
+  }
 }
 
 }  // namespace tp

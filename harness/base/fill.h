@@ -52,7 +52,7 @@ struct TensorSpec {
   std::int64_t entity_cols = 1;  // columns of one head (or of whatever an index selects)
   // Where the elements of a tensor must know of each other or of another tensor (the keys that a
   // query shall find): the value of one, before it is rounded to dtype. A function of its arguments
-  // only, no libm. Empty: filled by role and regime.
+  // only, no libm. Empty: filled by role and regime (if dtype is one of activations).
   std::function<double(const DataRegime&, std::int64_t row, std::int64_t col)> value = {};
   // Filled by role and regime, row i holds what row source[i] of a tensor with enough rows would
   // hold (keys in their slots). Empty: itself.

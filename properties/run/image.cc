@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 
 namespace tp {
@@ -14,10 +15,21 @@ void for_each_piece(const LocalBuffer& local, F f) {
   const std::int64_t width = size_of(local.dtype);
   if (!local.content.empty()) f(std::size_t{0}, local.content.size());
   for (const Piece& piece : local.pieces) {
-    const std::int64_t rows = piece.rows ? piece.rows->size : local.rows;
-    for (std::int64_t i = piece.at_row; i < piece.at_row + rows; ++i)
+    const Shard rows = local_rows(local, piece);
+    for (std::int64_t i = rows.offset; i < rows.end(); ++i)
       f(std::size_t((i * local.cols + piece.at) * width), std::size_t(piece.cols.size * width));
   }
+}
+
+// Which elements of a row some piece covers.
+std::vector<bool> owned_columns(const LocalBuffer& local, std::int64_t row) {
+  std::vector<bool> owned(std::size_t(local.cols));
+  for (const Piece& piece : local.pieces) {
+    const Shard rows = local_rows(local, piece);
+    if (row < rows.offset || row >= rows.end()) continue;
+    std::fill_n(owned.begin() + piece.at, piece.cols.size, true);
+  }
+  return owned;
 }
 
 }  // namespace
@@ -26,21 +38,20 @@ std::size_t buffer_bytes(const LocalBuffer& buffer) {
   return std::size_t(buffer.rows * buffer.cols) * std::size_t(size_of(buffer.dtype));
 }
 
+Shard local_rows(const LocalBuffer& buffer, const Piece& piece) {
+  return {piece.at_row, piece.rows ? piece.rows->size : buffer.rows};
+}
+
 Image blank_image(const LocalBuffer& local, std::optional<Poison> poison) {
   Image image{local,
-              std::vector<std::byte>(buffer_bytes(local), std::byte(poison.value_or(Poison::nan))),
-              std::vector<bool>(std::size_t(local.cols))};
+              std::vector<std::byte>(buffer_bytes(local), std::byte(poison.value_or(Poison::nan)))};
   if (!local.content.empty()) image.bytes = local.content;
-  for (const Piece& p : local.pieces) {
-    for (std::int64_t j = 0; j < p.cols.size; ++j) image.owned[std::size_t(p.at + j)] = true;
-  }
   return image;
 }
 
 void place(const std::vector<std::byte>& data, Image& image, const Piece& piece) {
   const std::int64_t width = size_of(image.local.dtype), row_bytes = piece.cols.size * width;
-  const std::int64_t rows = piece.rows ? piece.rows->size : image.local.rows;
-  for (std::int64_t i = 0; i < rows; ++i) {
+  for (std::int64_t i = 0; i < local_rows(image.local, piece).size; ++i) {
     std::memcpy(image.bytes.data() + ((piece.at_row + i) * image.local.cols + piece.at) * width,
                 data.data() + i * row_bytes, std::size_t(row_bytes));
   }
@@ -77,14 +88,15 @@ void check_untouched(const Image& before, const Image& after, int tp_rank) {
                     std::size_t(before.local.cols * width)) == 0) {
       continue;
     }
+    const std::vector<bool> owned = owned_columns(before.local, i);
     for (std::int64_t j = 0; j < before.local.cols; ++j) {
-      if (before.local.use == Use::output && before.owned[std::size_t(j)]) continue;
+      if (before.local.use == Use::output && owned[std::size_t(j)]) continue;
       const std::size_t at = std::size_t(line + j * width);
       if (std::memcmp(&before.bytes[at], &after.bytes[at], std::size_t(width)) == 0) continue;
       const bool input = before.local.use == Use::input;
       throw Fault{input ? Outcome::InputModified : Outcome::OutOfBounds,
                   fmt::format("{}[{}, {}]: {} was overwritten", before.local.name, i, j,
-                              input ? "an input" : "a column that is not the operator's"),
+                              input ? "an input" : "an element that is not the operator's"),
                   tp_rank};
     }
   }
@@ -93,7 +105,8 @@ void check_untouched(const Image& before, const Image& after, int tp_rank) {
 void take_pieces(const Image& image, std::vector<std::byte>& outputs) {
   const std::int64_t width = size_of(image.local.dtype);
   for (const Piece& piece : image.local.pieces) {
-    for (std::int64_t i = 0; i < image.local.rows; ++i) {
+    const Shard rows = local_rows(image.local, piece);
+    for (std::int64_t i = rows.offset; i < rows.end(); ++i) {
       const std::byte* row = image.bytes.data() + (i * image.local.cols + piece.at) * width;
       outputs.insert(outputs.end(), row, row + piece.cols.size * width);
     }

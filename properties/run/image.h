@@ -21,11 +21,13 @@ enum class Poison : std::uint8_t { large = 0x7B, tiny = 0x01, nan = 0xFF };
 struct Image {
   LocalBuffer local;
   std::vector<std::byte> bytes;
-  std::vector<bool> owned;  // by column: some piece covers it
 };
 
 // Every byte is poison; without poison, NaN.
 Image blank_image(const LocalBuffer& local, std::optional<Poison> poison);
+
+// The rows of the buffer that a piece covers.
+Shard local_rows(const LocalBuffer& buffer, const Piece& piece);
 
 // Copies a piece's rows (dense) into an image.
 void place(const std::vector<std::byte>& data, Image& image, const Piece& piece);
@@ -36,7 +38,7 @@ void place(const std::vector<std::byte>& data, Image& image, const Piece& piece)
 void upload(Stream& stream, const Image& image, const Buffer& buffer, bool whole);
 void download(Stream& stream, Image& image, const Buffer& buffer, bool whole);
 
-// Throws Fault where an input, or a column that is not the operator's, has changed.
+// Throws Fault where an input, or an element that is not the operator's, has changed.
 void check_untouched(const Image& before, const Image& after, int tp_rank);
 
 // Appends the pieces of an output, dense.

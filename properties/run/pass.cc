@@ -33,10 +33,6 @@ void check_piece(const Stage& stage, const LocalBuffer& local, const Piece& piec
                             piece.rows->end(), tensor.name, tensor.rows),
                 tp_rank};
   }
-  // Who owns what of an output buffer is known by column.
-  TP_CHECK(!piece.rows || local.use == Use::input ||
-               (piece.at_row == 0 && piece.rows->size == local.rows),
-           "an output's piece is not of all rows of buffer " + local.name);
   TP_CHECK(
       (piece.rows ? piece.at_row + piece.rows->size <= local.rows : tensor.rows == local.rows) &&
           tensor.dtype == local.dtype && piece.at + piece.cols.size <= local.cols,
@@ -111,12 +107,13 @@ bool is_new(const RankMemory& memory, const LocalBuffer& local) {
 
 // Runs a stage with its new inputs as `images` say, the recorded way if there is a recording.
 void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const RankMemory& memory,
-                  const std::vector<Image>& images, bool whole, Recording* recording) {
+                  const Checkpoint* checkpoint, const std::vector<Image>& images, bool whole,
+                  Recording* recording) {
   for (const Image& image : images) {
     if (image.local.use == Use::input && is_new(memory, image.local))
       upload(stream, image, memory.buffers.at(image.local.name).buffer, whole);
   }
-  RankRun run(group, stream, memory.buffers);
+  RankRun run(group, stream, memory.buffers, checkpoint);
   if (recording != nullptr) stream.begin_recording(*recording);
   stage.run(run);
   if (recording != nullptr) stream.end_recording();
@@ -146,20 +143,22 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
     const std::vector<Image> before = load_stage(stage, stream, tp_rank, options, data, memory);
     std::vector<Image> other;
     Recording* recording = nullptr;
-    // Only a stage whose buffers are all new can be run twice: others would start from what the
-    // first run left.
-    if (options.graph && std::all_of(before.begin(), before.end(), [&](const Image& image) {
-          return is_new(memory, image.local);
+    const Checkpoint* checkpoint = stage.stored.empty() ? nullptr : &data.checkpoint(stage);
+    // What it writes must be new, or the second run would start from what the first one left.
+    // Nobody records how weights are loaded.
+    if (options.graph && checkpoint == nullptr &&
+        std::all_of(before.begin(), before.end(), [&](const Image& image) {
+          return image.local.use == Use::input || is_new(memory, image.local);
         })) {
       recording = &recordings.emplace_back();
       other = decoys(stage, before, decoy_data, memory);
-      launch_stage(stage, group, stream, memory, other, whole, recording);
+      launch_stage(stage, group, stream, memory, checkpoint, other, whole, recording);
       for (const Image& image : before) {
         if (image.local.use == Use::input || !options.poison) continue;
         poison(stream, memory.buffers.at(image.local.name).buffer, std::uint8_t(*options.poison));
       }
     }
-    launch_stage(stage, group, stream, memory, before, whole, recording);
+    launch_stage(stage, group, stream, memory, checkpoint, before, whole, recording);
     std::vector<Image> after = before;
     for (Image& image : after)
       download(stream, image, memory.buffers.at(image.local.name).buffer, whole);
@@ -198,7 +197,8 @@ bool comes_to_rest(Scheduler& scheduler, const Fault& fault) {
 }  // namespace
 
 std::size_t piece_bytes(const LocalBuffer& buffer, const Piece& piece) {
-  return std::size_t(buffer.rows * piece.cols.size) * std::size_t(size_of(buffer.dtype));
+  return std::size_t(local_rows(buffer, piece).size * piece.cols.size) *
+         std::size_t(size_of(buffer.dtype));
 }
 
 const TensorSpec& tensor_of(const Stage& stage, const std::string& name) {
@@ -261,6 +261,9 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
                        .delays = options.delays,
                        .serial = options.serial,
                        .timed = options.timed});
+  for (const Stage& stage : stages) {
+    if (!stage.stored.empty() && local.size > 0) data.checkpoint(stage);
+  }
   DataRegime decoy = data.regime();
   ++decoy.seed;
   InputData decoy_data(decoy);

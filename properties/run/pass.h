@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "harness/base/case.h"
+#include "harness/base/checkpoint.h"
 #include "harness/device/scheduler.h"
 #include "harness/group/world.h"
 #include "properties/run/image.h"
@@ -49,6 +50,9 @@ class InputData {
   explicit InputData(const DataRegime& regime) : regime_(regime) {}
   // These rows and columns, dense.
   const std::vector<std::byte>& block(const TensorSpec& tensor, Shard rows, Shard cols);
+  // The files that a stage loads its weights from, with these data. Made by the first call, which
+  // must come from the process's own stack.
+  const Checkpoint& checkpoint(const Stage& stage);
   const DataRegime& regime() const { return regime_; }
   double seconds() const { return seconds_; }  // that it took to make them
 
@@ -56,6 +60,7 @@ class InputData {
   DataRegime regime_;
   using Block = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   std::map<Block, std::vector<std::byte>> made_;
+  std::map<std::string, Checkpoint> checkpoints_;  // by stage
   double seconds_ = 0;
 };
 

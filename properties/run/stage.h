@@ -15,6 +15,7 @@
 
 #include "harness/base/case.h"
 #include "harness/base/check.h"
+#include "harness/base/checkpoint.h"
 #include "harness/base/compare.h"
 #include "harness/base/fill.h"
 #include "harness/base/operator.h"
@@ -30,7 +31,7 @@ enum class Use : std::uint8_t { input, output, workspace };
 
 // Columns `cols` of a global tensor, found from column `at` on in a rank's buffer: of all rows, or
 // of `rows` only, found from row `at_row` on: a column-parallel weight's rows, or the tokens of an
-// output that is scattered. Those are all the rows that an output buffer has.
+// output that is scattered.
 struct Piece {
   std::string tensor;
   Shard cols;
@@ -81,11 +82,16 @@ using BufferAliases = std::map<std::string, BufferAlias>;
 // What a rank has at hand when it runs a stage.
 class RankRun {
  public:
-  RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers)
-      : group(group), stream(stream), buffers_(buffers) {}
+  RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers,
+          const Checkpoint* checkpoint)
+      : group(group), stream(stream), buffers_(buffers), checkpoint_(checkpoint) {}
   // The same, with some buffers called by other names.
   RankRun(const RankRun& other, const BufferAliases& aliases)
-      : group(other.group), stream(other.stream), buffers_(other.buffers_), aliases_(&aliases) {}
+      : group(other.group),
+        stream(other.stream),
+        buffers_(other.buffers_),
+        checkpoint_(other.checkpoint_),
+        aliases_(&aliases) {}
 
   TpGroup& group;
   Stream& stream;
@@ -99,6 +105,8 @@ class RankRun {
     const View<T> whole = buffer.as<T>(local.rows, local.cols);
     return alias ? whole.columns(alias->at, local.cols - alias->at) : whole;
   }
+  // What Stage::stored is stored in. It outlives the stream's work.
+  const Checkpoint& checkpoint() const { return *checkpoint_; }
   // What local_values() put there.
   const std::int32_t* integers(const std::string& name) const {
     const BufferAlias* alias = alias_of(name);
@@ -113,6 +121,7 @@ class RankRun {
   }
 
   const std::map<std::string, Resident>& buffers_;
+  const Checkpoint* checkpoint_ = nullptr;
   const BufferAliases* aliases_ = nullptr;
 };
 
@@ -131,10 +140,19 @@ struct Cost {
   double matrix_flops = 0;  // in them
 };
 
+// An input tensor that ranks load from a file, whose name there is the tensor's own.
+struct StoredInput {
+  std::string tensor;
+  std::vector<std::int64_t> shape;  // as many elements as the tensor
+  int file = 0;
+};
+
 struct Stage {
   std::string name;
   std::vector<TensorSpec> inputs;   // global; filled from the case, or an earlier stage's outputs
   std::vector<TensorSpec> outputs;  // global; gathered from the ranks
+  // The inputs that come as a checkpoint, in the order in which their files hold them.
+  std::vector<StoredInput> stored = {};
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
   std::function<Cost(int tp_rank)> cost;

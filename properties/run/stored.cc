@@ -1,0 +1,80 @@
+// A case's tensors as files, for stages that load them as an engine does: written by the writer,
+// read by the reader, in memory that is a file all the same.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <memory>
+
+#include "harness/base/check.h"
+#include "properties/run/pass.h"
+
+namespace tp {
+
+namespace {
+
+// An anonymous file, for as long as it is open; whoever mapped it keeps its content.
+class MemoryFile {
+ public:
+  explicit MemoryFile(const std::vector<std::byte>& bytes)
+      : fd_(memfd_create("tpcheck", MFD_CLOEXEC)) {
+    TP_CHECK(fd_ >= 0, std::string("no memory for a file: ") + std::strerror(errno));
+    for (std::size_t at = 0; at < bytes.size();) {
+      const ssize_t n = write(fd_, bytes.data() + at, bytes.size() - at);
+      if (n < 0 && errno == EINTR) continue;
+      TP_CHECK(n > 0, std::string("no memory for a file: ") + std::strerror(errno));
+      at += std::size_t(n);
+    }
+  }
+  ~MemoryFile() { close(fd_); }
+  MemoryFile(const MemoryFile&) = delete;
+  MemoryFile& operator=(const MemoryFile&) = delete;
+  std::string path() const { return "/proc/self/fd/" + std::to_string(fd_); }
+
+ private:
+  int fd_;
+};
+
+std::string stored_word(DType t) {
+  switch (t) {
+    case DType::f32:
+      return "F32";
+    case DType::f16:
+      return "F16";
+    case DType::bf16:
+      return "BF16";
+    case DType::e4m3:
+      return "F8_E4M3";
+    case DType::u8:
+      return "U8";
+    default:
+      return "I32";
+  }
+}
+
+}  // namespace
+
+const Checkpoint& InputData::checkpoint(const Stage& stage) {
+  if (const auto made = checkpoints_.find(stage.name); made != checkpoints_.end())
+    return made->second;
+  std::vector<std::vector<StoredTensor>> files;
+  for (const StoredInput& input : stage.stored) {
+    const TensorSpec& t = tensor_of(stage, input.tensor);
+    const std::vector<std::byte>& bytes = block(t, {0, t.rows}, {0, t.cols});
+    files.resize(std::max(files.size(), std::size_t(input.file) + 1));
+    files[std::size_t(input.file)].push_back(
+        {t.name, stored_word(t.dtype), input.shape, bytes.data(), bytes.size()});
+  }
+  std::vector<std::unique_ptr<MemoryFile>> open;
+  std::vector<std::string> paths;
+  for (const std::vector<StoredTensor>& tensors : files) {
+    open.push_back(std::make_unique<MemoryFile>(safetensors_bytes(tensors)));
+    paths.push_back(open.back()->path());
+  }
+  return checkpoints_.emplace(stage.name, Checkpoint(paths)).first->second;
+}
+
+}  // namespace tp
