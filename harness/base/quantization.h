@@ -2,9 +2,9 @@
 // How the weights of linear layers are quantised, and what a checkpoint calls the tensors that come
 // of it (research: ecosystem.md 1.5).
 
+#include <optional>
 #include <string>
 #include <string_view>
-#include <vector>
 
 namespace tp {
 
@@ -34,7 +34,8 @@ enum class Activations : unsigned char {
   fixed,         // by input_scale, one a stored tensor, known beforehand (static)
   tensor,        // by the largest element of the call (dynamic)
   token,         // by the largest element of the token
-  token_groups,  // by the largest element of each block_cols columns of the token
+  token_groups,  // by the largest element of each block_cols columns of the token; with nvfp4 in
+                 // units of input_scale, which is known beforehand
 };
 constexpr std::string_view kActivationsWords[] = {"plain", "fixed", "tensor", "token",
                                                   "token_groups"};
@@ -48,15 +49,23 @@ struct QuantFormat {
   bool operator==(const QuantFormat&) const = default;
 };
 
+// Why nobody writes such a checkpoint, in one sentence; nothing if somebody does. Plain activations
+// go with every scheme: whoever has no such matrix product dequantises.
+std::optional<std::string> illegal(const QuantFormat& format);
+
 // What the tensors of one stored linear are called behind its prefix ("...self_attn.q_proj.").
-// Empty: the format has no such tensor.
+// Empty: the format has no such tensor, or none that its activations need.
 struct TensorNames {
   std::string weight;        // weight, weight_packed, qweight
   std::string scale;         // of rows, blocks or groups; of the tensor where it has one scale only
   std::string global_scale;  // nvfp4's second scale
   std::string input_scale;   // of activations scaled beforehand
   bool global_is_inverse = false;  // global_scale and input_scale are stored as 1/scale
+  std::string zeros;               // gptq: the zero points, packed as the weight is
+  std::string group_of_column;     // gptq: which group's scale an input column has
+  bool operator==(const TensorNames&) const = default;
 };
+// Of a format that is not illegal().
 TensorNames tensor_names(const QuantFormat& format);
 
 }  // namespace tp
