@@ -8,7 +8,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <string>
 #include <string_view>
+
+#include "harness/base/check.h"
 
 namespace tp {
 
@@ -226,8 +229,10 @@ decltype(auto) dispatch(DType t, F&& f) {
       return f(float{});
     case DType::f16:
       return f(f16{});
-    default:
+    case DType::bf16:
       return f(bf16{});
+    default:
+      die(__FILE__, __LINE__, "nobody computes with " + std::string(name_of(t)));
   }
 }
 

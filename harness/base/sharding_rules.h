@@ -5,7 +5,9 @@
 
 #include "harness/base/attention_rules.h"
 #include "harness/base/linear_rules.h"
+#include "harness/base/loader_rules.h"
 #include "harness/base/norm_rules.h"
+#include "harness/base/quant_rules.h"
 #include "harness/base/rope_rules.h"
 
 namespace tp {
@@ -14,6 +16,8 @@ struct ShardingRules {
   NormRules norm;
   RopeRules rope;
   LinearRules linear;
+  LoaderRules loader;
+  QuantRules quant;
   AttentionRules attention;
 };
 

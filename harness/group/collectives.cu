@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdint>
 
 #include "harness/base/check.h"
 #include "harness/device/device.h"
@@ -72,19 +73,16 @@ Members<T, kMax> members(const std::vector<const void*>& in, const std::vector<v
   return m;
 }
 
-// Calls f with a value of the C++ type and with the smallest number of members that is enough.
-template <typename F>
-void with_members(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
-                  F f) {
+// Calls f with the smallest number of members of type T that is enough.
+template <typename T, typename F>
+void with_members(const std::vector<const void*>& in, const std::vector<void*>& out, F f) {
   const std::size_t most = std::max(in.size(), out.size());
   TP_CHECK(most <= std::size_t(kMaxMembers), "a collective of too many ranks");
-  dispatch(dtype, [&]<typename T>(T) {
-    if (most <= std::size_t(kFew)) {
-      f(members<T, kFew>(in, out));
-    } else {
-      f(members<T, kMaxMembers>(in, out));
-    }
-  });
+  if (most <= std::size_t(kFew)) {
+    f(members<T, kFew>(in, out));
+  } else {
+    f(members<T, kMaxMembers>(in, out));
+  }
 }
 
 unsigned blocks_of(std::int64_t count) {
@@ -98,27 +96,42 @@ dim3 threads_of(std::int64_t count) {
 
 void fold_ranks(bool sum, DType dtype, const std::vector<const void*>& in,
                 const std::vector<void*>& out, std::int64_t count, Stream& stream) {
-  with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
-    launch("group.fold", fold_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0, stream,
-           m, sum, count);
+  dispatch(dtype, [&]<typename Value>(Value) {
+    with_members<Value>(in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
+      launch("group.fold", fold_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0,
+             stream, m, sum, count);
+    });
   });
 }
 
 void sum_parts(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
                std::int64_t first_part, std::int64_t count, Stream& stream) {
-  with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
-    launch("group.sum_parts", sum_parts_kernel<T, kMax>,
-           dim3(blocks_of(count), unsigned(out.size())), threads_of(count), 0, stream, m,
-           first_part, count);
+  dispatch(dtype, [&]<typename Value>(Value) {
+    with_members<Value>(in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
+      launch("group.sum_parts", sum_parts_kernel<T, kMax>,
+             dim3(blocks_of(count), unsigned(out.size())), threads_of(count), 0, stream, m,
+             first_part, count);
+    });
   });
 }
 
 void gather_ranks(DType dtype, const std::vector<const void*>& in, const std::vector<void*>& out,
                   std::int64_t count, Stream& stream) {
-  with_members(dtype, in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
-    launch("group.gather", gather_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0,
-           stream, m, count);
-  });
+  // Nothing is computed with what is gathered: its size is all there is to know.
+  const auto gather = [&]<typename Value>(Value) {
+    with_members<Value>(in, out, [&]<typename T, int kMax>(Members<T, kMax> m) {
+      launch("group.gather", gather_kernel<T, kMax>, dim3(blocks_of(count)), threads_of(count), 0,
+             stream, m, count);
+    });
+  };
+  switch (size_of(dtype)) {
+    case 1:
+      return gather(std::uint8_t{});
+    case 2:
+      return gather(std::uint16_t{});
+    default:
+      return gather(std::uint32_t{});
+  }
 }
 
 }  // namespace tp

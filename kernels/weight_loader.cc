@@ -1,0 +1,336 @@
+#include "kernels/weight_loader.h"
+
+#include <fmt/format.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "harness/base/check.h"
+#include "harness/device/buffer.h"
+#include "harness/device/fault.h"
+
+namespace tp {
+
+namespace {
+
+constexpr std::int64_t kNvfp4Group = 16;
+constexpr std::int64_t kPackedColumns = 8;  // of gptq's i32
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Element `i` of a tensor, which a file may hold at any address.
+template <typename T>
+T element(const StoredTensor& t, std::int64_t i) {
+  T value;
+  std::memcpy(&value, t.data + i * std::int64_t(sizeof(T)), sizeof(T));
+  return value;
+}
+
+std::int64_t columns_of(const StoredTensor& t) {
+  return t.shape.size() > 1 ? t.shape.back() : t.shape.empty() ? 1 : t.elements();
+}
+
+void require_inside(const StoredTensor& t, const char* what, Shard taken, std::int64_t size) {
+  if (taken.offset >= 0 && taken.end() <= size) return;
+  throw Fault{Outcome::OutOfBounds, fmt::format("takes {} {} .. {} of {}, which has {}", what,
+                                                taken.offset, taken.end(), t.name, size)};
+}
+
+// A scale of zero, a negative one or none at all says that the file is not what it seems. Blocks of
+// zeros may have a scale of zero where scales are codes, too.
+void check_scale(const Checkpoint& checkpoint, const StoredTensor& t, std::int64_t i, float scale,
+                 bool may_be_zero) {
+  if (std::isfinite(scale) && (scale > 0 || (may_be_zero && scale == 0))) return;
+  throw BadInput(fmt::format("{}: {}, element {} is {}, but a scale is positive and finite",
+                             checkpoint.path_of(t), t.name, i, scale));
+}
+
+}  // namespace
+
+std::int64_t groups_touched(const LocalColumns& columns, std::int64_t group,
+                            const ShardingRules& rules) {
+  return ceil_div(rules.loader.first_group(columns, group).column + columns.own.size, group);
+}
+
+WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& layer,
+                           const ShardingRules& rules, Stream& stream)
+    : checkpoint_(checkpoint),
+      layer_(layer),
+      rules_(rules),
+      stream_(stream),
+      names_(tensor_names(layer.format)) {
+  for (std::size_t m = 0; m < layer.taken.size(); ++m) rows_ += layer.taken[m].size;
+  std::int64_t local = 0;
+  for (std::size_t m = 0; m < layer.taken.size(); ++m) {
+    const std::size_t tensor = layer.is_fused() ? 0 : m;
+    const FusedRows stored = stored_rows(tensor);
+    for (std::int64_t i = 0; i < layer.taken[m].size; ++i, ++local) {
+      const LocalRow at = local_row(m, layer.taken[m].offset + i, local);
+      const std::int64_t row = rules.loader.stored_row(stored, at);
+      if (!runs_.empty() && runs_.back().tensor == tensor &&
+          runs_.back().stored + runs_.back().size == row) {
+        ++runs_.back().size;
+      } else {
+        runs_.push_back({tensor, row, local, 1});
+      }
+    }
+  }
+}
+
+// How the rows of a stored tensor are those of matrices: of all, or of its own one.
+FusedRows WeightLoader::stored_rows(std::size_t tensor) const {
+  if (layer_.is_fused()) return layer_.rows;
+  return {{layer_.rows.parts[tensor]}, 1};
+}
+
+LocalRow WeightLoader::local_row(std::size_t matrix, std::int64_t row, std::int64_t local) const {
+  return {.part = layer_.is_fused() ? int(matrix) : 0,
+          .row = row,
+          .local = local,
+          .own = layer_.taken[matrix],
+          .all = rows_,
+          .tp_size = layer_.columns.tp_size,
+          .tp_rank = layer_.columns.tp_rank};
+}
+
+std::string WeightLoader::name(std::size_t tensor, const std::string& suffix) const {
+  return layer_.prefixes[tensor] + "." + suffix;
+}
+
+void WeightLoader::copy(void* to, const std::byte* from, std::int64_t bytes) const {
+  from_host_when_reached(stream_, to, from, std::size_t(bytes));
+}
+
+// The run's rows of a stored matrix, `columns` of them, elements of so many bytes, to rows that are
+// `stride` bytes apart.
+void WeightLoader::copy_block(const StoredTensor& from, std::int64_t rows, Shard columns,
+                              std::int64_t element, const Run& run, std::byte* to,
+                              std::int64_t stride) const {
+  const std::int64_t all = columns_of(from), bytes = columns.size * element;
+  require_inside(from, "rows", {run.stored, run.size}, rows);
+  require_inside(from, "columns", columns, all);
+  const std::byte* source = from.data + (run.stored * all + columns.offset) * element;
+  std::byte* target = to + run.local * stride;
+  if (columns.size == all && stride == bytes) return copy(target, source, run.size * bytes);
+  for (std::int64_t i = 0; i < run.size; ++i)
+    copy(target + i * stride, source + i * all * element, bytes);
+}
+
+void WeightLoader::require_rows(std::int64_t rows, const char* what) const {
+  if (rows == rows_) return;
+  throw Fault{Outcome::BadLaunch,
+              fmt::format("{} {} of {} are loaded, but the rank has room for {}", rows_, what,
+                          layer_.prefixes.front(), rows)};
+}
+
+template <typename T>
+void WeightLoader::weight(View<T> out) const {
+  const std::int64_t packed = layer_.format.scheme == Scheme::nvfp4 ? 2 : 1;
+  const Shard own = layer_.columns.own;
+  if (own.offset % packed != 0 || (own.size % packed != 0 && own.end() != layer_.in_features)) {
+    throw Fault{Outcome::BadLaunch, fmt::format("columns {} .. {} of {} begin or end within a byte",
+                                                own.offset, own.end(), layer_.prefixes.front())};
+  }
+  const Shard columns{own.offset / packed, ceil_div(own.size, packed)};
+  require_rows(out.rows, "rows");
+  if (out.cols != columns.size) {
+    throw Fault{Outcome::BadLaunch, fmt::format("{} columns of {} are loaded, but the rank has "
+                                                "room for {}",
+                                                columns.size, layer_.prefixes.front(), out.cols)};
+  }
+  for (const Run& run : runs_) {
+    const FusedRows rows = stored_rows(run.tensor);
+    const StoredTensor& stored =
+        checkpoint_.at(name(run.tensor, names_.weight), dtype_of<T>::value,
+                       {rows.total(), ceil_div(layer_.in_features, packed)});
+    copy_block(stored, rows.total(), columns, sizeof(T), run,
+               reinterpret_cast<std::byte*>(out.data), out.row_stride * std::int64_t(sizeof(T)));
+  }
+}
+
+void WeightLoader::packed_columns(View<std::int32_t> out) const {
+  const Shard own = layer_.columns.own;
+  if (own.offset % kPackedColumns != 0 || own.size % kPackedColumns != 0) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("columns {} .. {} of {} are not whole words of {}", own.offset,
+                            own.end(), layer_.prefixes.front(), kPackedColumns)};
+  }
+  require_rows(out.cols, "rows");
+  for (const Run& run : runs_) {
+    const std::int64_t rows = stored_rows(run.tensor).total();
+    const StoredTensor& stored = checkpoint_.at(name(run.tensor, names_.weight), DType::i32,
+                                                {layer_.in_features / kPackedColumns, rows});
+    // What is a row elsewhere is a column here.
+    require_inside(stored, "rows", {run.stored, run.size}, rows);
+    for (std::int64_t i = 0; i < own.size / kPackedColumns; ++i) {
+      const std::int64_t from = (own.offset / kPackedColumns + i) * rows + run.stored;
+      copy(out.data + i * out.row_stride + run.local, stored.data + from * 4, run.size * 4);
+    }
+  }
+}
+
+template <typename T>
+void WeightLoader::bias(View<T> out) const {
+  require_rows(out.cols, "elements of the bias");
+  for (const Run& run : runs_) {
+    const std::int64_t rows = stored_rows(run.tensor).total();
+    const StoredTensor& stored =
+        checkpoint_.at(name(run.tensor, "bias"), dtype_of<T>::value, {rows});
+    require_inside(stored, "elements", {run.stored, run.size}, rows);
+    copy(out.data + run.local, stored.data + run.stored * std::int64_t(sizeof(T)),
+         run.size * std::int64_t(sizeof(T)));
+  }
+}
+
+void WeightLoader::row_scales(View<float> out) const {
+  require_rows(out.rows, "rows of scales");
+  const bool blocks = layer_.format.scheme == Scheme::fp8_block;
+  const std::int64_t block_rows = blocks ? layer_.format.block_rows : 1,
+                     block_cols = blocks ? layer_.format.block_cols : layer_.in_features;
+  const auto first = rules_.loader.first_group(layer_.columns, block_cols);
+  const Shard columns =
+      blocks ? Shard{first.group, groups_touched(layer_.columns, block_cols, rules_)} : Shard{0, 1};
+  if (out.cols != columns.size) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("{} blocks of columns of {} are loaded, but the rank has room for {}",
+                            columns.size, layer_.prefixes.front(), out.cols)};
+  }
+  std::int64_t local = 0;
+  for (std::size_t m = 0; m < layer_.taken.size(); ++m) {
+    const std::size_t tensor = layer_.is_fused() ? 0 : m;
+    const FusedRows rows = stored_rows(tensor);
+    const std::int64_t height = ceil_div(rows.total(), block_rows),
+                       width = blocks ? ceil_div(layer_.in_features, block_cols) : 1;
+    const std::string called = name(tensor, names_.scale);
+    // One scale a row is stored as [rows, 1] or as [rows].
+    const StoredTensor* scalars = blocks ? nullptr : checkpoint_.find(called);
+    const StoredTensor& stored = scalars != nullptr && scalars->shape.size() == 1
+                                     ? checkpoint_.at(called, DType::f32, {height})
+                                     : checkpoint_.at(called, DType::f32, {height, width});
+    for (std::int64_t i = 0; i < layer_.taken[m].size; ++i, ++local) {
+      const LocalRow at = local_row(m, layer_.taken[m].offset + i, local);
+      const std::int64_t stored_row = rules_.loader.stored_row(rows, at);
+      const std::int64_t row =
+          blocks ? rules_.loader.scale_row(rows, at, stored_row, block_rows) : stored_row;
+      require_inside(stored, "rows", {row, 1}, height);
+      require_inside(stored, "columns", columns, width);
+      const std::int64_t from = row * width + columns.offset;
+      for (std::int64_t k = 0; k < columns.size; ++k)
+        check_scale(checkpoint_, stored, from + k, element<float>(stored, from + k), false);
+      copy(out.data + local * out.row_stride, stored.data + from * 4, columns.size * 4);
+    }
+  }
+}
+
+void WeightLoader::group_scales(View<e4m3> out) const {
+  require_rows(out.rows, "rows of scales");
+  const auto first = rules_.loader.first_group(layer_.columns, kNvfp4Group);
+  const Shard columns{first.group, groups_touched(layer_.columns, kNvfp4Group, rules_)};
+  if (out.cols != columns.size) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("{} groups of columns of {} are loaded, but the rank has room for {}",
+                            columns.size, layer_.prefixes.front(), out.cols)};
+  }
+  for (const Run& run : runs_) {
+    const std::int64_t rows = stored_rows(run.tensor).total(),
+                       width = ceil_div(layer_.in_features, kNvfp4Group);
+    const StoredTensor& stored =
+        checkpoint_.at(name(run.tensor, names_.scale), DType::e4m3, {rows, width});
+    copy_block(stored, rows, columns, 1, run, reinterpret_cast<std::byte*>(out.data),
+               out.row_stride);
+    for (std::int64_t i = 0; i < run.size; ++i) {
+      for (std::int64_t k = 0; k < columns.size; ++k) {
+        const std::int64_t at = (run.stored + i) * width + columns.offset + k;
+        check_scale(checkpoint_, stored, at, to_float(element<e4m3>(stored, at)), true);
+      }
+    }
+  }
+}
+
+void WeightLoader::group_scales(View<f16> out) const {
+  require_rows(out.cols, "rows");
+  const std::int64_t group = layer_.format.block_cols, groups = ceil_div(layer_.in_features, group);
+  const Shard loaded = rules_.loader.groups_loaded(layer_.columns, group, groups, layer_.act_order);
+  if (out.rows != loaded.size) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("{} groups of {} are loaded, but the rank has room for {}", loaded.size,
+                            layer_.prefixes.front(), out.rows)};
+  }
+  for (const Run& run : runs_) {
+    const std::int64_t rows = stored_rows(run.tensor).total();
+    const StoredTensor& stored =
+        checkpoint_.at(name(run.tensor, names_.scale), DType::f16, {groups, rows});
+    require_inside(stored, "rows", loaded, groups);
+    require_inside(stored, "columns", {run.stored, run.size}, rows);
+    for (std::int64_t i = 0; i < loaded.size; ++i) {
+      const std::int64_t from = (loaded.offset + i) * rows + run.stored;
+      copy(out.data + i * out.row_stride + run.local, stored.data + from * 2, run.size * 2);
+      for (std::int64_t k = 0; k < run.size; ++k)
+        check_scale(checkpoint_, stored, from + k, to_float(element<f16>(stored, from + k)), false);
+    }
+  }
+}
+
+void WeightLoader::groups(View<std::int32_t> out) const {
+  const std::int64_t group = layer_.format.block_cols, count = ceil_div(layer_.in_features, group);
+  const Shard own = layer_.columns.own,
+              loaded = rules_.loader.groups_loaded(layer_.columns, group, count, layer_.act_order);
+  if (out.cols != own.size) {
+    throw Fault{Outcome::BadLaunch, fmt::format("groups of {} columns of {} are loaded, but the "
+                                                "rank has room for {}",
+                                                own.size, layer_.prefixes.front(), out.cols)};
+  }
+  // Matrices that are multiplied with one input have one order of its columns.
+  const StoredTensor& stored =
+      checkpoint_.at(name(0, names_.group_of_column), DType::i32, {layer_.in_features});
+  std::vector<std::int32_t> local;
+  for (std::int64_t k = own.offset; k < own.end(); ++k) {
+    const std::int64_t of = element<std::int32_t>(stored, k);
+    if (of < 0 || of >= count) {
+      throw BadInput(fmt::format("{}: {}, element {} is {}, but there are {} groups",
+                                 checkpoint_.path_of(stored), stored.name, k, of, count));
+    }
+    const std::int64_t row = rules_.loader.loaded_group(of, loaded);
+    require_inside(stored, "groups", {row, 1}, loaded.size);
+    local.push_back(std::int32_t(row));
+  }
+  from_host(stream_, out.data, local.data(), local.size() * sizeof(local[0]));
+}
+
+void WeightLoader::slots(View<float> out) const {
+  const bool global = layer_.format.scheme == Scheme::nvfp4;
+  fill_slots(global ? names_.global_scale : names_.scale, global && names_.global_is_inverse, out);
+}
+
+void WeightLoader::input_slots(View<float> out) const {
+  fill_slots(names_.input_scale, names_.global_is_inverse, out);
+}
+
+void WeightLoader::fill_slots(const std::string& suffix, bool is_inverse, View<float> out) const {
+  const int slots = int(layer_.rows.parts.size());
+  for (std::size_t tensor = 0; tensor < layer_.prefixes.size(); ++tensor) {
+    const StoredTensor& stored = checkpoint_.at(name(tensor, suffix), DType::f32, {});
+    const float value = element<float>(stored, 0);
+    check_scale(checkpoint_, stored, 0, value, false);
+    const float factor = rules_.loader.factor(value, is_inverse);
+    const Shard filled =
+        layer_.is_fused() ? rules_.loader.slots_of_fused(slots) : Shard{std::int64_t(tensor), 1};
+    if (out.cols < filled.end()) {
+      throw Fault{Outcome::BadLaunch, fmt::format("{} has {} scales, but the rank has room for {}",
+                                                  layer_.prefixes[tensor], filled.end(), out.cols)};
+    }
+    for (std::int64_t slot = filled.offset; slot < filled.end(); ++slot)
+      from_host(stream_, out.data + slot, &factor, sizeof(factor));
+  }
+}
+
+template void WeightLoader::weight(View<float>) const;
+template void WeightLoader::weight(View<f16>) const;
+template void WeightLoader::weight(View<bf16>) const;
+template void WeightLoader::weight(View<e4m3>) const;
+template void WeightLoader::weight(View<std::uint8_t>) const;
+template void WeightLoader::bias(View<float>) const;
+template void WeightLoader::bias(View<f16>) const;
+template void WeightLoader::bias(View<bf16>) const;
+
+}  // namespace tp
