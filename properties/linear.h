@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "harness/base/philox.h"
 #include "properties/run/stage.h"
 
 namespace tp::linear {
@@ -75,10 +74,7 @@ inline TensorSpec tensor(const Case& c, std::string name, std::int64_t rows, std
                          Role role, int largest, double density = 1) {
   TensorSpec t{std::move(name), c.dtype, rows, cols, role, std::max<std::int64_t>(1, cols / 8)};
   if (c.fill != Fill::exact) return t;
-  t.value = [=, stream = stream_of(t.name)](const DataRegime& g, std::int64_t row,
-                                            std::int64_t col) {
-    const auto index = std::uint64_t((row + g.rotate_rows) % rows * cols + col);
-    const std::uint32_t bits = philox(g.seed, stream, index / 4)[index % 4];
+  t.drawn = [=](const DataRegime&, std::uint32_t bits, std::int64_t, std::int64_t) {
     if (double(bits >> 9 & 0x3FFFFF) * 0x1p-22 >= density) return 0.0;
     const double magnitude = double(1 + (bits & 0xFF) % std::uint32_t(largest));
     return bits >> 31 ? -magnitude : magnitude;

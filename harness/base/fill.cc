@@ -145,6 +145,19 @@ void fill_by_value(const TensorSpec& t, const DataRegime& g, Shard rows, Shard c
   }
 }
 
+void fill_drawn(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols, void* out,
+                std::int64_t out_stride) {
+  std::vector<std::uint32_t> bits(std::size_t(cols.size));
+  for (std::int64_t i = 0; i < rows.size; ++i) {
+    const std::int64_t row = (rows.offset + i + g.rotate_rows) % t.rows;
+    words(g.seed, stream_of(t.name), std::uint64_t(row * t.cols + cols.offset), bits);
+    for (std::int64_t j = 0; j < cols.size; ++j) {
+      store(t.dtype, out, i * out_stride + j,
+            t.drawn(g, bits[std::size_t(j)], row, cols.offset + j));
+    }
+  }
+}
+
 }  // namespace
 
 void fill_block(const TensorSpec& tensor, const DataRegime& regime, Shard rows, Shard cols,
@@ -157,6 +170,8 @@ void fill_block(const TensorSpec& tensor, const DataRegime& regime, Shard rows, 
   if (tensor.role == Role::weight) g.rotate_rows = 0;
   if (tensor.value) {
     fill_by_value(tensor, g, rows, cols, out, out_stride);
+  } else if (tensor.drawn) {
+    fill_drawn(tensor, g, rows, cols, out, out_stride);
   } else {
     dispatch(tensor.dtype, [&]<typename T>(T) {
       fill_typed(tensor, g, rows, cols, static_cast<T*>(out), out_stride);

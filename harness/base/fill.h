@@ -54,6 +54,10 @@ struct TensorSpec {
   // query shall find): the value of one, before it is rounded to dtype. A function of its arguments
   // only, no libm. Empty: filled by role and regime (if dtype is one of activations).
   std::function<double(const DataRegime&, std::int64_t row, std::int64_t col)> value = {};
+  // The same for elements that are random by themselves: a function of 32 random bits of the
+  // element's own.
+  std::function<double(const DataRegime&, std::uint32_t bits, std::int64_t row, std::int64_t col)>
+      drawn = {};
   // Filled by role and regime, row i holds what row source[i] of a tensor with enough rows would
   // hold (keys in their slots). Empty: itself.
   std::vector<std::int64_t> source = {};
