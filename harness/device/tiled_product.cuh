@@ -4,7 +4,6 @@
 // policies.
 //
 // An operand (x or w) gives T, f16 or bf16, to the tensor cores. It has
-//   rows()                          how many rows there are
 //   load(row, col, count, to)       writes elements col .. col + kChunk of a row to shared memory,
 //                                   zeros instead of those from `count` on or beyond the last row;
 //                                   by copy_async or at once
@@ -88,7 +87,6 @@ struct Plain {
       : values(view),
         aligned(reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
                 view.row_stride % kChunk == 0) {}
-  __host__ __device__ std::int64_t rows() const { return values.rows; }
   __device__ void load(std::int64_t row, std::int64_t col, int count, T* to) const {
     const T* source = values.data + row * values.row_stride + col;
     if (aligned && row < values.rows && count >= kChunk && col % kChunk == 0) {
