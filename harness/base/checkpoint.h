@@ -1,6 +1,9 @@
 #pragma once
 // A checkpoint: the tensors of one or several safetensors files, found by name.
 
+#include <cstddef>
+#include <cstdint>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -10,11 +13,17 @@
 
 namespace tp {
 
+// The weight_map of a model.safetensors.index.json: which file has which tensor. `path` is for
+// sentences. Throws BadInput.
+std::map<std::string, std::string> parse_safetensors_index(std::string_view text,
+                                                           const std::string& path);
+
 class Checkpoint {
  public:
   // A directory (model.safetensors.index.json if there is one, else every *.safetensors in it), or
   // one .safetensors file. Throws BadInput: nothing there, a file of the index that is missing, a
-  // tensor that is in another file than the index says, or in two files.
+  // tensor that is in another file than the index says, or in two files. Tensors that the index
+  // does not know belong to the checkpoint all the same: engines load whatever is in its files.
   explicit Checkpoint(const std::string& path);
   // These files. Throws BadInput likewise.
   explicit Checkpoint(const std::vector<std::string>& paths);
@@ -42,6 +51,9 @@ class Checkpoint {
     std::size_t tensor;
   };
   std::map<std::string, Found, std::less<>> found_;
+
+  void add(const std::string& path);
+  void open_indexed(const std::string& directory, const std::string& index);
 };
 
 }  // namespace tp

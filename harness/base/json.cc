@@ -14,7 +14,6 @@ namespace tp {
 namespace {
 
 constexpr std::size_t kMaxDepth = 64;
-constexpr std::size_t kMaxValues = 1 << 20;
 
 std::string where(std::string_view text, std::size_t position) {
   const std::string_view before = text.substr(0, position);
@@ -58,6 +57,8 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
   Json root;
   std::string error;
   std::size_t error_at = std::string::npos;  // known for syntax errors only
+
+  explicit Builder(std::size_t max_values) : max_values_(max_values) {}
 
   bool null() override { return put({}); }
   bool boolean(bool v) override { return put({v}); }
@@ -104,6 +105,7 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
   };
   std::vector<Level> open_;
   std::size_t values_ = 0;
+  const std::size_t max_values_;
 
   bool fail(std::string why) {
     error = std::move(why);
@@ -120,7 +122,7 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
   }
 
   bool put(Json value) {
-    if (++values_ > kMaxValues) return fail(fmt::format("more than {} values", kMaxValues));
+    if (++values_ > max_values_) return fail(fmt::format("more than {} values", max_values_));
     attach(std::move(value));
     return true;
   }
@@ -128,7 +130,7 @@ class Builder : public nlohmann::json_sax<nlohmann::json> {
   bool open(Json value) {
     if (open_.size() == kMaxDepth)
       return fail(fmt::format("nested deeper than {} levels", kMaxDepth));
-    if (++values_ > kMaxValues) return fail(fmt::format("more than {} values", kMaxValues));
+    if (++values_ > max_values_) return fail(fmt::format("more than {} values", max_values_));
     // The address stays good: its parent gets no further element before this one is closed.
     open_.push_back({attach(std::move(value)), {}, {}});
     return true;
@@ -161,9 +163,9 @@ std::string Json::describe() const {
   return "null";
 }
 
-Json parse_json(std::string_view text) {
+Json parse_json(std::string_view text, std::size_t max_values) {
   const std::string clean = without_python_floats(text);
-  Builder builder;
+  Builder builder(max_values);
   if (nlohmann::json::sax_parse(clean, &builder)) return std::move(builder.root);
   if (builder.error_at == std::string::npos) throw BadInput(builder.error);
   if (builder.error_at >= clean.size()) {

@@ -2,6 +2,7 @@
 // Strict JSON as a small tree, for files a user hands us: parse_json refuses what nlohmann::json
 // would take silently (a key given twice) or pay dearly for (deep nesting, millions of values).
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -29,8 +30,9 @@ struct Json {
 };
 
 // One JSON document. Python's NaN and Infinity, which real config.json files contain, read as null.
-// Throws BadInput with one sentence that says where: "line 3, column 7: ...".
-Json parse_json(std::string_view text);
+// Throws BadInput with one sentence that says where: "line 3, column 7: ..."; or that there are
+// more than max_values, which may cost some hundred bytes each.
+Json parse_json(std::string_view text, std::size_t max_values = 1 << 20);
 
 // `text` as a JSON string, quotes included. What is not UTF-8 becomes U+FFFD.
 std::string json_quoted(std::string_view text);

@@ -8,7 +8,9 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "harness/base/dtype.h"
@@ -25,10 +27,28 @@ struct StoredTensor {
   const std::byte* data = nullptr;  // within the mapping; at no particular alignment
   std::size_t bytes = 0;
 
-  std::int64_t elements() const;
+  std::int64_t elements() const;  // of a shape that has been checked
   // The type that kernels know; nothing for the others, which files may contain all the same.
   std::optional<DType> type() const;
 };
+
+// The format's word for a type of ours: F8_E4M3 for e4m3.
+std::string_view safetensors_word(DType type);
+
+// A tensor's name as sentences have it: printable, and at most 160 characters of it.
+std::string quoted_name(std::string_view name);
+
+// "[4096, 128]"; of a shape with very many dimensions only the first.
+std::string shape_text(const std::vector<std::int64_t>& shape);
+
+struct SafetensorsContents {
+  std::vector<StoredTensor> tensors;  // in the order of the data
+  std::map<std::string, std::string> metadata;
+};
+
+// What a file with these bytes contains; `path` is for sentences. Throws BadInput naming the file,
+// the tensor and the numbers.
+SafetensorsContents parse_safetensors(std::span<const std::byte> bytes, const std::string& path);
 
 // A file that is open, mapped and has been checked: the tensors lie within it, side by side, with
 // as many bytes as their shapes need.
@@ -41,24 +61,24 @@ class Safetensors {
   ~Safetensors();
 
   const std::string& path() const;
-  const std::vector<StoredTensor>& tensors() const { return tensors_; }  // in the order of the data
-  const std::map<std::string, std::string>& metadata() const { return metadata_; }
-  // Throws BadInput if the file is no longer what was opened (another size or time of change).
+  const std::vector<StoredTensor>& tensors() const { return contents_.tensors; }
+  const std::map<std::string, std::string>& metadata() const { return contents_.metadata; }
+  // Throws BadInput if the file is no longer what was opened (MappedFile::check_unchanged).
   void check_unchanged() const;
 
  private:
   std::unique_ptr<MappedFile> file_;
-  std::vector<StoredTensor> tensors_;
-  std::map<std::string, std::string> metadata_;
+  SafetensorsContents contents_;
 };
 
-// The bytes of a file with these tensors, in this order; `bytes` and `dtype` of each must fit its
-// shape. Data are aligned to 8 bytes, as the reference implementation does.
+// The bytes of a file with these tensors, in this order. The data begin at a multiple of 8 bytes,
+// as the reference implementation has it. Throws BadInput: `bytes` of a tensor do not fit its dtype
+// and shape, a name is given twice or cannot be one, a text is not UTF-8.
 std::vector<std::byte> safetensors_bytes(const std::vector<StoredTensor>& tensors,
                                          const std::map<std::string, std::string>& metadata = {});
 
 // Writes them beside `path` first and renames then, so that nobody ever sees half a file. Throws
-// BadInput if it cannot be written.
+// BadInput likewise, and if it cannot be written.
 void write_safetensors(const std::string& path, const std::vector<StoredTensor>& tensors,
                        const std::map<std::string, std::string>& metadata = {});
 

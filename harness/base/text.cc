@@ -24,12 +24,12 @@ std::size_t distance(std::string_view a, std::string_view b) {
 
 }  // namespace
 
-std::string printable(std::string_view text) {
-  std::string s(text.substr(0, 60));
+std::string printable(std::string_view text, std::size_t longest) {
+  std::string s(text.substr(0, longest));
   for (char& c : s) {
     if (std::uint8_t(c) < 0x20 || std::uint8_t(c) > 0x7E) c = '?';
   }
-  return s + (text.size() > 60 ? "..." : "");
+  return s + (text.size() > longest ? "..." : "");
 }
 
 std::string lower(std::string_view text) {

@@ -1,15 +1,16 @@
 #pragma once
 // The user's own text, in messages to the user.
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
 
 namespace tp {
 
-// A short piece of foreign text that is safe to print: at most 60 characters, the control
+// A short piece of foreign text that is safe to print: at most `longest` characters, the control
 // characters and everything beyond ASCII replaced by '?'.
-std::string printable(std::string_view text);
+std::string printable(std::string_view text, std::size_t longest = 60);
 
 // Upper-case ASCII letters made small.
 std::string lower(std::string_view text);
