@@ -4,7 +4,7 @@
 //
 // A code is RN_e4m3(x / scale), saturated at 448: a true division in fp32, and one rounding. NaN
 // stays NaN, in the codes as in a maximum that is taken of it. A scale that is made here is
-// max(largest |x|, kLeastMaximum) / 448, one division in fp32.
+// max(largest |x|, kLeastMaximum) / kLargestCode, one division in fp32.
 
 #include <cstdint>
 
@@ -14,6 +14,10 @@
 #include "harness/device/stream.h"
 
 namespace tp {
+
+inline constexpr float kLargestCode = 448;
+// The scale stays a normal number, and nothing is divided by 0.
+inline constexpr float kLeastMaximum = kLargestCode * 0x1p-126f;
 
 // In all of these: x [tokens, cols] of f32, f16 or bf16, codes [tokens, cols], any row strides.
 // Scales and maxima are in device memory. They throw Fault(BadLaunch) where the sizes do not fit
@@ -27,7 +31,7 @@ void quantise_fixed(View<const T> x, const float* scale, View<e4m3> codes, Strea
 // *maximum = max |x|, NaN if any element is.
 template <typename T>
 void absolute_maximum(View<const T> x, float* maximum, Stream& stream);
-// *scale = what *maximum makes it.
+// *scale (not *maximum itself) = what *maximum makes it.
 template <typename T>
 void quantise_by_maximum(View<const T> x, const float* maximum, View<e4m3> codes, float* scale,
                          Stream& stream);

@@ -110,10 +110,12 @@ constexpr float to_float(e4m3 x) {
   const float magnitude = float(fraction) * 0x1p-9f;  // subnormal: exact
   return sign ? -magnitude : magnitude;
 }
-// E2M1, the four bits of NVFP4: 0 .. 6 in steps of 0.5, 1 and 2, and a sign.
+// E2M1, the four bits of NVFP4: 0 .. 2 in steps of 0.5, 3, 4 and 6, and a sign. (Not a table: nvcc
+// has none in device code.)
 constexpr float e2m1_to_float(unsigned bits) {
-  constexpr float kMagnitudes[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
-  return bits & 8u ? -kMagnitudes[bits & 7u] : kMagnitudes[bits & 7u];
+  const std::uint32_t sign = (bits & 8u) << 28, magnitude = bits & 7u;
+  if (magnitude < 2) return std::bit_cast<float>(sign | (magnitude ? 0x3F000000u : 0u));
+  return std::bit_cast<float>(sign | ((magnitude + 252) << 22));  // rebias 1 -> 127
 }
 
 template <typename T>
@@ -169,6 +171,20 @@ constexpr e4m3 from_float<e4m3>(float x) {
   const std::uint32_t rest = significand & ((1u << shift) - 1u);
   const std::uint32_t half = 1u << (shift - 1);
   return {std::uint8_t(sign | (kept + (rest > half || (rest == half && (kept & 1u)) ? 1u : 0u)))};
+}
+
+// An e4m3 as f16 or bf16, which have every value of it.
+template <typename T>
+constexpr T widened(e4m3 x);
+template <>
+constexpr bf16 widened<bf16>(e4m3 x) {
+  return {std::uint16_t(std::bit_cast<std::uint32_t>(to_float(x)) >> 16)};
+}
+template <>
+constexpr f16 widened<f16>(e4m3 x) {
+  const std::uint32_t magnitude = x.bits & 0x7Fu;
+  if (magnitude < 8 || magnitude == 0x7F) return from_float<f16>(to_float(x));   // subnormal or NaN
+  return {std::uint16_t((x.bits & 0x80u) << 8 | ((magnitude << 7) + 0x2000u))};  // rebias 7 -> 15
 }
 
 // RN_t(x): x rounded once to `t`, with its overflow (of e4m3: saturation) and subnormals, as a

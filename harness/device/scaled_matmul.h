@@ -56,7 +56,8 @@ struct GptqWeight {
 // An element's bits depend on its row of x, its row of w, their scales and its bias alone.
 // Throws Fault(BadLaunch) where the sizes do not fit each other.
 //   X e4m3 (activations that were quantised): Weight View<const e4m3>; T f32, f16 or bf16
-//   X = T, f16 or bf16 (those that were not): Weight View<const e4m3>, Nvfp4Weight or GptqWeight
+//   X = T, f16 or bf16 (those that were not): Weight View<const e4m3>, Nvfp4Weight or GptqWeight;
+//   f32 is refused with a Fault, too
 //   Out T or float
 template <typename X, typename Weight, typename T, typename Out>
 void scaled_matmul(View<const X> x, const Scales& x_scales, const Weight& w, const Scales& w_scales,
