@@ -1,6 +1,6 @@
 // qkv_linear: the fused query, key and value projection, cut by head. Which rows of the three
 // weights a rank loads is where KV heads that are replicated, blocks of a fused weight and value
-// heads of a width of their own are got wrong.
+// heads of a width of their own are got wrong; which scales come with them is where the others are.
 
 #include "kernels/qkv_linear.h"
 
@@ -10,6 +10,7 @@
 #include "properties/linear.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
+#include "properties/stored_linear.h"
 #include "reference/qkv_linear.h"
 
 namespace tp {
@@ -167,37 +168,72 @@ double output_columns(const Case& c) {
   return (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * c.model.value_head_dim();
 }
 
-std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation&) {
+struct Part {
+  const char *output, *weight, *bias;
+  std::int64_t rows;
+};
+std::array<Part, 3> parts_of(const ModelShape& m) {
+  return {{{"q", "q_proj", "q_bias", std::int64_t{m.num_heads} * m.head_dim},
+           {"k", "k_proj", "k_bias", std::int64_t{m.num_kv_heads} * m.head_dim},
+           {"v", "v_proj", "v_bias", std::int64_t{m.num_kv_heads} * m.value_head_dim()}}};
+}
+
+std::array<Shard, 3> shards(const QkvRows& rows) { return {rows.q, rows.k, rows.v}; }
+
+// Stripes on disk are those of KV heads: [q of its group | k | v].
+stored_linear::Layer layer_of(const Case& c) {
+  stored_linear::Layer layer{.prefix = "model.layers.0.self_attn.",
+                             .fused = "qkv_proj",
+                             .stripes = c.model.num_kv_heads,
+                             .in_features = c.model.hidden_size};
+  for (const Part& p : parts_of(c.model)) {
+    layer.parts.push_back(p.weight);
+    layer.biases.push_back(p.bias);
+    layer.rows.push_back(p.rows);
+  }
+  layer.taken = [m = c.model, tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
+    const auto rows = shards(rules.linear.qkv_weight_rows(m, tp_size, tp_rank));
+    return std::vector(rows.begin(), rows.end());
+  };
+  return layer;
+}
+
+TensorSpec x_of(const Case& c) {
+  return linear::tensor(c, "x", c.num_tokens, c.model.hidden_size, Role::activation,
+                        linear::kLargestX);
+}
+
+std::vector<TensorSpec> biases_of(const Case& c) {
+  std::vector<TensorSpec> all;
+  for (const Part& p : parts_of(c.model)) {
+    if (linear::has_bias(c))
+      all.push_back(linear::tensor(c, p.bias, 1, p.rows, Role::weight, linear::kLargestBias));
+  }
+  return all;
+}
+
+// The product of weights that are not quantised: they are there, or were loaded.
+Stage plain_product(const Case& c, const ShardingRules& rules) {
   const ModelShape& m = c.model;
   const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
   const bool bias = linear::has_bias(c);
-  struct Part {
-    const char *output, *weight, *bias;
-    std::int64_t rows;
-  };
-  const Part parts[3] = {
-      {"q", "q_proj", "q_bias", std::int64_t{m.num_heads} * m.head_dim},
-      {"k", "k_proj", "k_bias", std::int64_t{m.num_kv_heads} * m.head_dim},
-      {"v", "v_proj", "v_bias", std::int64_t{m.num_kv_heads} * m.value_head_dim()}};
+  const auto parts = parts_of(m);
+  // What was loaded is what the rank has room for.
+  const ShardingRules& loading = stored_linear::is_loaded(c) ? sharding_rules() : rules;
   Stage stage{.name = "qkv_linear"};
-  stage.inputs.push_back(
-      linear::tensor(c, "x", tokens, hidden, Role::activation, linear::kLargestX));
+  stage.inputs = biases_of(c);
+  stage.inputs.push_back(x_of(c));
   for (const Part& p : parts) {
     stage.inputs.push_back(
         linear::tensor(c, p.weight, p.rows, hidden, Role::weight, linear::kLargestWeight));
-    if (bias) {
-      stage.inputs.push_back(
-          linear::tensor(c, p.bias, 1, p.rows, Role::weight, linear::kLargestBias));
-    }
     stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});
   }
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
-    const auto rows_of = [](const QkvRows& rows) { return std::array{rows.q, rows.k, rows.v}; };
     LocalBuffer weight{"weight", Use::input, c.dtype, 0, hidden},
         biases{"bias", Use::input, c.dtype, 1, 0}, qkv{"qkv", Use::output, c.dtype, tokens, 0};
-    const auto weight_rows = rows_of(rules.linear.qkv_weight_rows(m, c.tp_size, tp_rank)),
-               bias_rows = rows_of(rules.linear.qkv_bias_rows(m, c.tp_size, tp_rank)),
-               own = rows_of(sharding_rules().linear.qkv_weight_rows(m, c.tp_size, tp_rank));
+    const auto weight_rows = shards(loading.linear.qkv_weight_rows(m, c.tp_size, tp_rank)),
+               bias_rows = shards(loading.linear.qkv_bias_rows(m, c.tp_size, tp_rank)),
+               own = shards(sharding_rules().linear.qkv_weight_rows(m, c.tp_size, tp_rank));
     for (int i = 0; i < 3; ++i) {
       if (weight_rows[i].size > 0)
         weight.pieces.push_back({parts[i].weight, {0, hidden}, 0, weight_rows[i], weight.rows});
@@ -235,18 +271,94 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     }
     return budgets;
   };
+  // Weights that were loaded are compared themselves.
+  if (stored_linear::is_loaded(c)) return stage;
   stage.blind_to = [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
     Projections p{.outputs = {&budgets[0], &budgets[1], &budgets[2]}, .dtype = c.dtype};
     for (int i = 0; i < 3 && bias; ++i) p.biases[i] = &in[parts[i].bias];
     return blind_to(c, p);
   };
-  return {stage};
+  return stage;
+}
+
+Stage quantised_product_stage(const Case& c, const ShardingRules& rules) {
+  const ModelShape& m = c.model;
+  const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
+  const bool bias = linear::has_bias(c);
+  const auto parts = parts_of(m);
+  const stored_linear::Layer layer = layer_of(c);
+  Stage stage{.name = "qkv_linear"};
+  stage.inputs = stored_linear::product_inputs(c, layer, x_of(c));
+  for (const TensorSpec& b : biases_of(c)) stage.inputs.push_back(b);
+  for (const Part& p : parts) stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, x_of(c), tp_rank);
+    LocalBuffer biases{"bias", Use::input, c.dtype, 1, 0},
+        qkv{"qkv", Use::output, c.dtype, tokens, 0};
+    const auto own = shards(rows_of_own_heads(m, c.tp_size, tp_rank));
+    for (int i = 0; i < 3; ++i) {
+      biases.pieces.push_back({parts[i].bias, own[i], biases.cols});
+      qkv.pieces.push_back({parts[i].output, own[i], qkv.cols});
+      biases.cols = qkv.cols += own[i].size;
+    }
+    qkv.cols += pad;
+    all.push_back(qkv);
+    if (bias) all.push_back(biases);
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    const std::int64_t width = qkv_width(m, partition(m, c.tp_size, run.group.tp_rank()));
+    dispatch(c.dtype, [&]<typename T>(T) {
+      stored_linear::product<T, T>(run, c, layer, bias ? run.view<T>("bias") : View<T>{},
+                                   run.view<T>("qkv").columns(0, width), rules);
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const double width = double(qkv_width(m, partition(m, c.tp_size, tp_rank)));
+    return {.bytes = stored_linear::weight_bytes(c, layer, tp_rank) +
+                     double(tokens) * (double(hidden) + width) * size_of(c.dtype),
+            .matrix_flops = 2 * double(tokens) * double(hidden) * width};
+  };
+  stage.reference = [=](const WholeInputs& in) {
+    std::vector<Budget> budgets;
+    for (std::size_t p = 0; p < parts.size(); ++p) {
+      budgets.push_back(stored_linear::product_reference(
+          c, layer, in, p, 0, bias ? &in[parts[p].bias] : nullptr, c.dtype == DType::f32));
+    }
+    return budgets;
+  };
+  return stage;
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  std::vector<Stage> all =
+      stored_linear::stages(c, layer_of(c), x_of(c), biases_of(c), rules, variation);
+  all.push_back(stored_linear::is_quantised(c) ? quantised_product_stage(c, rules)
+                                               : plain_product(c, rules));
+  return all;
+}
+
+std::vector<Key> keys() {
+  std::vector<Key> all = {linear::width_key("hidden_size"),
+                          shared_key("num_heads"),
+                          shared_key("num_kv_heads"),
+                          linear::width_key("head_dim"),
+                          linear::width_key("v_head_dim"),
+                          shared_key("tp_size"),
+                          linear::tokens_key(),
+                          shared_key("dtype"),
+                          shared_key("fill"),
+                          shared_key("seed"),
+                          linear::bias_key(),
+                          pad_key("x and of the fused row")};
+  for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  return all;
 }
 
 }  // namespace
 
 Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  return stages(c, rules, variation).front();
+  return stages(c, rules, variation).back();
 }
 
 Operator make_qkv_linear() {
@@ -257,16 +369,14 @@ Operator make_qkv_linear() {
   return make_operator({
       .name = "qkv_linear",
       .what = "fused q, k, v projection, column-parallel, cut by head",
-      .keys = {linear::width_key("hidden_size"), shared_key("num_heads"),
-               shared_key("num_kv_heads"), linear::width_key("head_dim"),
-               linear::width_key("v_head_dim"), shared_key("tp_size"), linear::tokens_key(),
-               shared_key("dtype"), shared_key("fill"), shared_key("seed"), linear::bias_key(),
-               pad_key("x and of the fused row")},
-      .laws = {tp1, law_tokens()},
+      .keys = keys(),
+      .laws = {stored_linear::without_local_scales(tp1), stored_linear::law_tokens(),
+               stored_linear::law_files()},
       .mutants = mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
+            if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;
             const std::int64_t width = widest_qkv(c);
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));

@@ -1,0 +1,1087 @@
+#include "properties/stored_linear.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "harness/base/check.h"
+#include "harness/base/philox.h"
+#include "harness/device/fault.h"
+#include "kernels/quantise.h"
+#include "reference/checkpoint.h"
+#include "reference/quantise.h"
+#include "reference/scaled_product.h"
+
+namespace tp::stored_linear {
+
+namespace {
+
+enum class Weights : std::int64_t { given, split, fused, striped };
+
+constexpr int kNvfp4Group = 16, kWord = 8;  // columns
+
+Weights weights_of(const Case& c) { return Weights(c.options.at("weights")); }
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+std::vector<std::string> words(const std::string_view* first, std::size_t count) {
+  return {first, first + count};
+}
+
+// ---- What a checkpoint holds.
+
+bool is_fused(const Case& c, const Layer& layer) {
+  return layer.parts.size() > 1 && weights_of(c) != Weights::split;
+}
+
+FusedRows fused_rows(const Case& c, const Layer& layer) {
+  return {layer.rows, weights_of(c) == Weights::striped ? layer.stripes : 1};
+}
+
+std::vector<std::string> prefixes(const Case& c, const Layer& layer) {
+  std::vector<std::string> all;
+  if (is_fused(c, layer)) return {layer.prefix + layer.fused};
+  for (const std::string& part : layer.parts) all.push_back(layer.prefix + part);
+  return all;
+}
+
+// Numbers that differ from one index to the next: mix-ups show whatever else the data are. `exact`:
+// powers of two from 1/4 to 2.
+double scale_value(const DataRegime& g, std::uint32_t bits, std::int64_t index, double unit) {
+  const int step = int((std::uint64_t(index) + g.seed) % 4);
+  if (g.fill == Fill::exact) return std::ldexp(1.0, step - 2);
+  return unit * (1 + 0.25 * step + 0.2 * double(bits >> 9) * 0x1p-23);
+}
+
+TensorSpec scales(std::string name, DType dtype, std::int64_t rows, std::int64_t cols, double unit,
+                  std::int64_t first_index, bool is_inverse = false) {
+  TensorSpec t{std::move(name), dtype, rows, cols, Role::weight};
+  t.drawn = [=](const DataRegime& g, std::uint32_t bits, std::int64_t row, std::int64_t col) {
+    const double value = scale_value(g, bits, first_index + row + 2 * col, unit);
+    return is_inverse ? 1 / value : value;
+  };
+  return t;
+}
+
+// e4m3 but NaN; of exact data small integers.
+double drawn_code(const DataRegime& g, std::uint32_t bits, std::int64_t, std::int64_t) {
+  if (g.fill == Fill::exact) {
+    const double magnitude = double(1 + (bits & 0xFF) % linear::kLargestWeight);
+    return bits >> 31 ? -magnitude : magnitude;
+  }
+  // Of seven binades around 1, so that no element is lost beside another one.
+  return to_float(e4m3{std::uint8_t((bits & 0x80) | (0x20 + (bits >> 8) % 0x38))});
+}
+
+// Two e2m1 that are not zero.
+double drawn_pair(const DataRegime&, std::uint32_t bits, std::int64_t, std::int64_t) {
+  const std::uint32_t low = 1 + (bits & 0xFF) % 7, high = 1 + (bits >> 8 & 0xFF) % 7;
+  return double(low | (bits >> 16 & 1) << 3 | high << 4 | (bits >> 17 & 1) << 7);
+}
+
+double drawn_word(const DataRegime&, std::uint32_t bits, std::int64_t, std::int64_t) {
+  return double(std::int32_t(bits));
+}
+
+// A scale as e4m3, away from the ends.
+double drawn_group_scale(const DataRegime& g, std::uint32_t bits, std::int64_t row,
+                         std::int64_t col) {
+  const int step = int((std::uint64_t(row + 2 * col) + g.seed) % 4);
+  if (g.fill == Fill::exact) return std::ldexp(1.0, step - 2);
+  return to_float(e4m3{std::uint8_t(0x28 + 8 * step + (bits & 7))});
+}
+
+// The group of a column in act-order: anywhere.
+std::int64_t group_of_column(const Case& c, std::int64_t k, std::int64_t in_features) {
+  const std::int64_t group = format_of(c).block_cols, groups = ceil_div(in_features, group);
+  if (c.options.at("act_order") == 0) return k / group;
+  return std::int64_t((std::uint64_t(k) * 7 + c.seed % 1024) % std::uint64_t(groups));
+}
+
+// A tensor of a checkpoint, and the shape that the file gives it.
+struct InFile {
+  TensorSpec spec;
+  std::vector<std::int64_t> shape;
+};
+
+// A scale has no dimensions, or one of one element, as different writers have it.
+std::vector<std::int64_t> scalar_shape(const Case& c, const std::string& name) {
+  switch ((stream_of(name) + c.seed) % 3) {
+    case 0:
+      return {};
+    case 1:
+      return {1};
+    default:
+      return {1, 1};
+  }
+}
+
+// Everything stored under one prefix. `index`: which of the layer's stored tensors it is.
+std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::string& prefix,
+                               std::int64_t rows, std::int64_t index,
+                               const std::vector<TensorSpec>& biases) {
+  const QuantFormat f = format_of(c);
+  const TensorNames names = tensor_names(f);
+  const std::int64_t in = layer.in_features;
+  const auto named = [&](const std::string& suffix) { return prefix + "." + suffix; };
+  std::vector<InFile> all;
+  const auto add = [&](TensorSpec spec, std::vector<std::int64_t> shape) {
+    all.push_back({std::move(spec), std::move(shape)});
+  };
+  const auto matrix = [&](const std::string& suffix, DType dtype, std::int64_t height,
+                          std::int64_t width, auto drawn) {
+    TensorSpec t{named(suffix), dtype, height, width, Role::weight};
+    t.drawn = drawn;
+    add(std::move(t), {height, width});
+  };
+  switch (f.scheme) {
+    case Scheme::none:
+      add(linear::tensor(c, named(names.weight), rows, in, Role::weight, linear::kLargestWeight),
+          {rows, in});
+      break;
+    case Scheme::fp8_tensor:
+    case Scheme::fp8_channel:
+    case Scheme::fp8_block:
+      matrix(names.weight, DType::e4m3, rows, in, drawn_code);
+      break;
+    case Scheme::nvfp4: {
+      const std::int64_t groups = ceil_div(in, kNvfp4Group);
+      matrix(names.weight, DType::u8, rows, ceil_div(in, 2), drawn_pair);
+      matrix(names.scale, DType::e4m3, rows, groups, drawn_group_scale);
+      add(scales(named(names.global_scale), DType::f32, 1, 1, 0.06, index, names.global_is_inverse),
+          scalar_shape(c, named(names.global_scale)));
+      break;
+    }
+    case Scheme::gptq: {
+      const std::int64_t groups = ceil_div(in, f.block_cols);
+      matrix(names.weight, DType::i32, in / kWord, rows, drawn_word);
+      add(scales(named(names.scale), DType::f16, groups, rows, 0.06, index), {groups, rows});
+      // The zero point 8 of symmetric codes, less one as AutoGPTQ stores it.
+      matrix(names.zeros, DType::i32, groups, ceil_div(rows, kWord),
+             [](const DataRegime&, std::uint32_t, std::int64_t, std::int64_t) {
+               return double(0x77777777);
+             });
+      TensorSpec order{named(names.group_of_column), DType::i32, 1, in, Role::weight};
+      order.value = [c, in](const DataRegime&, std::int64_t, std::int64_t k) {
+        return double(group_of_column(c, k, in));
+      };
+      add(std::move(order), {in});
+      break;
+    }
+  }
+  if (f.scheme == Scheme::fp8_tensor) {
+    add(scales(named(names.scale), DType::f32, 1, 1, 0.06, index),
+        scalar_shape(c, named(names.scale)));
+  } else if (f.scheme == Scheme::fp8_channel) {
+    const bool flat = f.dialect == Dialect::modelopt;
+    add(scales(named(names.scale), DType::f32, rows, 1, 0.06, index),
+        flat ? std::vector{rows} : std::vector{rows, std::int64_t{1}});
+  } else if (f.scheme == Scheme::fp8_block) {
+    const std::int64_t down = ceil_div(rows, f.block_rows), across = ceil_div(in, f.block_cols);
+    add(scales(named(names.scale), DType::f32, down, across, 0.06, index), {down, across});
+  }
+  if (f.activations == Activations::fixed) {
+    // Dense activations are some units large: of the largest ones, some are beyond 448 of these.
+    add(scales(named(names.input_scale), DType::f32, 1, 1, 0.006, index, names.global_is_inverse),
+        scalar_shape(c, named(names.input_scale)));
+  }
+  if (!biases.empty()) {
+    TensorSpec bias = linear::tensor(c, named("bias"), 1, rows, Role::weight, linear::kLargestBias);
+    add(std::move(bias), {rows});
+  }
+  return all;
+}
+
+std::vector<InFile> checkpoint_of(const Case& c, const Layer& layer,
+                                  const std::vector<TensorSpec>& biases) {
+  const std::vector<std::string> stored = prefixes(c, layer);
+  std::vector<InFile> all;
+  for (std::size_t i = 0; i < stored.size(); ++i) {
+    const std::int64_t rows = is_fused(c, layer) ? fused_rows(c, layer).total() : layer.rows[i];
+    for (InFile& t : tensors_of(c, layer, stored[i], rows, std::int64_t(i), biases))
+      all.push_back(std::move(t));
+  }
+  return all;
+}
+
+// ---- What a rank has.
+
+LocalColumns columns_of(const Case& c, const Layer& layer, int tp_rank) {
+  const std::int64_t size =
+      layer.cuts_columns ? div_exact(layer.in_features, c.tp_size) : layer.in_features;
+  return {{layer.cuts_columns ? tp_rank * size : 0, size}, c.tp_size, tp_rank};
+}
+
+std::vector<Shard> own_rows(const Layer& layer, int tp_rank) {
+  return layer.taken(sharding_rules(), tp_rank);
+}
+
+std::int64_t total(const std::vector<Shard>& rows) {
+  std::int64_t sum = 0;
+  for (const Shard& r : rows) sum += r.size;
+  return sum;
+}
+
+// Groups of `group` columns that a rank's own columns touch.
+Shard touched(const LocalColumns& columns, std::int64_t group) {
+  const std::int64_t first = columns.own.offset / group;
+  return {first, ceil_div(columns.own.end(), group) - first};
+}
+
+// A tensor that each part has one of, cut as the parts' rows are: rows of the tensor, or its
+// columns where it is stored that way round.
+struct Kind {
+  std::string buffer;
+  std::string suffix;  // of the tensors' names, behind the part's
+  DType dtype = DType::f32;
+  std::int64_t other = 1;  // the tensor's other dimension
+  bool rows_are_columns = false;
+  Shard own = {};  // of the other dimension, on this rank
+};
+
+std::string tensor_name(const Layer& layer, const Kind& kind, std::size_t part) {
+  if (kind.buffer == "bias") return layer.biases[part];
+  return layer.parts[part] + kind.suffix;
+}
+
+std::vector<TensorSpec> tensors(const Layer& layer, const Kind& kind) {
+  std::vector<TensorSpec> all;
+  for (std::size_t p = 0; p < layer.parts.size(); ++p) {
+    const std::int64_t rows = layer.rows[p];
+    all.push_back({tensor_name(layer, kind, p), kind.dtype,
+                   kind.rows_are_columns ? kind.other : rows,
+                   kind.rows_are_columns ? rows : kind.other, Role::weight});
+  }
+  return all;
+}
+
+LocalBuffer buffer(const Layer& layer, const Kind& kind, Use use, int tp_rank) {
+  const std::vector<Shard> rows = own_rows(layer, tp_rank);
+  LocalBuffer b{kind.buffer, use, kind.dtype, total(rows), kind.own.size};
+  if (kind.rows_are_columns) std::swap(b.rows, b.cols);
+  std::int64_t at = 0;
+  for (std::size_t p = 0; p < rows.size(); at += rows[p].size, ++p) {
+    if (rows[p].size == 0) continue;
+    const std::string name = tensor_name(layer, kind, p);
+    if (!kind.rows_are_columns) {
+      b.pieces.push_back({name, kind.own, 0, rows[p], at});
+      continue;
+    }
+    // Row by row: ranks may share some of them.
+    for (std::int64_t i = 0; i < kind.own.size; ++i)
+      b.pieces.push_back({name, rows[p], at, Shard{kind.own.offset + i, 1}, i});
+  }
+  return b;
+}
+
+Kind weight_kind(const Case& c, const Layer& layer, int tp_rank) {
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  const std::int64_t in = layer.in_features;
+  switch (format_of(c).scheme) {
+    case Scheme::none:
+      return {"weight", "", c.dtype, in, false, own};
+    case Scheme::nvfp4:
+      return {"weight",        ".packed", DType::u8,
+              ceil_div(in, 2), false,     {own.offset / 2, ceil_div(own.size, 2)}};
+    case Scheme::gptq:
+      return {"weight",   ".qweight", DType::i32,
+              in / kWord, true,       {own.offset / kWord, own.size / kWord}};
+    default:
+      return {"weight", ".codes", DType::e4m3, in, false, own};
+  }
+}
+
+// The scales that are not slots; nothing: there are none.
+std::optional<Kind> scales_kind(const Case& c, const Layer& layer, int tp_rank) {
+  const QuantFormat f = format_of(c);
+  const LocalColumns columns = columns_of(c, layer, tp_rank);
+  const std::int64_t groups = ceil_div(layer.in_features, f.block_cols);
+  switch (f.scheme) {
+    case Scheme::fp8_channel:
+      return Kind{"scales", ".scales", DType::f32, 1, false, {0, 1}};
+    case Scheme::fp8_block:
+      return Kind{"scales", ".scales", DType::f32, groups, false, touched(columns, f.block_cols)};
+    case Scheme::nvfp4:
+      return Kind{"scales", ".scales", DType::e4m3, groups, false, touched(columns, f.block_cols)};
+    case Scheme::gptq:
+      return Kind{
+          "scales",
+          ".scales",
+          DType::f16,
+          groups,
+          true,
+          c.options.at("act_order") == 1 ? Shard{0, groups} : touched(columns, f.block_cols)};
+    default:
+      return std::nullopt;
+  }
+}
+
+Kind bias_kind(const Case& c) { return {"bias", "", c.dtype, 1, true, {0, 1}}; }
+
+// What the product multiplies with: the weight as it was loaded, or what was made of it.
+std::optional<Kind> prepared_kind(const Case& c, const Layer& layer, int tp_rank) {
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  switch (format_of(c).scheme) {
+    case Scheme::fp8_tensor:
+      return Kind{"codes", ".requantised", DType::e4m3, layer.in_features, false, own};
+    case Scheme::gptq:
+      return Kind{"codes",    ".rows",
+                  DType::i32, layer.in_features / kWord,
+                  false,      {own.offset / kWord, own.size / kWord}};
+    case Scheme::nvfp4:
+      return Kind{"factors", ".factors", DType::f32, 1, false, {0, 1}};
+    default:
+      return std::nullopt;
+  }
+}
+
+bool has_slots(const Case& c) {
+  const Scheme s = format_of(c).scheme;
+  return s == Scheme::fp8_tensor || s == Scheme::nvfp4;
+}
+bool has_fixed_scale(const Case& c) { return format_of(c).activations == Activations::fixed; }
+bool quantises(const Case& c) { return format_of(c).activations != Activations::plain; }
+
+// A small tensor that all ranks have whole.
+TensorSpec shared(const std::string& name, std::int64_t cols) {
+  return {name, DType::f32, 1, cols, Role::weight};
+}
+LocalBuffer shared_buffer(const std::string& name, std::int64_t cols, Use use) {
+  return {name, use, DType::f32, 1, cols, {{name, {0, cols}}}};
+}
+
+// gptq: which of the rank's groups a column has.
+TensorSpec groups_spec(const Layer& layer) {
+  return {"groups", DType::i32, 1, layer.in_features, Role::weight};
+}
+LocalBuffer groups_buffer(const Case& c, const Layer& layer, Use use, int tp_rank) {
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  return {"groups", use, DType::i32, 1, own.size, {{"groups", own}}};
+}
+
+bool is_gptq(const Case& c) { return format_of(c).scheme == Scheme::gptq; }
+
+// ---- load
+
+struct LoadOutputs {
+  std::vector<TensorSpec> specs;
+  std::vector<LocalBuffer> buffers;
+};
+
+// What ranks have after loading, as outputs of that stage or as inputs of a later one.
+LoadOutputs loaded(const Case& c, const Layer& layer, bool bias, Use use, int tp_rank) {
+  LoadOutputs all;
+  const auto add = [&](const Kind& kind) {
+    for (TensorSpec& t : tensors(layer, kind)) all.specs.push_back(std::move(t));
+    all.buffers.push_back(buffer(layer, kind, use, tp_rank));
+  };
+  const auto add_shared = [&](const std::string& name) {
+    all.specs.push_back(shared(name, std::int64_t(layer.parts.size())));
+    all.buffers.push_back(shared_buffer(name, std::int64_t(layer.parts.size()), use));
+  };
+  add(weight_kind(c, layer, tp_rank));
+  if (const auto kind = scales_kind(c, layer, tp_rank)) add(*kind);
+  if (bias) add(bias_kind(c));
+  if (has_slots(c)) add_shared("slots");
+  if (has_fixed_scale(c)) add_shared("input_slots");
+  if (is_gptq(c)) {
+    all.specs.push_back(groups_spec(layer));
+    all.buffers.push_back(groups_buffer(c, layer, use, tp_rank));
+  }
+  return all;
+}
+
+StoredLinear stored_linear(const Case& c, const Layer& layer, const ShardingRules& rules,
+                           int tp_rank) {
+  return {.format = format_of(c),
+          .prefixes = prefixes(c, layer),
+          .rows = fused_rows(c, layer),
+          .taken = layer.taken(rules, tp_rank),
+          .in_features = layer.in_features,
+          .columns = columns_of(c, layer, tp_rank),
+          .act_order = is_gptq(c) && c.options.at("act_order") == 1};
+}
+
+void run_load(RankRun& run, const Case& c, const Layer& layer, bool bias,
+              const ShardingRules& rules) {
+  const StoredLinear stored = stored_linear(c, layer, rules, run.group.tp_rank());
+  try {
+    const WeightLoader loader(run.checkpoint(), stored, rules, run.stream);
+    switch (stored.format.scheme) {
+      case Scheme::none:
+        dispatch(c.dtype, [&]<typename T>(T) { loader.weight(run.view<T>("weight")); });
+        break;
+      case Scheme::nvfp4:
+        loader.weight(run.view<std::uint8_t>("weight"));
+        loader.group_scales(run.view<e4m3>("scales"));
+        break;
+      case Scheme::gptq:
+        loader.packed_columns(run.view<std::int32_t>("weight"));
+        loader.group_scales(run.view<f16>("scales"));
+        loader.groups(run.view<std::int32_t>("groups"));
+        break;
+      default:
+        loader.weight(run.view<e4m3>("weight"));
+        if (stored.format.scheme != Scheme::fp8_tensor)
+          loader.row_scales(run.view<float>("scales"));
+        break;
+    }
+    if (has_slots(c)) loader.slots(run.view<float>("slots"));
+    if (has_fixed_scale(c)) loader.input_slots(run.view<float>("input_slots"));
+    if (bias) dispatch(c.dtype, [&]<typename T>(T) { loader.bias(run.view<T>("bias")); });
+  } catch (const BadInput& e) {
+    throw Fault{Outcome::Refused, e.what(), run.group.tp_rank()};
+  }
+}
+
+// What is right, from the tensors as they are stored.
+class LoadReference {
+ public:
+  LoadReference(const Case& c, const Layer& layer, const WholeInputs& in)
+      : c_(c), layer_(layer), in_(in), names_(tensor_names(format_of(c))) {}
+
+  std::vector<Budget> budgets(bool bias) const {
+    const QuantFormat f = format_of(c_);
+    std::vector<Budget> all;
+    const auto of_parts = [&](const std::string& suffix, bool by_columns, std::int64_t per = 1) {
+      for (std::size_t p = 0; p < layer_.parts.size(); ++p) {
+        const Matrix& stored = in_[prefix(p) + "." + suffix];
+        all.push_back(reference::exactly(by_columns ? reference::taken_columns(stored, rows(p))
+                                                    : reference::taken_rows(stored, rows(p), per)));
+      }
+    };
+    const bool is_columns = f.scheme == Scheme::gptq;
+    of_parts(names_.weight, is_columns);
+    if (f.scheme != Scheme::none && f.scheme != Scheme::fp8_tensor)
+      of_parts(names_.scale, is_columns, f.scheme == Scheme::fp8_block ? f.block_rows : 1);
+    if (bias) of_parts("bias", true);
+    if (has_slots(c_)) {
+      const bool global = f.scheme == Scheme::nvfp4;
+      all.push_back(
+          slots(global ? names_.global_scale : names_.scale, global && names_.global_is_inverse));
+    }
+    if (has_fixed_scale(c_)) all.push_back(slots(names_.input_scale, names_.global_is_inverse));
+    if (is_columns) all.push_back(groups());
+    return all;
+  }
+
+ private:
+  std::string prefix(std::size_t part) const {
+    return is_fused(c_, layer_) ? layer_.prefix + layer_.fused : layer_.prefix + layer_.parts[part];
+  }
+  // The stored rows of a part.
+  std::vector<std::int64_t> rows(std::size_t part) const {
+    if (is_fused(c_, layer_))
+      return reference::rows_of_matrix(layer_.rows, fused_rows(c_, layer_).stripes, part);
+    return reference::rows_of_matrix({layer_.rows[part]}, 1, 0);
+  }
+  Budget slots(const std::string& suffix, bool is_inverse) const {
+    Budget all(1, std::int64_t(layer_.parts.size()));
+    for (std::size_t p = 0; p < layer_.parts.size(); ++p) {
+      const double stored = in_[prefix(p) + "." + suffix].values[0];
+      all.r[p] = is_inverse ? double(1.0f / float(stored)) : stored;
+    }
+    return all;
+  }
+  // A rank counts its groups from the first that it has.
+  Budget groups() const {
+    Budget all = reference::exactly(in_[prefix(0) + "." + names_.group_of_column]);
+    if (c_.options.at("act_order") == 1) return all;
+    const std::int64_t width =
+        layer_.cuts_columns ? layer_.in_features / c_.tp_size : layer_.in_features;
+    for (std::int64_t k = 0; k < layer_.in_features; ++k)
+      all.r[std::size_t(k)] -= double(k / width * width / format_of(c_).block_cols);
+    return all;
+  }
+
+  const Case& c_;
+  const Layer& layer_;
+  const WholeInputs& in_;
+  TensorNames names_;
+};
+
+Stage load_stage(const Case& c, const Layer& layer, const std::vector<TensorSpec>& biases,
+                 const ShardingRules& rules, const Variation& variation) {
+  const bool bias = !biases.empty();
+  Stage stage{.name = "load"};
+  // Which file has which tensor, and where in it, is nothing to any rank.
+  const bool other_order = variation.law == "files";
+  const std::int64_t files = other_order ? 5 - c.options.at("files") : c.options.at("files");
+  std::vector<InFile> all = checkpoint_of(c, layer, biases);
+  if (other_order) std::reverse(all.begin(), all.end());
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    stage.stored.push_back({all[i].spec.name, all[i].shape,
+                            int(std::min<std::int64_t>(files, std::int64_t(all.size())) *
+                                std::int64_t(i) / std::int64_t(all.size()))});
+    stage.inputs.push_back(std::move(all[i].spec));
+  }
+  stage.outputs = loaded(c, layer, bias, Use::output, 0).specs;
+  stage.buffers = [=](int tp_rank) { return loaded(c, layer, bias, Use::output, tp_rank).buffers; };
+  stage.run = [=](RankRun& run) { run_load(run, c, layer, bias, rules); };
+  stage.reference = [=](const WholeInputs& in) {
+    return LoadReference(c, layer, in).budgets(bias);
+  };
+  return stage;
+}
+
+// ---- prepare
+
+std::vector<std::int32_t> slots_of_rows(const Layer& layer, int tp_rank) {
+  std::vector<std::int32_t> slots;
+  const std::vector<Shard> rows = own_rows(layer, tp_rank);
+  for (std::size_t p = 0; p < rows.size(); ++p)
+    slots.insert(slots.end(), std::size_t(rows[p].size), std::int32_t(p));
+  return slots;
+}
+
+bool has_weight_scale(const Case& c) { return format_of(c).scheme == Scheme::fp8_tensor; }
+
+bool is_prepared(const Case& c, const Layer& layer) {
+  return prepared_kind(c, layer, 0).has_value() || has_fixed_scale(c);
+}
+
+void run_prepare(RankRun& run, const Case& c, const ShardingRules& rules) {
+  if (has_fixed_scale(c)) {
+    const View<float> slots = run.view<float>("input_slots");
+    reduce_slots(slots.data, slots.cols, rules.quant.input_scale,
+                 run.view<float>("input_scale").data, run.stream);
+  }
+  switch (format_of(c).scheme) {
+    case Scheme::fp8_tensor: {
+      const View<float> slots = run.view<float>("slots"), scale = run.view<float>("weight_scale");
+      reduce_slots(slots.data, slots.cols, rules.quant.weight_scale, scale.data, run.stream);
+      requantise(run.view<e4m3>("weight"), run.integers("slot_of_row"), slots.data, scale.data,
+                 run.view<e4m3>("codes"), run.stream);
+      break;
+    }
+    case Scheme::nvfp4:
+      global_factors(run.view<float>("slots"), run.integers("slot_of_row"),
+                     run.view<float>("factors"), rules, run.stream);
+      break;
+    case Scheme::gptq:
+      transpose_words(run.view<std::int32_t>("weight"), run.view<std::int32_t>("codes"),
+                      run.stream);
+      break;
+    default:
+      break;
+  }
+}
+
+double largest(const Matrix& slots) {
+  return *std::max_element(slots.values.begin(), slots.values.end());
+}
+
+std::vector<Budget> prepare_reference(const Case& c, const Layer& layer, const WholeInputs& in) {
+  std::vector<Budget> all;
+  const auto one = [&](double value) { all.emplace_back(1, 1).r[0] = value; };
+  for (std::size_t p = 0; p < layer.parts.size(); ++p) {
+    const std::string& part = layer.parts[p];
+    const std::vector<std::int32_t> slot(std::size_t(layer.rows[p]), std::int32_t(p));
+    switch (format_of(c).scheme) {
+      case Scheme::fp8_tensor:
+        all.push_back(reference::requantised(in[part + ".codes"], slot, in["slots"].values,
+                                             largest(in["slots"])));
+        break;
+      case Scheme::nvfp4: {
+        Matrix factors(layer.rows[p], 1);
+        std::fill(factors.values.begin(), factors.values.end(), in["slots"].values[p]);
+        all.push_back(reference::exactly(factors));
+        break;
+      }
+      case Scheme::gptq:
+        all.push_back(reference::exactly(reference::transposed(in[part + ".qweight"])));
+        break;
+      default:
+        break;
+    }
+  }
+  if (has_weight_scale(c)) one(largest(in["slots"]));
+  if (has_fixed_scale(c)) one(largest(in["input_slots"]));
+  return all;
+}
+
+Stage prepare_stage(const Case& c, const Layer& layer, bool bias, const ShardingRules& rules) {
+  Stage stage{.name = "prepare"};
+  stage.inputs = loaded(c, layer, bias, Use::input, 0).specs;
+  if (const auto kind = prepared_kind(c, layer, 0)) stage.outputs = tensors(layer, *kind);
+  if (has_weight_scale(c)) stage.outputs.push_back(shared("weight_scale", 1));
+  if (has_fixed_scale(c)) stage.outputs.push_back(shared("input_scale", 1));
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = loaded(c, layer, bias, Use::input, tp_rank).buffers;
+    if (const auto kind = prepared_kind(c, layer, tp_rank))
+      all.push_back(buffer(layer, *kind, Use::output, tp_rank));
+    if (has_weight_scale(c)) all.push_back(shared_buffer("weight_scale", 1, Use::output));
+    if (has_fixed_scale(c)) all.push_back(shared_buffer("input_scale", 1, Use::output));
+    if (has_slots(c)) all.push_back(local_values("slot_of_row", slots_of_rows(layer, tp_rank)));
+    return all;
+  };
+  stage.run = [=](RankRun& run) { run_prepare(run, c, rules); };
+  stage.reference = [=](const WholeInputs& in) { return prepare_reference(c, layer, in); };
+  return stage;
+}
+
+// ---- quantise
+
+// Scales of activations that a call makes: of each rank's own columns where these are cut.
+struct ScaleColumns {
+  std::int64_t rows = 1;  // tokens, or 1
+  std::vector<Shard> of_rank;
+  std::int64_t total = 0;
+};
+ScaleColumns scale_columns(const Case& c, const Layer& layer) {
+  const QuantFormat f = format_of(c);
+  ScaleColumns all;
+  if (f.activations != Activations::tensor) all.rows = c.num_tokens;
+  for (int rank = 0; rank < c.tp_size; ++rank) {
+    const std::int64_t count = f.activations == Activations::token_groups
+                                   ? touched(columns_of(c, layer, rank), f.block_cols).size
+                                   : 1;
+    if (!layer.cuts_columns) {
+      all.of_rank.push_back({0, count});
+      all.total = count;
+      continue;
+    }
+    all.of_rank.push_back({all.total, count});
+    all.total += count;
+  }
+  return all;
+}
+bool makes_scales(const Case& c) { return quantises(c) && !has_fixed_scale(c); }
+
+TensorSpec codes_spec(const TensorSpec& x) {
+  return {"x_codes", DType::e4m3, x.rows, x.cols, Role::activation};
+}
+TensorSpec x_scale_spec(const Case& c, const Layer& layer) {
+  const ScaleColumns columns = scale_columns(c, layer);
+  return {"x_scale", DType::f32, columns.rows, columns.total, Role::activation};
+}
+LocalBuffer codes_buffer(const Case& c, const Layer& layer, Use use, int tp_rank) {
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  return {"x_codes", use, DType::e4m3, c.num_tokens, own.size, {{"x_codes", own}}};
+}
+LocalBuffer x_scale_buffer(const Case& c, const Layer& layer, Use use, int tp_rank) {
+  const ScaleColumns columns = scale_columns(c, layer);
+  const Shard own = columns.of_rank[std::size_t(tp_rank)];
+  return {"x_scale", use, DType::f32, columns.rows, own.size, {{"x_scale", own}}};
+}
+LocalBuffer x_buffer(const Case& c, const Layer& layer, int tp_rank) {
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  return {"x", Use::input, c.dtype, c.num_tokens, own.size + c.options.at("pad"), {{"x", own}}};
+}
+
+// Where the rank's first column lies in its group, as the rank has it.
+std::int64_t first_column(const Case& c, const Layer& layer, const ShardingRules& rules,
+                          int tp_rank) {
+  return rules.loader.first_group(columns_of(c, layer, tp_rank), format_of(c).block_cols).column;
+}
+
+void run_quantise(RankRun& run, const Case& c, const Layer& layer, const ShardingRules& rules) {
+  const QuantFormat f = format_of(c);
+  const View<e4m3> codes = run.view<e4m3>("x_codes");
+  dispatch(c.dtype, [&]<typename T>(T) {
+    const View<const T> x = run.view<T>("x").columns(0, codes.cols);
+    switch (f.activations) {
+      case Activations::fixed:
+        quantise_fixed(x, run.view<float>("input_scale").data, codes, run.stream);
+        break;
+      case Activations::tensor: {
+        const View<float> maximum = run.view<float>("largest");
+        absolute_maximum(x, maximum.data, run.stream);
+        quantise_by_maximum(x, maximum.data, codes, run.view<float>("x_scale").data, run.stream);
+        break;
+      }
+      case Activations::token:
+        quantise_token(x, codes, run.view<float>("x_scale").data, run.stream);
+        break;
+      default:
+        quantise_token_groups(x, f.block_cols, first_column(c, layer, rules, run.group.tp_rank()),
+                              codes, run.view<float>("x_scale"), run.stream);
+        break;
+    }
+  });
+}
+
+// Puts `part` into columns [first, ...) of `whole`.
+void put(const Budget& part, std::int64_t first, Budget& whole) {
+  for (std::int64_t i = 0; i < part.rows; ++i) {
+    for (std::int64_t j = 0; j < part.cols; ++j) {
+      whole.r[std::size_t(i * whole.cols + first + j)] = part.r[std::size_t(i * part.cols + j)];
+      whole.rho[std::size_t(i * whole.cols + first + j)] = part.rho[std::size_t(i * part.cols + j)];
+    }
+  }
+}
+
+// The factors of a rank's activations: of its part of x_scale, or the one that was known.
+struct XFactors {
+  Matrix values;
+  reference::Factors factors;
+};
+Matrix matrix_of(const Budget& b) {
+  Matrix m(b.rows, b.cols);
+  m.values = b.r;
+  return m;
+}
+reference::Factors x_factors(const Case& c, const Layer& layer, const Matrix& values, int tp_rank) {
+  const QuantFormat f = format_of(c);
+  if (f.activations != Activations::token_groups) return {.values = &values};
+  return {.values = &values,
+          .cols_per = f.block_cols,
+          .first_col = columns_of(c, layer, tp_rank).own.offset % f.block_cols};
+}
+
+std::vector<Budget> quantise_reference(const Case& c, const Layer& layer, const WholeInputs& in) {
+  const QuantFormat f = format_of(c);
+  const Matrix& x = in["x"];
+  const ScaleColumns columns = scale_columns(c, layer);
+  Budget codes(x.rows, x.cols), scales(columns.rows, std::max<std::int64_t>(1, columns.total));
+  for (int rank = 0; rank < (layer.cuts_columns ? c.tp_size : 1); ++rank) {
+    const Shard own = columns_of(c, layer, rank).own;
+    const Matrix part = reference::columns(x, own.offset, own.size);
+    Matrix values(1, 1);
+    if (f.activations == Activations::fixed) {
+      values.values[0] = in["input_scale"].values[0];
+    } else {
+      Budget made(1, 1);
+      if (f.activations == Activations::tensor) {
+        made.r[0] = reference::scale_of(reference::absolute_maximum(part));
+      } else {
+        const bool groups = f.activations == Activations::token_groups;
+        made = reference::token_scales(part, groups ? f.block_cols : part.cols,
+                                       groups ? own.offset % f.block_cols : 0);
+      }
+      put(made, columns.of_rank[std::size_t(rank)].offset, scales);
+      values = matrix_of(made);
+    }
+    put(reference::quantised(part, x_factors(c, layer, values, rank)), own.offset, codes);
+  }
+  std::vector<Budget> all = {codes};
+  if (makes_scales(c)) all.push_back(scales);
+  return all;
+}
+
+Stage quantise_stage(const Case& c, const Layer& layer, const TensorSpec& x,
+                     const ShardingRules& rules) {
+  Stage stage{.name = "quantise"};
+  stage.inputs = {x};
+  if (has_fixed_scale(c)) stage.inputs.push_back(shared("input_scale", 1));
+  stage.outputs = {codes_spec(x)};
+  if (makes_scales(c)) stage.outputs.push_back(x_scale_spec(c, layer));
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = {x_buffer(c, layer, tp_rank),
+                                    codes_buffer(c, layer, Use::output, tp_rank)};
+    if (has_fixed_scale(c)) all.push_back(shared_buffer("input_scale", 1, Use::input));
+    if (makes_scales(c)) all.push_back(x_scale_buffer(c, layer, Use::output, tp_rank));
+    if (format_of(c).activations == Activations::tensor)
+      all.push_back({"largest", Use::workspace, DType::f32, 1, 1});
+    return all;
+  };
+  stage.run = [=](RankRun& run) { run_quantise(run, c, layer, rules); };
+  stage.reference = [=](const WholeInputs& in) { return quantise_reference(c, layer, in); };
+  return stage;
+}
+
+// A weight before it meets activations, and what its products are multiplied with then.
+struct Dequantised {
+  Matrix values;
+  Matrix scales{1, 1};
+  reference::Factors factors;
+};
+
+}  // namespace
+
+std::vector<Key> keys(bool can_be_fused) {
+  Key weights{.name = "weights",
+              .help =
+                  "where weights come from: they are there, or a checkpoint has them matrix by "
+                  "matrix",
+              .min = 0,
+              .max = 1,
+              .words = {"given", "split"},
+              .weights = {25, 75}};
+  if (can_be_fused) {
+    weights.help += ", fused one below the other, or fused in stripes";
+    weights.max = 3;
+    weights.words = {"given", "split", "fused", "striped"};
+    weights.weights = {20, 25, 30, 25};
+  }
+  return {
+      {.name = "dialect",
+       .help = "whose names, shapes and senses the quantised tensors have",
+       .min = 0,
+       .max = 2,
+       .words = words(kDialectWords, std::size(kDialectWords))},
+      {.name = "activations",
+       .help = "what is multiplied with quantised weights: activations as they are, or codes and a "
+               "scale that is known, or made of the call, of each token, of each block of it",
+       .min = 0,
+       .max = 4,
+       .words = words(kActivationsWords, std::size(kActivationsWords))},
+      {.name = "act_order",
+       .help = "1: gptq's groups of columns are in any order",
+       .min = 0,
+       .max = 1,
+       .words = {"0", "1"}},
+      {.name = "block",
+       .help = "rows and columns of a block of fp8_block, columns of a group of gptq",
+       .min = 0,
+       .max = 3,
+       .fallback = 3,
+       .words = {"16", "32", "64", "128"}},
+      {.name = "files",
+       .help = "files that a checkpoint is spread over",
+       .min = 1,
+       .max = 4,
+       .fallback = 1},
+      {.name = "quant",
+       .help = "how the weights are quantised",
+       .min = 0,
+       .max = 5,
+       .words = words(kSchemeWords, std::size(kSchemeWords)),
+       .weights = {20, 22, 14, 18, 14, 12}},
+      weights};
+}
+
+bool is_loaded(const Case& c) { return weights_of(c) != Weights::given; }
+bool is_quantised(const Case& c) { return format_of(c).scheme != Scheme::none; }
+
+QuantFormat format_of(const Case& c) {
+  const auto option = [&](const char* name) { return c.options.at(name); };
+  QuantFormat f{.scheme = Scheme(option("quant")),
+                .dialect = Dialect(option("dialect")),
+                .activations = Activations(option("activations"))};
+  f.block_rows = f.block_cols = 16 << option("block");
+  if (f.scheme == Scheme::nvfp4) f.block_cols = kNvfp4Group;
+  return f;
+}
+
+std::optional<std::string> refuse(const Case& c, const Layer& layer) {
+  const QuantFormat f = format_of(c);
+  if (auto why = illegal(f)) return why;
+  if (c.options.at("act_order") == 1 && f.scheme != Scheme::gptq)
+    return "act_order=1 is gptq's, and the weights are not";
+  if (f.scheme == Scheme::none) return std::nullopt;
+  if (!is_loaded(c)) return "quantised weights come from a checkpoint: weights=given has none";
+  const std::int64_t in = layer.in_features, width = layer.cuts_columns ? in / c.tp_size : in;
+  if (f.scheme == Scheme::nvfp4) {
+    if (f.activations != Activations::plain)
+      return "nvfp4 weights are dequantised here: their activations stay plain";
+    if (in % kNvfp4Group != 0)
+      return fmt::format("nvfp4 needs columns in whole groups of {}, and in_features is {}",
+                         kNvfp4Group, in);
+    if (width % 2 != 0)
+      return fmt::format("nvfp4 has two columns a byte, and a rank {} of them", width);
+  }
+  if (f.scheme == Scheme::gptq && width % kWord != 0)
+    return fmt::format("gptq has {} columns a word, and a rank {} of them", kWord, width);
+  if (f.activations == Activations::plain && c.dtype == DType::f32)
+    return "dequantised weights are multiplied by tensor cores, which take f16 or bf16, not f32";
+  return std::nullopt;
+}
+
+std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x,
+                          const std::vector<TensorSpec>& biases, const ShardingRules& rules,
+                          const Variation& variation) {
+  std::vector<Stage> all;
+  if (!is_loaded(c)) return all;
+  all.push_back(load_stage(c, layer, biases, rules, variation));
+  if (is_prepared(c, layer)) all.push_back(prepare_stage(c, layer, !biases.empty(), rules));
+  if (quantises(c)) all.push_back(quantise_stage(c, layer, x, rules));
+  return all;
+}
+
+std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x) {
+  std::vector<TensorSpec> all = {quantises(c) ? codes_spec(x) : x};
+  const auto add = [&](const Kind& kind) {
+    for (TensorSpec& t : tensors(layer, kind)) all.push_back(std::move(t));
+  };
+  const auto prepared = prepared_kind(c, layer, 0);
+  if (!prepared || prepared->buffer != "codes") add(weight_kind(c, layer, 0));
+  if (prepared) add(*prepared);
+  if (const auto kind = scales_kind(c, layer, 0)) add(*kind);
+  if (has_weight_scale(c)) all.push_back(shared("weight_scale", 1));
+  if (has_fixed_scale(c)) all.push_back(shared("input_scale", 1));
+  if (makes_scales(c)) all.push_back(x_scale_spec(c, layer));
+  if (is_gptq(c)) all.push_back(groups_spec(layer));
+  return all;
+}
+
+std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, const TensorSpec&,
+                                         int tp_rank) {
+  std::vector<LocalBuffer> all = {quantises(c) ? codes_buffer(c, layer, Use::input, tp_rank)
+                                               : x_buffer(c, layer, tp_rank)};
+  const auto add = [&](const Kind& kind) {
+    all.push_back(buffer(layer, kind, Use::input, tp_rank));
+  };
+  const auto prepared = prepared_kind(c, layer, tp_rank);
+  if (!prepared || prepared->buffer != "codes") add(weight_kind(c, layer, tp_rank));
+  if (prepared) add(*prepared);
+  if (const auto kind = scales_kind(c, layer, tp_rank)) add(*kind);
+  if (has_weight_scale(c)) all.push_back(shared_buffer("weight_scale", 1, Use::input));
+  if (has_fixed_scale(c)) all.push_back(shared_buffer("input_scale", 1, Use::input));
+  if (makes_scales(c)) all.push_back(x_scale_buffer(c, layer, Use::input, tp_rank));
+  if (is_gptq(c)) all.push_back(groups_buffer(c, layer, Use::input, tp_rank));
+  return all;
+}
+
+template <typename T, typename Out>
+void product(RankRun& run, const Case& c, const Layer& layer, View<const T> bias, View<Out> out,
+             const ShardingRules& rules) {
+  const int tp_rank = run.group.tp_rank();
+  const std::int64_t width = columns_of(c, layer, tp_rank).own.size;
+  QuantisedWeight w{.format = format_of(c), .cols = width};
+  w.first_col = first_column(c, layer, rules, tp_rank);
+  switch (w.format.scheme) {
+    case Scheme::fp8_tensor:
+      w.codes = run.view<e4m3>("codes");
+      w.factors = run.view<float>("weight_scale");
+      break;
+    case Scheme::nvfp4:
+      w.packed = run.view<std::uint8_t>("weight");
+      w.group_scales = run.view<e4m3>("scales");
+      w.factors = run.view<float>("factors");
+      break;
+    case Scheme::gptq:
+      w.words = run.view<std::int32_t>("codes");
+      w.table = run.view<f16>("scales");
+      w.groups = run.view<std::int32_t>("groups").data;
+      break;
+    default:
+      w.codes = run.view<e4m3>("weight");
+      w.factors = run.view<float>("scales");
+      break;
+  }
+  if (!quantises(c)) {
+    if constexpr (std::is_same_v<T, float>) {
+      TP_CHECK(false, "refuse() lets no dequantised f32 pass");
+    } else {
+      quantised_product<T, Out>(run.view<T>("x").columns(0, width), w, bias, out, run.stream);
+    }
+    return;
+  }
+  Scales scales;
+  if (has_fixed_scale(c)) {
+    scales.data = run.view<float>("input_scale").data;
+  } else {
+    const View<float> made = run.view<float>("x_scale");
+    scales.data = made.data;
+    if (w.format.activations != Activations::tensor) scales.row_stride = made.row_stride;
+    if (w.format.activations == Activations::token_groups) {
+      scales.cols_per = w.format.block_cols;
+      scales.first_col = w.first_col;
+    }
+  }
+  quantised_product<T, Out>(run.view<e4m3>("x_codes"), scales, w, bias, out, run.stream);
+}
+
+template void product(RankRun&, const Case&, const Layer&, View<const float>, View<float>,
+                      const ShardingRules&);
+template void product(RankRun&, const Case&, const Layer&, View<const f16>, View<f16>,
+                      const ShardingRules&);
+template void product(RankRun&, const Case&, const Layer&, View<const f16>, View<float>,
+                      const ShardingRules&);
+template void product(RankRun&, const Case&, const Layer&, View<const bf16>, View<bf16>,
+                      const ShardingRules&);
+template void product(RankRun&, const Case&, const Layer&, View<const bf16>, View<float>,
+                      const ShardingRules&);
+
+Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& in, std::size_t part,
+                         int tp_rank, const Matrix* bias, bool is_last) {
+  const QuantFormat f = format_of(c);
+  const Shard own = columns_of(c, layer, tp_rank).own;
+  const std::string& name = layer.parts[part];
+  const auto cut = [&](const Matrix& m) { return reference::columns(m, own.offset, own.size); };
+  Dequantised w{.values = Matrix(1, 1)};
+  switch (f.scheme) {
+    case Scheme::fp8_tensor:
+      w.values = cut(in[name + ".requantised"]);
+      w.scales = in["weight_scale"];
+      w.factors = {.values = &w.scales};
+      break;
+    case Scheme::fp8_channel:
+      w.values = cut(in[name + ".codes"]);
+      w.scales = in[name + ".scales"];
+      w.factors = {.values = &w.scales};
+      break;
+    case Scheme::fp8_block: {
+      const Shard blocks = touched(columns_of(c, layer, tp_rank), f.block_cols);
+      w.values = cut(in[name + ".codes"]);
+      w.scales = reference::columns(in[name + ".scales"], blocks.offset, blocks.size);
+      w.factors = {
+          .values = &w.scales, .cols_per = f.block_cols, .first_col = own.offset % f.block_cols};
+      break;
+    }
+    case Scheme::nvfp4: {
+      const Matrix codes = reference::unpacked_e2m1(in[name + ".packed"], layer.in_features);
+      const reference::Factors groups{.values = &in[name + ".scales"], .cols_per = kNvfp4Group};
+      w.values = cut(reference::dequantised(c.dtype, codes, groups));
+      w.scales = in[name + ".factors"];
+      w.factors = {.values = &w.scales};
+      break;
+    }
+    case Scheme::gptq: {
+      const Matrix codes = reference::unpacked_int4(in[name + ".rows"]);
+      // Which scale a column has, as the checkpoint has it: the rank's own count of groups was
+      // judged where it was loaded.
+      Matrix scales(layer.rows[part], layer.in_features);
+      for (std::int64_t k = 0; k < layer.in_features; ++k) {
+        const double* of_rows = in[name + ".scales"].row(group_of_column(c, k, layer.in_features));
+        for (std::int64_t j = 0; j < scales.rows; ++j) scales.row(j)[k] = of_rows[j];
+      }
+      w.values = cut(reference::dequantised(c.dtype, codes, {.values = &scales, .cols_per = 1}));
+      break;
+    }
+    case Scheme::none:
+      TP_CHECK(false, "weights that are not quantised have a reference of their own");
+  }
+  const DType x_type = quantises(c) ? DType::e4m3 : c.dtype;
+  Matrix x = cut(in[quantises(c) ? "x_codes" : "x"]), scales(1, 1);
+  reference::Factors of_x;
+  if (has_fixed_scale(c)) {
+    scales = in["input_scale"];
+  } else if (makes_scales(c)) {
+    const Shard mine = scale_columns(c, layer).of_rank[std::size_t(tp_rank)];
+    scales = reference::columns(in["x_scale"], mine.offset, mine.size);
+  }
+  if (quantises(c)) of_x = x_factors(c, layer, scales, tp_rank);
+  return reference::scaled_product(x, of_x, w.values, w.factors, {0, own.size}, bias,
+                                   scaled_accumulation(x_type, own.size), is_last);
+}
+
+double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
+  const LoadOutputs all = loaded(c, layer, false, Use::input, tp_rank);
+  double bytes = 0;
+  for (const LocalBuffer& b : all.buffers) bytes += double(b.rows * b.cols) * size_of(b.dtype);
+  return bytes;
+}
+
+LawRun law_tokens() {
+  LawRun law = tp::law_tokens();
+  law.twin = [](const Case&, const Variation& v, const TensorSpec& t, std::int64_t row,
+                std::int64_t col) -> std::optional<Place> {
+    if (t.role == Role::weight) return Place{row, col};
+    return Place{(row + v.rotate_rows) % t.rows, col};
+  };
+  return law;
+}
+
+LawRun law_files() {
+  return {
+      .law = {"files", "a checkpoint's tensors in other files and another order: the same bits"},
+      .vary = [](const Case& c) {
+        return std::pair{c, Variation{.law = "files"}};
+      }};
+}
+
+LawRun without_local_scales(LawRun law) {
+  law.twin = [twin = law.twin](const Case& c, const Variation& v, const TensorSpec& t,
+                               std::int64_t row, std::int64_t col) -> std::optional<Place> {
+    if (t.name == "x_scale" || t.name == "groups") return std::nullopt;
+    if (twin) return twin(c, v, t, row, col);
+    return Place{row, col};
+  };
+  return law;
+}
+
+}  // namespace tp::stored_linear

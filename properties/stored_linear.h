@@ -1,0 +1,81 @@
+#pragma once
+// Linear layers whose weights come from a checkpoint, quantised or not: the stages before the
+// product (load, prepare, quantise), what the product's own stage finds, and its reference.
+//
+//   load      a file's tensors become each rank's weights, scales, slots of scales and biases,
+//   which
+//             are compared themselves, rank by rank and bit by bit
+//   prepare   what engines make of these before the first call: one scale of several slots, weights
+//             quantised anew to it, factors of rows, packed columns turned into rows
+//   quantise  activations become codes and scales
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "harness/base/quantization.h"
+#include "kernels/quantised_linear.h"
+#include "kernels/weight_loader.h"
+#include "properties/linear.h"
+#include "properties/run/stage.h"
+
+namespace tp::stored_linear {
+
+// One linear layer, or several that are fused on each rank.
+struct Layer {
+  std::string prefix;               // of its tensors' names: "model.layers.0.self_attn."
+  std::vector<std::string> parts;   // "q_proj", "k_proj", "v_proj"
+  std::vector<std::string> biases;  // what the product's stage calls their biases
+  std::string fused;                // "qkv_proj"; empty: no checkpoint stores them as one
+  std::vector<std::int64_t> rows;   // of each part
+  std::int64_t stripes = 1;         // of the layout `striped`
+  std::int64_t in_features = 0;
+  bool cuts_columns = false;  // row-parallel: ranks have columns of the input
+  // The rows of each part that a rank loads under these rules.
+  std::function<std::vector<Shard>(const ShardingRules&, int tp_rank)> taken;
+};
+
+// The keys `dialect`, `activations`, `act_order`, `block`, `files`, `quant` and `weights`, of
+// layers that may be fused on disk or not.
+std::vector<Key> keys(bool can_be_fused);
+// Whether the weights come from a checkpoint (weights=...), or are just there.
+bool is_loaded(const Case& c);
+bool is_quantised(const Case& c);
+QuantFormat format_of(const Case& c);
+// Why the keys do not fit each other or the layer, in one sentence; nothing if they do.
+std::optional<std::string> refuse(const Case& c, const Layer& layer);
+
+// load, prepare and quantise, as far as the case has them. The input of the layer is a tensor `x`,
+// which `x` describes: one of these stages' inputs where activations are quantised.
+std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x,
+                          const std::vector<TensorSpec>& biases, const ShardingRules& rules,
+                          const Variation& variation);
+
+// What the stage of the product reads, beside what only it knows: x, or its codes, and the weight.
+std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x);
+std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, const TensorSpec& x,
+                                         int tp_rank);
+// out [tokens, rows of the rank] = x weight^T + bias.
+template <typename T, typename Out>
+void product(RankRun& run, const Case& c, const Layer& layer, View<const T> bias, View<Out> out,
+             const ShardingRules& rules);
+
+// The reference of what a rank with columns `cols` of the input makes of part `part`; all ranks of
+// a layer that does not cut columns make the same. `is_last`: see scaled_product.
+Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& in, std::size_t part,
+                         int tp_rank, const Matrix* bias, bool is_last);
+
+// What a rank's product must read and write at least, in bytes of its weight.
+double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
+
+// Laws: as those of all operators, but weights are no tokens, and what ranks quantise for
+// themselves has no twin on one rank.
+LawRun law_tokens();
+// The files of a checkpoint, and the tensors in them, in another order: the same bits.
+LawRun law_files();
+// What a law about the number of ranks must leave out: adds it to law.twin.
+LawRun without_local_scales(LawRun law);
+
+}  // namespace tp::stored_linear
