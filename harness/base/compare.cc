@@ -35,9 +35,11 @@ Comparison compare(DType t, const void* y, const Budget& budget) {
         hi = round_to(t, r + rho);
         accepted = lo <= got && got <= hi;
       }
-      if (std::isfinite(got)) {
-        if (error > 0)
-          result.score = std::max(result.score, error / (rho + half_ulp(t, std::fabs(r) + rho)));
+      // Saturation is no error: what is beyond the type's largest number is meant to become that.
+      const double beyond = t == DType::e4m3 ? std::max(0.0, std::fabs(r) - 448) : 0;
+      if (std::isfinite(got) && error > beyond) {
+        result.score = std::max(result.score,
+                                (error - beyond) / (rho + half_ulp(t, std::fabs(r) + rho)));
       }
     }
     if (!accepted) {
