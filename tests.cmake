@@ -95,7 +95,7 @@ set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS "mpi;processes" ENVI
 set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
-          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
+          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/fatal_signals_test.cc ${fuzz}/canary_testing.cc)
 if(TP_BACKEND STREQUAL emulator)  # about processes, of which a machine may have more than GPUs
   add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
   target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it

@@ -156,7 +156,11 @@ const Json* Json::find(std::string_view key) const {
 std::string Json::describe() const {
   if (const bool* b = as<bool>()) return *b ? "true" : "false";
   if (const std::int64_t* i = as<std::int64_t>()) return std::to_string(*i);
-  if (const double* d = as<double>()) return fmt::format("{}", *d);
+  if (const double* d = as<double>()) {
+    const std::string text = fmt::format("{}", *d);
+    const bool looks_whole = text.find_first_not_of("-0123456789") == text.npos;
+    return text + (looks_whole ? ".0" : "");
+  }
   if (const std::string* s = as<std::string>()) return '"' + printable(*s) + '"';
   if (as<Array>()) return "an array";
   if (as<Object>()) return "an object";
