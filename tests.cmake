@@ -15,6 +15,18 @@ file(GLOB base_tests CONFIGURE_DEPENDS harness/base/*_test.cc)
 tp_test(base_test SOURCES ${base_tests} LIBRARIES tp_base)
 target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
 
+# Files of the Python package safetensors, and ours for it. Skipped where the package cannot be had.
+add_executable(safetensors_reference harness/base/safetensors_testing.cc)
+target_link_libraries(safetensors_reference PRIVATE tp_base)
+find_program(PYTHON3 python3)
+if(PYTHON3)
+  add_test(NAME safetensors_reference COMMAND ${PYTHON3} ${CMAKE_SOURCE_DIR}/harness/base/safetensors_testing.py
+    ${CMAKE_BINARY_DIR}/safetensors $<TARGET_FILE:safetensors_reference>)
+else()
+  add_test(NAME safetensors_reference COMMAND sh -c "echo 'skipped: there is no python3'; exit 77")
+endif()
+set_tests_properties(safetensors_reference PROPERTIES TIMEOUT 120 SKIP_RETURN_CODE 77)
+
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
