@@ -135,3 +135,7 @@ add_test(NAME hangs_test COMMAND hangs_test)
 set_tests_properties(${process_tests} hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
   # A crash on purpose shall be a crash under the sanitizers, too.
   "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")
+
+if(TP_BACKEND STREQUAL emulator AND TP_SANITIZE STREQUAL none)
+  include(fuzzers.cmake)
+endif()

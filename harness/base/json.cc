@@ -168,6 +168,10 @@ std::string Json::describe() const {
 }
 
 Json parse_json(std::string_view text, std::size_t max_values) {
+  // The parser would take one outside a text for the end, whatever follows.
+  if (const auto nul = text.find('\0'); nul != text.npos) {
+    throw BadInput(where(text, nul) + "a NUL byte");
+  }
   const std::string clean = without_python_floats(text);
   Builder builder(max_values);
   if (nlohmann::json::sax_parse(clean, &builder)) return std::move(builder.root);

@@ -109,6 +109,8 @@ TEST(Safetensors, BadFilesAreRefusedInOneSentence) {
       {file_of(R"({"\ud800":1})"),
        "header: line 1, column 9: invalid string: surrogate U+D800..U+DBFF must be followed "
        "by..."},
+      {file_of(std::string("{}\0 }", 5)), "header: line 1, column 3: a NUL byte"},
+      {file_of(std::string("{\"\0\":1}", 7)), "header: line 1, column 3: a NUL byte"},
       {file_of(R"({"a":1,"a":1})"), "header: the key \"a\" is given twice"},
       {file_of("{\"a\":" + std::string(100, '[')), "header: nested deeper than 64 levels"},
       // A tensor's entry.

@@ -143,7 +143,7 @@ def mutated(original, draw):
         at = draw.randrange(len(header))
         kind = draw.randrange(6)
         if kind == 0:
-            header[at] = draw.choice(b'0123456789{}[]":, -.eEnul\\\xff')
+            header[at] = draw.choice(b'0123456789{}[]":, -.eEnul\\\xff\0')
         elif kind == 1:
             del header[at:at + draw.choice((1, 1, 2, 8))]
         elif kind == 2:
