@@ -229,6 +229,9 @@ int rotary_dim_of(const Json& config, int head_dim, bool mla) {
 }
 
 int window_of(const Json& config) {
+  const Json* said = member(config, "sliding_window");
+  const std::int64_t* number = said ? said->as<std::int64_t>() : nullptr;
+  if (number && *number <= 0) return 0;  // some write none as 0 or -1
   const auto window = size_at(config, "sliding_window", INT_MAX);
   if (!window || !bool_at(config, "use_sliding_window").value_or(true)) return 0;
   const Json* types = member(config, "layer_types");
@@ -257,11 +260,12 @@ int intermediate_size_of(const Json& config) {
 // Nothing for types that no kernel here takes.
 std::optional<DType> dtype_of(const Json& config) {
   for (const char* key : {"dtype", "torch_dtype"}) {
-    const auto word = word_at(config, key);
-    if (!word) continue;
-    if (*word == "bfloat16") return DType::bf16;
-    if (*word == "float16") return DType::f16;
-    if (*word == "float32") return DType::f32;
+    const Json* value = member(config, key);
+    const std::string* word = value ? value->as<std::string>() : nullptr;
+    if (!value) continue;
+    if (word && *word == "bfloat16") return DType::bf16;
+    if (word && *word == "float16") return DType::f16;
+    if (word && *word == "float32") return DType::f32;
     return std::nullopt;
   }
   return std::nullopt;
@@ -335,10 +339,14 @@ std::string text_of(const std::string& path) {
 }  // namespace
 
 Model model_from_config(std::string_view text, const std::string& path,
-                        std::string_view hf_quant_config) {
+                        const std::optional<std::string>& hf_quant_config) {
   try {
     std::optional<Json> beside;
-    if (!hf_quant_config.empty()) beside = parse_json(hf_quant_config);
+    try {
+      if (hf_quant_config) beside = parse_json(*hf_quant_config);
+    } catch (const BadInput& e) {
+      throw BadInput(fmt::format("hf_quant_config.json: {}", e.what()));
+    }
     Model model = model_from(parse_json(text), beside ? &*beside : nullptr);
     model.id = model.source = path;
     return model;
@@ -352,8 +360,9 @@ Model read_config(const std::string& path) {
   const std::filesystem::path beside =
       std::filesystem::path(path).parent_path() / "hf_quant_config.json";
   std::error_code ignored;
-  const bool modelopt = std::filesystem::exists(beside, ignored);
-  return model_from_config(text, path, modelopt ? text_of(beside.string()) : "");
+  std::optional<std::string> modelopt;
+  if (std::filesystem::exists(beside, ignored)) modelopt = text_of(beside.string());
+  return model_from_config(text, path, modelopt);
 }
 
 }  // namespace tp

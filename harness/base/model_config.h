@@ -1,6 +1,7 @@
 #pragma once
 // Reads a model's attention shape from a Hugging Face config.json, as it is.
 
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -16,7 +17,7 @@ namespace tp {
 // quantization_config. Throws BadInput with the file, the key and the numbers; but a quantisation
 // that is not known is told by Model::quantization.
 Model model_from_config(std::string_view text, const std::string& path,
-                        std::string_view hf_quant_config = {});
+                        const std::optional<std::string>& hf_quant_config = {});
 
 // The same for a file on disk, of at most 16 MiB, with the hf_quant_config.json beside it.
 Model read_config(const std::string& path);
