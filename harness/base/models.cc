@@ -41,9 +41,29 @@ Model model_of(const Json& entry) {
           .rotary_dim = int_at(entry, "rotary_dim", 0),
           .window = int_at(entry, "window", 0),
           .attention_bias = entry.find("attention_bias") != nullptr,
+          .intermediate_size = int_at(entry, "intermediate_size", 0),
+          .dtype = {},
+          .quantization = {},
           .sinks = entry.find("sinks") != nullptr,
           .mla = entry.find("mla") != nullptr,
+          .checkpoint = "",
+          .note = "",
           .source = text_at(entry, "source")};
+}
+
+bool has_safetensors(const std::string& directory) {
+  std::error_code ignored;
+  if (std::filesystem::exists(directory + "/model.safetensors.index.json", ignored)) return true;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    if (entry.path().extension() == ".safetensors") return true;
+  }
+  return false;
+}
+
+Model model_in(const std::string& directory) {
+  Model model = read_config(directory + "/config.json");
+  if (has_safetensors(directory)) model.checkpoint = directory;
+  return model;
 }
 
 std::string after_slash(const std::string& id) { return id.substr(id.find('/') + 1); }
@@ -64,8 +84,7 @@ const std::vector<Model>& models() {
 Model find_model(const std::string& name) {
   std::error_code ignored;
   const bool directory = std::filesystem::is_directory(name, ignored);
-  const std::string inside = name + "/config.json";
-  if (directory && std::filesystem::exists(inside, ignored)) return read_config(inside);
+  if (directory && std::filesystem::exists(name + "/config.json", ignored)) return model_in(name);
   const bool path =
       name.find('/') != name.npos && !directory && std::filesystem::exists(name, ignored);
   if (path || name.ends_with(".json")) return read_config(name);

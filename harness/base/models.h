@@ -2,10 +2,12 @@
 // Real models: the presets that travel inside the binary (models.json), and a user's own
 // config.json.
 
+#include <optional>
 #include <string>
-#include <string_view>
 #include <vector>
 
+#include "harness/base/dtype.h"
+#include "harness/base/quantization_config.h"
 #include "harness/base/shape.h"
 
 namespace tp {
@@ -21,10 +23,18 @@ struct Model {
   int rotary_dim = 0;             // columns of a head that rotate; 0: all
   int window = 0;                 // of the layers that have one; 0: none has
   bool attention_bias = false;    // of the projections
-  bool sinks = false;             // a logit for each query head
+  // Width between up and down projection: of the dense layers, or of an expert where there are
+  // none; 0: not known.
+  int intermediate_size = 0;
+  std::optional<DType> dtype;  // of what is not quantised; nothing: not known, or not one of ours
+  Quantization quantization;   // presets: none
+  bool sinks = false;          // a logit for each query head
   // Multi-head latent attention: k and v are expanded from one latent a token. The shape is that of
   // the expanded heads; the latent itself is on every rank.
   bool mla = false;
+  // The directory, if the model was found as one that has safetensors, too; else empty.
+  std::string checkpoint;
+  std::string note;    // what is not as in other models, in one sentence; empty: nothing
   std::string source;  // repository@commit:path the numbers were read from, or the user's file
 };
 
@@ -33,7 +43,8 @@ const std::vector<Model>& models();
 
 // A preset, by its id, by the part of the id after '/', or by a beginning of either that only one
 // preset has; upper and lower case are the same. Or the config.json of `name`: a .json file, or a
-// directory with a config.json. Throws BadInput with the candidates or near misses.
+// directory with a config.json, which sets `checkpoint` where it has safetensors (*.safetensors or
+// model.safetensors.index.json). Throws BadInput with the candidates or near misses.
 Model find_model(const std::string& name);
 
 }  // namespace tp

@@ -54,6 +54,8 @@ TEST(Models, EveryPresetIsWhole) {
     EXPECT_NE(m.shape.v_head_dim, m.shape.head_dim) << m.id << ": the same is written as 0";
     EXPECT_TRUE(styles.count(m.qk_norm)) << m.id;
     EXPECT_TRUE(m.eps >= 0 && m.eps < 1e-3) << m.id;
+    // Falcon's files leave it out.
+    EXPECT_EQ(m.intermediate_size == 0, m.id.starts_with("tiiuae/falcon")) << m.id;
     EXPECT_FALSE(m.source.empty()) << m.id;
   }
 }
@@ -65,6 +67,9 @@ TEST(Models, WhatTheUnusualOnesSay) {
   EXPECT_EQ(minimax.eps, 1e-6);
   EXPECT_EQ(find_model("MiMo-V2-Flash").shape, (ModelShape{4096, 64, 4, 192, 128, false}));
   EXPECT_EQ(find_model("Qwen3.5-27B").shape, (ModelShape{5120, 24, 4, 256, 0, true}));
+  EXPECT_EQ(find_model("Qwen3-32B").intermediate_size, 25600);
+  EXPECT_EQ(find_model("Qwen3.5-35B-A3B").intermediate_size, 512);  // an expert's
+  EXPECT_TRUE(find_model("MiniMax-M3").qk_norm_one_plus);
   const Model deepseek = find_model("DeepSeek-V3");
   EXPECT_EQ(deepseek.shape, (ModelShape{7168, 128, 128, 192, 128, false}));
   EXPECT_TRUE(deepseek.mla);
@@ -108,6 +113,26 @@ TEST(Models, FoundByPath) {
   std::ofstream(dir / "large.json").close();
   std::filesystem::resize_file(dir / "large.json", std::uintmax_t{1} << 33);
   EXPECT_NE(refusal((dir / "large.json").string()).find("larger than 16 MiB"), std::string::npos);
+  std::filesystem::remove_all(dir);
+}
+
+TEST(Models, WithACheckpointBesideTheConfig) {
+  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "models_test_ckpt";
+  std::filesystem::create_directories(dir);
+  std::ofstream(dir / "config.json") << R"({"hidden_size": 64, "num_attention_heads": 4})";
+  EXPECT_EQ(find_model(dir.string()).checkpoint, "");
+  for (const char* name : {"model.safetensors.index.json", "model-00001-of-00002.safetensors"}) {
+    std::ofstream(dir / name).close();
+    EXPECT_EQ(find_model(dir.string()).checkpoint, dir.string()) << name;
+    // Who names the config.json means the shape.
+    EXPECT_EQ(find_model((dir / "config.json").string()).checkpoint, "") << name;
+    std::filesystem::remove(dir / name);
+  }
+  // ModelOpt's file beside it, and what is wrong with it.
+  std::ofstream(dir / "hf_quant_config.json") << R"({"quantization": {"quant_algo": "FP8"}})";
+  EXPECT_EQ(find_model(dir.string()).quantization.format.scheme, Scheme::fp8_tensor);
+  std::ofstream(dir / "hf_quant_config.json") << "{";
+  EXPECT_NE(refusal(dir.string()).find("hf_quant_config.json: "), std::string::npos);
   std::filesystem::remove_all(dir);
 }
 
