@@ -30,7 +30,8 @@ set_tests_properties(safetensors_reference PROPERTIES TIMEOUT 120 SKIP_RETURN_CO
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
-  set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc harness/device/matmul_test.cc)
+  set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc harness/device/matmul_test.cc
+                   harness/device/scaled_matmul_test.cc)
 endif()
 tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
 
@@ -92,6 +93,7 @@ tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases")
 
 tp_test(attention_test SOURCES properties/attention_test.cc kernels/attention_testing.cu LIBRARIES tp_kernels)
+tp_test(quantise_test SOURCES properties/quantise_test.cc LIBRARIES tp_kernels)
 tp_test(share_test SOURCES properties/run/share_test.cc LIBRARIES tp_run)
 tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)
 target_compile_definitions(sample_test PRIVATE TP_SAMPLE="${CMAKE_SOURCE_DIR}/properties/sample.cases")

@@ -468,6 +468,23 @@ TEST(Kernels, GiveTheSameBitsOnEveryBackend) {
   }
 }
 
+// dtype_test has proven the host's.
+TEST(Kernels, SmallTypesAreTheHosts) {
+  const auto out = results<std::uint32_t>(kConversions, conversions);
+  for (unsigned i = 0; i < 65536; ++i) {
+    ASSERT_EQ(out[i], from_float<e4m3>(to_float(f16{std::uint16_t(i)})).bits) << i;
+  }
+  const std::uint32_t* of_codes = out.data() + 65536;
+  for (unsigned i = 0; i < 256; ++i) {
+    const e4m3 code{std::uint8_t(i)};
+    EXPECT_EQ(of_codes[i], std::bit_cast<std::uint32_t>(to_float(code))) << i;
+    EXPECT_EQ(of_codes[256 + i], widened<f16>(code).bits) << i;
+    EXPECT_EQ(of_codes[512 + i], widened<bf16>(code).bits) << i;
+  }
+  for (unsigned i = 0; i < 16; ++i)
+    EXPECT_EQ(of_codes[768 + i], std::bit_cast<std::uint32_t>(e2m1_to_float(i))) << i;
+}
+
 // A producer and a consumer on two streams, ordered by an event or, by mistake, by nothing.
 bool order_holds(bool event, bool delays, std::uint64_t seed) {
   std::vector<float> got;

@@ -192,6 +192,19 @@ __global__ void roundings_kernel(const float* x, std::uint32_t* out, int count) 
     out[i * count + j] = std::bit_cast<std::uint32_t>(results[i]);
 }
 
+__global__ void conversions_kernel(std::uint32_t* out) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = from_float<e4m3>(to_float(f16{std::uint16_t(i)})).bits;
+  std::uint32_t* of_codes = out + 65536;
+  if (i < 256) {
+    const e4m3 code{std::uint8_t(i)};
+    of_codes[i] = std::bit_cast<std::uint32_t>(to_float(code));
+    of_codes[256 + i] = widened<f16>(code).bits;
+    of_codes[512 + i] = widened<bf16>(code).bits;
+  }
+  if (i < 16) of_codes[768 + i] = std::bit_cast<std::uint32_t>(e2m1_to_float(i));
+}
+
 // Rows of 16 values, 24 apart in shared memory.
 constexpr int kTileStride = 24;
 constexpr int kPairStride = 40;
@@ -464,6 +477,10 @@ void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out
 
 void roundings(Stream& stream, const float* x, std::uint32_t* out, int count) {
   launch("roundings", roundings_kernel, (count + 63) / 64, 64, 0, stream, x, out, count);
+}
+
+void conversions(Stream& stream, std::uint32_t* out) {
+  launch("conversions", conversions_kernel, 65536 / 64, 64, 0, stream, out);
 }
 
 template <typename T>

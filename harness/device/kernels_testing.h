@@ -75,6 +75,11 @@ void reverse_vectors(Stream& stream, const std::uint16_t* in, std::uint16_t* out
 inline constexpr int kRoundings = 8;
 void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
 
+// What a device makes of the small types, of every pattern: out[i], i < 65536, is the e4m3 of the
+// f16 i. Behind them, 256 each: e4m3 i as float, as f16 and as bf16; and e2m1 i as float, 16.
+inline constexpr int kConversions = 65536 + 3 * 256 + 16;
+void conversions(Stream& stream, std::uint32_t* out);
+
 // One warp: out (16 x 8) = c + a b, by one mma of T (f16 or bf16): a is 16 x 16, and b is 16 x 8,
 // or 8 x 16 if it is given by columns (load_b; otherwise load_b_transposed).
 template <typename T>
