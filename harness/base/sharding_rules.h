@@ -4,6 +4,7 @@
 // it. The right decision is the default of each.
 
 #include "harness/base/attention_rules.h"
+#include "harness/base/gated_rules.h"
 #include "harness/base/linear_rules.h"
 #include "harness/base/norm_rules.h"
 #include "harness/base/rope_rules.h"
@@ -14,6 +15,7 @@ struct ShardingRules {
   NormRules norm;
   RopeRules rope;
   LinearRules linear;
+  GatedRules gated;
   AttentionRules attention;
 };
 
