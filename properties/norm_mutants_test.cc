@@ -167,7 +167,8 @@ TEST_P(Decisions, AreThoseThatTheMutantsSay) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Operators, Decisions,
-                         testing::Values("rms_norm", "qk_norm", "rope", "qkv_linear", "row_linear"),
+                         testing::Values("rms_norm", "qk_norm", "rope", "qkv_linear", "row_linear",
+                                         "merged_linear"),
                          [](const auto& info) { return info.param; });
 
 // Discrimination knows which data hide the mistakes of rope: with heads two wide and few positions,

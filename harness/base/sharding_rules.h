@@ -4,6 +4,7 @@
 // it. The right decision is the default of each.
 
 #include "harness/base/attention_rules.h"
+#include "harness/base/gated_rules.h"
 #include "harness/base/linear_rules.h"
 #include "harness/base/loader_rules.h"
 #include "harness/base/norm_rules.h"
@@ -18,6 +19,7 @@ struct ShardingRules {
   LinearRules linear;
   LoaderRules loader;
   QuantRules quant;
+  GatedRules gated;
   AttentionRules attention;
 };
 
