@@ -52,6 +52,17 @@ std::int64_t groups_touched(const LocalColumns& columns, std::int64_t group,
   return ceil_div(rules.loader.first_group(columns, group).column + columns.own.size, group);
 }
 
+std::vector<Shard> padding_of(const StoredLinear& layer) {
+  std::vector<Shard> runs;
+  std::int64_t end = 0;
+  for (std::size_t m = 0; m <= layer.first.size(); ++m) {
+    const std::int64_t next = m < layer.first.size() ? layer.first[m] : layer.local_rows;
+    if (next > end) runs.push_back({end, next - end});
+    if (m < layer.first.size()) end = layer.first[m] + layer.taken[m].size;
+  }
+  return runs;
+}
+
 WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& layer,
                            const ShardingRules& rules, Stream& stream)
     : checkpoint_(checkpoint),
@@ -59,16 +70,20 @@ WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& lay
       rules_(rules),
       stream_(stream),
       names_(tensor_names(layer.format)) {
-  for (std::size_t m = 0; m < layer.taken.size(); ++m) rows_ += layer.taken[m].size;
-  std::int64_t local = 0;
   for (std::size_t m = 0; m < layer.taken.size(); ++m) {
     const std::size_t tensor = layer.is_fused() ? 0 : m;
     const FusedRows stored = stored_rows(tensor);
-    for (std::int64_t i = 0; i < layer.taken[m].size; ++i, ++local) {
+    const std::int64_t end = m + 1 < layer.first.size() ? layer.first[m + 1] : layer.local_rows;
+    if (layer.first[m] + layer.taken[m].size > end) {
+      throw Fault{Outcome::BadLaunch,
+                  fmt::format("{} rows of {} are loaded, but the rank has room for {}",
+                              layer.taken[m].size, layer.prefixes[tensor], end - layer.first[m])};
+    }
+    for (std::int64_t i = 0; i < layer.taken[m].size; ++i) {
+      const std::int64_t local = layer.first[m] + i;
       const LocalRow at = local_row(m, layer.taken[m].offset + i, local);
       const std::int64_t row = rules.loader.stored_row(stored, at);
-      if (!runs_.empty() && runs_.back().tensor == tensor &&
-          runs_.back().stored + runs_.back().size == row) {
+      if (i > 0 && runs_.back().stored + runs_.back().size == row) {
         ++runs_.back().size;
       } else {
         runs_.push_back({tensor, row, local, 1});
@@ -88,7 +103,7 @@ LocalRow WeightLoader::local_row(std::size_t matrix, std::int64_t row, std::int6
           .row = row,
           .local = local,
           .own = layer_.taken[matrix],
-          .all = rows_,
+          .all = layer_.local_rows,
           .tp_size = layer_.columns.tp_size,
           .tp_rank = layer_.columns.tp_rank};
 }
@@ -117,10 +132,30 @@ void WeightLoader::copy_block(const StoredTensor& from, std::int64_t rows, Shard
 }
 
 void WeightLoader::require_rows(std::int64_t rows, const char* what) const {
-  if (rows == rows_) return;
+  if (rows == layer_.local_rows) return;
   throw Fault{Outcome::BadLaunch,
-              fmt::format("{} {} of {} are loaded, but the rank has room for {}", rows_, what,
-                          layer_.prefixes.front(), rows)};
+              fmt::format("{} {} of {} are loaded, but the rank has room for {}", layer_.local_rows,
+                          what, layer_.prefixes.front(), rows)};
+}
+
+// Of dense rows.
+void WeightLoader::zero_rows(void* data, std::int64_t row_bytes) const {
+  for (const Shard& run : padding_of(layer_)) {
+    const std::vector<std::byte> zeros(std::size_t(run.size * row_bytes));
+    from_host(stream_, static_cast<std::byte*>(data) + run.offset * row_bytes, zeros.data(),
+              zeros.size());
+  }
+}
+
+void WeightLoader::zero_columns(void* data, std::int64_t rows, std::int64_t row_stride,
+                                std::int64_t element) const {
+  for (const Shard& run : padding_of(layer_)) {
+    const std::vector<std::byte> zeros(std::size_t(run.size * element));
+    for (std::int64_t i = 0; i < rows; ++i) {
+      from_host(stream_, static_cast<std::byte*>(data) + (i * row_stride + run.offset) * element,
+                zeros.data(), zeros.size());
+    }
+  }
 }
 
 template <typename T>
@@ -146,6 +181,7 @@ void WeightLoader::weight(View<T> out) const {
     copy_block(stored, rows.total(), columns, sizeof(T), run,
                reinterpret_cast<std::byte*>(out.data), out.row_stride * std::int64_t(sizeof(T)));
   }
+  zero_rows(out.data, out.row_stride * std::int64_t(sizeof(T)));
 }
 
 void WeightLoader::packed_columns(View<std::int32_t> out) const {
@@ -167,6 +203,7 @@ void WeightLoader::packed_columns(View<std::int32_t> out) const {
       copy(out.data + i * out.row_stride + run.local, stored.data + from * 4, run.size * 4);
     }
   }
+  zero_columns(out.data, out.rows, out.row_stride, 4);
 }
 
 template <typename T>
@@ -180,6 +217,7 @@ void WeightLoader::bias(View<T> out) const {
     copy(out.data + run.local, stored.data + run.stored * std::int64_t(sizeof(T)),
          run.size * std::int64_t(sizeof(T)));
   }
+  zero_columns(out.data, 1, out.cols, sizeof(T));
 }
 
 void WeightLoader::row_scales(View<float> out) const {
@@ -195,7 +233,6 @@ void WeightLoader::row_scales(View<float> out) const {
                 fmt::format("{} blocks of columns of {} are loaded, but the rank has room for {}",
                             columns.size, layer_.prefixes.front(), out.cols)};
   }
-  std::int64_t local = 0;
   for (std::size_t m = 0; m < layer_.taken.size(); ++m) {
     const std::size_t tensor = layer_.is_fused() ? 0 : m;
     const FusedRows rows = stored_rows(tensor);
@@ -207,7 +244,8 @@ void WeightLoader::row_scales(View<float> out) const {
     const StoredTensor& stored = scalars != nullptr && scalars->shape.size() == 1
                                      ? checkpoint_.at(called, DType::f32, {height})
                                      : checkpoint_.at(called, DType::f32, {height, width});
-    for (std::int64_t i = 0; i < layer_.taken[m].size; ++i, ++local) {
+    for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
+      const std::int64_t local = layer_.first[m] + i;
       const LocalRow at = local_row(m, layer_.taken[m].offset + i, local);
       const std::int64_t stored_row = rules_.loader.stored_row(rows, at);
       const std::int64_t row =
@@ -220,6 +258,7 @@ void WeightLoader::row_scales(View<float> out) const {
       copy(out.data + local * out.row_stride, stored.data + from * 4, columns.size * 4);
     }
   }
+  if (rules_.loader.pads_scales) zero_rows(out.data, out.row_stride * 4);
 }
 
 void WeightLoader::group_scales(View<e4m3> out) const {
@@ -245,6 +284,7 @@ void WeightLoader::group_scales(View<e4m3> out) const {
       }
     }
   }
+  if (rules_.loader.pads_scales) zero_rows(out.data, out.row_stride);
 }
 
 void WeightLoader::group_scales(View<f16> out) const {
@@ -269,6 +309,7 @@ void WeightLoader::group_scales(View<f16> out) const {
         check_scale(checkpoint_, stored, from + k, to_float(element<f16>(stored, from + k)), false);
     }
   }
+  if (rules_.loader.pads_scales) zero_columns(out.data, out.rows, out.row_stride, 2);
 }
 
 void WeightLoader::groups(View<std::int32_t> out) const {

@@ -23,13 +23,19 @@ struct StoredLinear {
   // fused in, or of one for each matrix.
   std::vector<std::string> prefixes;
   FusedRows rows;            // of the matrices; the stripes count where they are fused
-  std::vector<Shard> taken;  // rows of each matrix, one below the other in the rank's weight
+  std::vector<Shard> taken;  // rows of each matrix that the rank has
+  // Where they begin in the rank's weight, of so many rows. The rows of no matrix are zeros.
+  std::vector<std::int64_t> first;
+  std::int64_t local_rows = 0;
   std::int64_t in_features = 0;
   LocalColumns columns;    // of the input; in an act-order row-parallel layer, too
   bool act_order = false;  // gptq: the groups of the columns are anywhere
 
   bool is_fused() const { return prefixes.size() == 1 && rows.parts.size() > 1; }
 };
+
+// The rows of a rank's weight that are of no matrix.
+std::vector<Shard> padding_of(const StoredLinear& layer);
 
 // Everything is a copy on the stream, which reads the checkpoint when it gets there: that must
 // outlive the stream's work. Throws BadInput naming file, tensor and numbers where the checkpoint
@@ -75,6 +81,9 @@ class WeightLoader {
   void copy_block(const StoredTensor& from, std::int64_t rows, Shard columns, std::int64_t element,
                   const Run& run, std::byte* to, std::int64_t stride) const;
   void require_rows(std::int64_t rows, const char* what) const;
+  void zero_rows(void* data, std::int64_t row_bytes) const;
+  void zero_columns(void* data, std::int64_t rows, std::int64_t row_stride,
+                    std::int64_t element) const;
   void fill_slots(const std::string& suffix, bool is_inverse, View<float> out) const;
 
   const Checkpoint& checkpoint_;
@@ -83,7 +92,6 @@ class WeightLoader {
   Stream& stream_;
   TensorNames names_;
   std::vector<Run> runs_;
-  std::int64_t rows_ = 0;
 };
 
 // The blocks of `group` columns that a rank's columns touch: how many scales a row of it has.

@@ -218,10 +218,28 @@ std::vector<Shard> own_rows(const Layer& layer, int tp_rank) {
   return layer.taken(sharding_rules(), tp_rank);
 }
 
-std::int64_t total(const std::vector<Shard>& rows) {
+// How a rank's weight is laid out.
+struct Places {
+  std::vector<std::int64_t> first;  // row of each part
+  std::int64_t rows = 0;
+  std::vector<Shard> padding;
+};
+Places places_of(const Layer& layer, int tp_rank) {
+  const std::vector<Shard> own = own_rows(layer, tp_rank);
+  Places places{layer.first, layer.local_rows, {}};
+  for (const Shard& part : own) {
+    if (!layer.first.empty()) break;
+    places.first.push_back(places.rows);
+    places.rows += part.size;
+  }
+  places.padding = padding_of({.taken = own, .first = places.first, .local_rows = places.rows});
+  return places;
+}
+// Rows of padding on all ranks together: the tensor that they are judged as.
+std::int64_t padding_rows(const Case& c, const Layer& layer) {
   std::int64_t sum = 0;
-  for (const Shard& r : rows) sum += r.size;
-  return sum;
+  for (const Shard& run : places_of(layer, 0).padding) sum += run.size;
+  return sum * c.tp_size;
 }
 
 // Groups of `group` columns that a rank's own columns touch.
@@ -246,32 +264,45 @@ std::string tensor_name(const Layer& layer, const Kind& kind, std::size_t part) 
   return layer.parts[part] + kind.suffix;
 }
 
-std::vector<TensorSpec> tensors(const Layer& layer, const Kind& kind) {
+std::string padding_name(const Kind& kind) { return kind.buffer + ".padding"; }
+
+// Of each part, and last, if there is any, the padding on all ranks: as wide as the first rank's.
+std::vector<TensorSpec> tensors(const Case& c, const Layer& layer, const Kind& kind) {
   std::vector<TensorSpec> all;
-  for (std::size_t p = 0; p < layer.parts.size(); ++p) {
-    const std::int64_t rows = layer.rows[p];
-    all.push_back({tensor_name(layer, kind, p), kind.dtype,
-                   kind.rows_are_columns ? kind.other : rows,
-                   kind.rows_are_columns ? rows : kind.other, Role::weight});
-  }
+  const auto add = [&](std::string name, std::int64_t rows, std::int64_t other) {
+    all.push_back({std::move(name), kind.dtype, kind.rows_are_columns ? other : rows,
+                   kind.rows_are_columns ? rows : other, Role::weight});
+  };
+  for (std::size_t p = 0; p < layer.parts.size(); ++p)
+    add(tensor_name(layer, kind, p), layer.rows[p], kind.other);
+  if (const std::int64_t rows = padding_rows(c, layer); rows > 0)
+    add(padding_name(kind), rows, kind.other);
   return all;
 }
 
 LocalBuffer buffer(const Layer& layer, const Kind& kind, Use use, int tp_rank) {
   const std::vector<Shard> rows = own_rows(layer, tp_rank);
-  LocalBuffer b{kind.buffer, use, kind.dtype, total(rows), kind.own.size};
+  const Places places = places_of(layer, tp_rank);
+  LocalBuffer b{kind.buffer, use, kind.dtype, places.rows, kind.own.size};
   if (kind.rows_are_columns) std::swap(b.rows, b.cols);
-  std::int64_t at = 0;
-  for (std::size_t p = 0; p < rows.size(); at += rows[p].size, ++p) {
-    if (rows[p].size == 0) continue;
-    const std::string name = tensor_name(layer, kind, p);
+  const auto add = [&](const std::string& name, Shard of_tensor, std::int64_t at) {
+    if (of_tensor.size == 0) return;
     if (!kind.rows_are_columns) {
-      b.pieces.push_back({name, kind.own, 0, rows[p], at});
-      continue;
+      b.pieces.push_back({name, kind.own, 0, of_tensor, at});
+      return;
     }
     // Row by row: ranks may share some of them.
     for (std::int64_t i = 0; i < kind.own.size; ++i)
-      b.pieces.push_back({name, rows[p], at, Shard{kind.own.offset + i, 1}, i});
+      b.pieces.push_back({name, of_tensor, at, Shard{kind.own.offset + i, 1}, i});
+  };
+  for (std::size_t p = 0; p < rows.size(); ++p)
+    add(tensor_name(layer, kind, p), rows[p], places.first[p]);
+  std::int64_t padding = 0;
+  for (const Shard& run : places.padding) padding += run.size;
+  std::int64_t at = tp_rank * padding;
+  for (const Shard& run : places.padding) {
+    add(padding_name(kind), {at, run.size}, run.offset);
+    at += run.size;
   }
   return b;
 }
@@ -374,7 +405,7 @@ struct LoadOutputs {
 LoadOutputs loaded(const Case& c, const Layer& layer, bool bias, Use use, int tp_rank) {
   LoadOutputs all;
   const auto add = [&](const Kind& kind) {
-    for (TensorSpec& t : tensors(layer, kind)) all.specs.push_back(std::move(t));
+    for (TensorSpec& t : tensors(c, layer, kind)) all.specs.push_back(std::move(t));
     all.buffers.push_back(buffer(layer, kind, use, tp_rank));
   };
   const auto add_shared = [&](const std::string& name) {
@@ -395,10 +426,13 @@ LoadOutputs loaded(const Case& c, const Layer& layer, bool bias, Use use, int tp
 
 StoredLinear stored_linear(const Case& c, const Layer& layer, const ShardingRules& rules,
                            int tp_rank) {
+  const Places places = places_of(layer, tp_rank);
   return {.format = format_of(c),
           .prefixes = prefixes(c, layer),
           .rows = fused_rows(c, layer),
           .taken = layer.taken(rules, tp_rank),
+          .first = places.first,
+          .local_rows = places.rows,
           .in_features = layer.in_features,
           .columns = columns_of(c, layer, tp_rank),
           .act_order = is_gptq(c) && c.options.at("act_order") == 1};
@@ -451,6 +485,8 @@ class LoadReference {
         all.push_back(reference::exactly(by_columns ? reference::taken_columns(stored, rows(p))
                                                     : reference::taken_rows(stored, rows(p), per)));
       }
+      if (const std::int64_t rows = padding_rows(c_, layer_); rows > 0)
+        all.push_back(by_columns ? Budget(all.back().rows, rows) : Budget(rows, all.back().cols));
     };
     const bool is_columns = f.scheme == Scheme::gptq;
     of_parts(names_.weight, is_columns);
@@ -531,8 +567,10 @@ Stage load_stage(const Case& c, const Layer& layer, const std::vector<TensorSpec
 std::vector<std::int32_t> slots_of_rows(const Layer& layer, int tp_rank) {
   std::vector<std::int32_t> slots;
   const std::vector<Shard> rows = own_rows(layer, tp_rank);
+  const Places places = places_of(layer, tp_rank);
+  slots.resize(std::size_t(places.rows));  // padding has the first one's
   for (std::size_t p = 0; p < rows.size(); ++p)
-    slots.insert(slots.end(), std::size_t(rows[p].size), std::int32_t(p));
+    std::fill_n(slots.begin() + places.first[p], rows[p].size, std::int32_t(p));
   return slots;
 }
 
@@ -597,6 +635,11 @@ std::vector<Budget> prepare_reference(const Case& c, const Layer& layer, const W
         break;
     }
   }
+  if (const std::int64_t rows = padding_rows(c, layer); rows > 0 && !all.empty()) {
+    all.emplace_back(rows, all.back().cols);
+    if (format_of(c).scheme == Scheme::nvfp4)
+      std::fill(all.back().r.begin(), all.back().r.end(), in["slots"].values[0]);
+  }
   if (has_weight_scale(c)) one(largest(in["slots"]));
   if (has_fixed_scale(c)) one(largest(in["input_slots"]));
   return all;
@@ -605,7 +648,7 @@ std::vector<Budget> prepare_reference(const Case& c, const Layer& layer, const W
 Stage prepare_stage(const Case& c, const Layer& layer, bool bias, const ShardingRules& rules) {
   Stage stage{.name = "prepare"};
   stage.inputs = loaded(c, layer, bias, Use::input, 0).specs;
-  if (const auto kind = prepared_kind(c, layer, 0)) stage.outputs = tensors(layer, *kind);
+  if (const auto kind = prepared_kind(c, layer, 0)) stage.outputs = tensors(c, layer, *kind);
   if (has_weight_scale(c)) stage.outputs.push_back(shared("weight_scale", 1));
   if (has_fixed_scale(c)) stage.outputs.push_back(shared("input_scale", 1));
   stage.buffers = [=](int tp_rank) {
@@ -894,7 +937,7 @@ std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x
 std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x) {
   std::vector<TensorSpec> all = {quantises(c) ? codes_spec(x) : x};
   const auto add = [&](const Kind& kind) {
-    for (TensorSpec& t : tensors(layer, kind)) all.push_back(std::move(t));
+    for (TensorSpec& t : tensors(c, layer, kind)) all.push_back(std::move(t));
   };
   const auto prepared = prepared_kind(c, layer, 0);
   if (!prepared || prepared->buffer != "codes") add(weight_kind(c, layer, 0));

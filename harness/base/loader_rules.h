@@ -79,6 +79,10 @@ struct LoaderRules {
   // is written to.
   Shard (*slots_of_fused)(int slots) = [](int slots) { return Shard{0, slots}; };
 
+  // Whether rows of zeros that a kernel's tiles want get scales, too: zero times what memory held
+  // before may be NaN.
+  bool pads_scales = true;
+
   // What a global scale means: a factor, stored as that or as its inverse.
   float (*factor)(float stored, bool is_inverse) = [](float stored, bool is_inverse) {
     return is_inverse ? 1.0f / stored : stored;
