@@ -17,6 +17,7 @@
 #include "harness/base/check.h"
 #include "harness/base/config_json.h"
 #include "harness/base/json.h"
+#include "harness/base/quantization_json.h"
 
 namespace tp {
 

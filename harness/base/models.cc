@@ -113,4 +113,20 @@ Model find_model(const std::string& name) {
   throw BadInput(fmt::format("unknown model '{}' ({})", printable(name), hint));
 }
 
+Model checkpoint_model(const std::string& directory) {
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(directory, ignored))
+    throw BadInput(fmt::format("{} is no directory with a checkpoint", printable(directory)));
+  Model model = model_in(directory);
+  if (model.checkpoint.empty())
+    throw BadInput(fmt::format("the directory {} has no safetensors", printable(directory)));
+  check_known(model);
+  return model;
+}
+
+void check_known(const Model& model) {
+  if (!model.quantization.refusal.empty())
+    throw BadInput(fmt::format("{}: {}", model.id, model.quantization.refusal));
+}
+
 }  // namespace tp

@@ -47,4 +47,12 @@ const std::vector<Model>& models();
 // model.safetensors.index.json). Throws BadInput with the candidates or near misses.
 Model find_model(const std::string& name);
 
+// Throws BadInput where the model's attention is quantised in a way that is not known
+// (Quantization::refusal): it is not to be run as if it were not quantised.
+void check_known(const Model& model);
+
+// The model of a directory that has a config.json and safetensors. Throws BadInput where it has not
+// both, or not check_known().
+Model checkpoint_model(const std::string& directory);
+
 }  // namespace tp

@@ -9,6 +9,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/config_json.h"
+#include "harness/base/quantization_json.h"
 #include "harness/base/text.h"
 
 namespace tp {

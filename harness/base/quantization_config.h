@@ -11,8 +11,6 @@
 
 namespace tp {
 
-struct Json;
-
 // Linears that are quantised in one way.
 struct QuantGroup {
   std::vector<std::string> targets;  // patterns, or Linear: every other one; empty: every one
@@ -40,13 +38,6 @@ struct Quantization {
 //   with * or ?   matches it or a module that it is in; * goes across dots (ModelOpt, GPT-OSS)
 //   else          is it, or some of its names in a row: lm_head, self_attn, model.layers.0
 bool matches_module(std::string_view pattern, std::string_view module);
-
-// Of a config.json: quantization_config or compression_config, at the top (`root`) or where the
-// language model's keys are (`text`); else of ModelOpt's own file beside it (`beside`, may be
-// null). None of them: nothing is quantised. Never throws: what is not known is told of those whom
-// it concerns, refusal and format_of(). `num_layers`: of the model; their names may be in patterns.
-Quantization quantization_of(const Json& root, const Json& text, const Json* beside,
-                             int num_layers);
 
 // "fp8_block (native, activations token_groups)", "not quantised".
 std::string to_text(const Quantization& quantization);

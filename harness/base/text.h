@@ -15,6 +15,9 @@ std::string printable(std::string_view text, std::size_t longest = 60);
 // Upper-case ASCII letters made small.
 std::string lower(std::string_view text);
 
+// `text` as one word of a shell, as it is where nothing in it means anything there.
+std::string shell_quoted(std::string_view text);
+
 // Which of `known` a mistyped word may have meant, best first, at most five: those that contain it,
 // else those that are a few letters away. Upper and lower case are the same.
 std::vector<std::string> near_misses(std::string_view word, const std::vector<std::string>& known);

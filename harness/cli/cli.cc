@@ -32,7 +32,9 @@ class Run {
     return replay_main(launched_world(), options);
   }
   int operator()(const ZooOptions& options) const { return zoo_main(launched_world(), options); }
-  int operator()(const WorkerOptions& options) const { return worker_main(world_, options.link); }
+  int operator()(const WorkerOptions& options) const {
+    return worker_main(world_, options.link, options.checkpoint);
+  }
   int operator()(const ExplainOptions& options) const {
     return world_.is_root() ? explain_main(options) : 0;
   }

@@ -66,8 +66,9 @@ void poison_flag(Flags& f) {
 void fuzz_flags(Flags& f) {
   f.list("--ops", "LIST", "operators (default: all; see tpcheck list ops)");
   f.list("--tp", "LIST|A..B", "sizes of the tensor-parallel group (default: 1..16)");
-  f.list("--model", "NAME|FILE",
-         "draw shapes of this model only: a preset, a config.json, or all; repeatable");
+  f.list("--model", "NAME|FILE|DIR",
+         "draw shapes of this model only: a preset, a config.json, or all; repeatable; in a folder "
+         "with safetensors as well, cases run on its tensors");
   f.text("--for", "TIME", "stop after 500ms, 90s, 10m, 2h (default: 60s)");
   f.text("--cases", "N", "stop after so many cases");
   f.text("--seed", "S", "of everything that is drawn (default: a new one, printed)");
@@ -109,6 +110,7 @@ void replay_flags(Flags& f) {
   f.text("--timeout", "TIME", "deadline of a case (default: 30s)");
   f.on_off("--trace", "print each stage's values and each collective of every rank");
   f.text("--mutant", "ID", "put this upstream mistake back");
+  f.text("--model", "DIR", "a folder with config.json and safetensors: run cases on its tensors");
 }
 Command replay_command(const Flags& f) {
   std::vector<std::string> inputs = f.list_of("CASE");
@@ -122,11 +124,12 @@ Command replay_command(const Flags& f) {
                        .times = int(f.number("--times", 1, 1'000'000, 1)),
                        .timeout = f.seconds("--timeout", 0),
                        .trace = f.is_on("--trace"),
-                       .mutant = f.name_or("--mutant", "")};
+                       .mutant = f.name_or("--mutant", ""),
+                       .model = f.name_or("--model", "")};
 }
 
 void explain_flags(Flags& f) {
-  f.list("MODEL", "MODEL|FILE", "a preset (see tpcheck list models) or a config.json");
+  f.list("MODEL", "MODEL|FILE|DIR", "a preset (see tpcheck list models) or a config.json");
   f.text("--heads", "H", "or a shape: query heads");
   f.text("--kv-heads", "K", "key/value heads");
   f.text("--head-dim", "D", "width of a head");
@@ -189,7 +192,13 @@ Command list_command(const Flags& f) {
   return ListOptions{one_of("list", what[0], list_subjects())};
 }
 
-Command worker_command(const Flags& f) { return WorkerOptions{link(f)}; }
+void worker_flags(Flags& f) {
+  group_flag(f);
+  f.text("--checkpoint", "DIR", "a folder with config.json and safetensors");
+}
+Command worker_command(const Flags& f) {
+  return WorkerOptions{.link = link(f), .checkpoint = f.name_or("--checkpoint", "")};
+}
 
 }  // namespace
 
@@ -207,7 +216,7 @@ const std::vector<CommandSpec>& commands() {
        false, zoo_flags, zoo_command},
       {"list", "what there is to name: ops, models, mutants, laws", "tpcheck list mutants", false,
        list_flags, list_command},
-      {"worker", "the processes that run cases", "mpirun -n 4 tpcheck worker", true, group_flag,
+      {"worker", "the processes that run cases", "mpirun -n 4 tpcheck worker", true, worker_flags,
        worker_command},
   };
   return all;

@@ -25,6 +25,7 @@ struct BenchOptions {
 };
 struct WorkerOptions {
   Link link = Link::best;
+  std::string checkpoint = {};
 };
 
 using Command = std::variant<HelpText, FuzzOptions, ReplayOptions, ExplainOptions, ZooOptions,

@@ -60,6 +60,8 @@ class Explanation {
          model_.mla ? "" : "qkv 3 (q k v), gate_up 2; one scale on disk fills every slot");
     line("q/k norm", norm());
     line("K statistic", k_statistic());
+    line("quantised", model_.quantization.groups.empty() ? "" : to_text(model_.quantization));
+    line("note", model_.note);
     line("valid TP", valid_sizes());
     line("read from", model_.source == model_.id ? "" : model_.source);
     return out;

@@ -14,6 +14,7 @@
 
 #include "harness/base/operator.h"
 #include "harness/base/philox.h"
+#include "harness/base/user_checkpoint.h"
 #include "harness/device/scheduler.h"
 #include "harness/group/ledger.h"
 #include "harness/group/place.h"
@@ -43,7 +44,8 @@ const std::vector<std::string> kFaults = {"none",
                                           "loop_in_emulator",
                                           "wrong_more_on_gpu",
                                           "segv_serial",
-                                          "segv_parallel"};
+                                          "segv_parallel",
+                                          "wrong_in_file"};
 
 int unique_shards(const ModelShape& model, int tp_size) {
   return std::min(model.num_kv_heads, tp_size);
@@ -138,6 +140,7 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
   if (fault == "once" && !std::exchange(failed_before, true)) shards = 0;
   if (fault == "wrong_on_gpu" && executor_name() == "gpu") shards = 0;
   if (fault == "wrong_in_emulator" && executor_name() != "gpu" && c.tp_size > 1) shards = 0;
+  if (fault == "wrong_in_file" && user_checkpoint() && user_checkpoint()->find("wrong")) shards = 0;
   if (options.mutant) shards = options.mutant->rules.norm.k_shards(c.model, c.tp_size);
   Verdict v;
   // As long as nothing is wrong, the same for every group size and executor.

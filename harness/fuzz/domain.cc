@@ -38,6 +38,18 @@ bool has_model(const std::vector<Model>& all, const std::string& id) {
   return std::any_of(all.begin(), all.end(), [&](const Model& m) { return m.id == id; });
 }
 
+void add_model(Domain& domain, const Model& model) {
+  check_known(model);
+  if (!model.checkpoint.empty()) {
+    if (!domain.checkpoint.empty() && domain.checkpoint != model.checkpoint) {
+      throw BadInput(fmt::format("one checkpoint at a time, not both {} and {}", domain.checkpoint,
+                                 model.checkpoint));
+    }
+    domain.checkpoint = model.checkpoint;
+  }
+  domain.models.push_back(model);
+}
+
 void check_models_fit(const Domain& domain) {
   std::string reason;
   for (const Model& model : domain.models) {
@@ -96,7 +108,7 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
     if (name == "all") {
       all = true;
     } else {
-      domain.models.push_back(find_model(name));
+      add_model(domain, find_model(name));
     }
   }
   for (const Model& model : models()) {

@@ -39,10 +39,12 @@ struct Domain {
   std::vector<Model> models;
   bool models_only = false;  // else half of the cases are random shapes
   std::string mutant;        // id; empty: none
+  std::string checkpoint;    // of the one model that has one (Model::checkpoint); empty: none
 };
 
-// Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, and
-// where no model fits any tp_size.
+// Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, where
+// no model fits any tp_size, for a model in a quantisation that is not known, and for two
+// checkpoints.
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
                    const std::vector<std::string>& models, const std::string& mutant);
 

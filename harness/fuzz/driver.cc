@@ -73,6 +73,22 @@ int in_process(World& world, Where where, const std::function<int(Runner&, const
 
 }  // namespace
 
+void on_all_processes(World* world, const std::function<void()>& f) {
+  if (!world) return f();
+  std::string why;
+  try {
+    f();
+  } catch (const BadInput& e) {
+    why = e.what();
+  }
+  std::string first;
+  for (const std::string& said : world->gather(why)) {
+    if (first.empty()) first = said;
+  }
+  first = world->broadcast(first);
+  if (!first.empty()) throw BadInput(first);
+}
+
 int with_runner(World* world, const Where& where,
                 const std::function<int(Runner&, const Where&)>& body) {
   if (World::launched()) return in_process(*world, where, body);
@@ -84,7 +100,7 @@ int with_runner(World* world, const Where& where,
   }
   return code_of([&] {
     const Where filled = settled(where);
-    Supervisor runner(filled.jobs, filled.processes, find_executor(filled.on, filled.link));
+    Supervisor runner(filled.jobs, filled.processes, executor_of(filled));
     runner.wait_until_ready();
     return body(runner, filled);
   });
@@ -101,8 +117,8 @@ int with_both(const Where& where,
     gpu_side = settled(gpu_side);
     emulator_side = settled(emulator_side);
     // Both binaries, before anything is started.
-    const Executor on_gpu = find_executor(kGpu, where.link);
-    const Executor in_emulator = find_executor(kEmulator, where.link);
+    const Executor on_gpu = executor_of(gpu_side);
+    const Executor in_emulator = executor_of(emulator_side);
     Supervisor gpu(gpu_side.jobs, gpu_side.processes, on_gpu);
     Supervisor emulator(emulator_side.jobs, emulator_side.processes, in_emulator);
     gpu.wait_until_ready();

@@ -28,6 +28,10 @@ int with_runner(World* world, const Where& where,
 int with_both(const Where& where,
               const std::function<int(Supervisor& gpu, Supervisor& emulator)>& body);
 
+// Runs `f` on this process, and where it throws BadInput on any process of a launched world (not
+// null), all of them throw one: none goes on alone to where they meet.
+void on_all_processes(World* world, const std::function<void()>& f);
+
 // The lines that open a command's output on standard error: version, where cases run, and what is
 // not checked there.
 std::string header_text(const std::string& where, bool poison);

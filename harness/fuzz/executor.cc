@@ -53,6 +53,12 @@ Executor find_executor(std::string_view name, Link link) {
                   sibling.string(), build_command(name), names.variable));
 }
 
+Executor executor_of(const Where& where) {
+  Executor executor = find_executor(where.on, where.link);
+  executor.checkpoint = where.checkpoint;
+  return executor;
+}
+
 std::string build_command(std::string_view name) {
   return fmt::format("TPCHECK_PRESET={} ./tpcheck build tpcheck", names_of(name).preset);
 }

@@ -14,6 +14,7 @@ struct Executor {
   std::string name;  // kEmulator or kGpu
   std::filesystem::path binary;
   Link link = Link::best;
+  std::string checkpoint = {};  // Where::checkpoint
 };
 
 // This very binary, even if it was built anew since it started.
@@ -23,6 +24,9 @@ Executor this_executor(Link link = Link::best);
 // very binary if it is of that executor, else the one of the build tree beside this one. Throws
 // Unavailable if there is none.
 Executor find_executor(std::string_view name, Link link);
+
+// The executor `where` asks for, with the rest of what its workers are told. Throws likewise.
+Executor executor_of(const Where& where);
 
 // "TPCHECK_PRESET=cuda ./tpcheck build tpcheck": what builds the binary of the executor `name`.
 std::string build_command(std::string_view name);

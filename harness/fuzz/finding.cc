@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "harness/base/text.h"
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/interrupt.h"
 
@@ -115,6 +116,8 @@ std::string signature(const Answer& failure) {
 
 std::string replay_command(const Finding& f) {
   std::string command = fmt::format("./tpcheck replay '{}'", to_line(f.smallest));
+  if (!f.where.checkpoint.empty())
+    command += fmt::format(" --model {}", shell_quoted(f.where.checkpoint));
   if (!f.mutant.empty()) command += fmt::format(" --mutant {}", f.mutant);
   command += replay_flags(f.where);
   if (f.timeout > 0) command += fmt::format(" --timeout {}ms", milliseconds_of(f.timeout).count());

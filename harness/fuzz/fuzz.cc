@@ -10,6 +10,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
+#include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/artifacts.h"
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/draw.h"
@@ -224,11 +225,22 @@ int fuzz_main(World* world, const FuzzOptions& options) {
     tp_sizes.resize(options.each ? kEachMaxTp : 16);
     std::iota(tp_sizes.begin(), tp_sizes.end(), 1);
   }
-  const Domain domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
+  Domain domain;
+  Where wanted = options.where;
+  on_all_processes(world, [&] {
+    domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
+    wanted.checkpoint = domain.checkpoint;
+    set_user_checkpoint(domain.checkpoint);
+    user_checkpoint();  // what is wrong with it is said before any job starts
+  });
   const std::uint64_t seed = options.seed.value_or(random_seed());
-  return with_runner(world, options.where, [&](Runner& runner, const Where& where) {
+  return with_runner(world, wanted, [&](Runner& runner, const Where& where) {
     const Artifacts artifacts(options.artifacts);  // what cannot be written is all there is to say
     fmt::print(stderr, "{}seed {}\n", header_text(runner.where(), options.poison), seed);
+    if (!domain.checkpoint.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
+    for (const Model& model : domain.models) {
+      if (!model.note.empty()) fmt::print(stderr, "{}: {}\n", model.id, model.note);
+    }
     Progress progress(Progress::Show::yes);
     int number = 0;
     std::FILE* to = options.json ? stderr : stdout;

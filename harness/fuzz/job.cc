@@ -153,6 +153,8 @@ void Job::start(const Executor& executor, int processes) {
     arguments.insert(arguments.end(),
                      {"--group", std::string(kLinkWords[std::size_t(executor.link)])});
   }
+  // One word: what a directory is called may begin like a flag.
+  if (!executor.checkpoint.empty()) arguments.push_back("--checkpoint=" + executor.checkpoint);
   if (processes > 1) {
     const std::vector<std::string> launcher = {"mpirun", "--bind-to", "none", "-n",
                                                std::to_string(processes)};

@@ -13,6 +13,7 @@
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
+#include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/deadlines.h"
 #include "harness/fuzz/driver.h"
@@ -200,14 +201,21 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
 }  // namespace
 
 int replay_main(World* world, const ReplayOptions& options) {
-  const std::vector<Case> cases = read_cases(options.inputs);
+  std::vector<Case> cases;
+  on_all_processes(world, [&] {
+    set_user_checkpoint(options.model);
+    user_checkpoint();
+    cases = read_cases(options.inputs);
+  });
   if (options.times < 1) throw BadInput(fmt::format("--times {}: less than once", options.times));
   for (const Case& c : cases) check_mutant(c, options.mutant);
   const double deadline = options.timeout > 0 ? options.timeout : kDefaultTimeout;
   Where one_job = options.where;
   one_job.jobs = 1;
+  one_job.checkpoint = options.model;
   const auto say_where = [&](const std::string& where) {
     fmt::print(stderr, "{}", header_text(where, options.poison));
+    if (!options.model.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
   };
   if (one_job.on == kBoth && !World::launched()) {
     return with_both(one_job, [&](Supervisor& gpu, Supervisor& emulator) {

@@ -15,8 +15,9 @@ inline constexpr std::string_view kBoth = "both";
 struct Where {
   std::string on{executor_name()};  // kEmulator, kGpu or kBoth
   Link link = Link::best;
-  int processes = 0;  // of one worker job; 0: the executor's default
-  int jobs = 0;       // 0: the executor's default
+  int processes = 0;            // of one worker job; 0: the executor's default
+  int jobs = 0;                 // 0: the executor's default
+  std::string checkpoint = {};  // what workers have as user_checkpoint(); empty: none
 };
 
 // The processes of a job where none are asked for, and the jobs. The emulator fills the cores, with
@@ -32,7 +33,7 @@ Where settled(Where where);
 std::string place_phrase(std::string_view executor, std::string_view place);
 
 // " --on gpu -n 2": what the plain `./tpcheck replay` of any machine has to be told to run a case
-// there, too.
+// there, too. The checkpoint is not in it: it says what is run, not where.
 std::string replay_flags(const Where& where);
 
 }  // namespace tp

@@ -15,6 +15,7 @@
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
+#include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/protocol.h"
 #include "harness/group/ledger.h"
@@ -76,6 +77,18 @@ Verdict run_case(World& world, const Request& request, const Case& c, const RunO
   }
 }
 
+// Opens the user's checkpoint; what is against it. The supervisor has opened the same, so that it
+// is this machine that cannot.
+std::string why_not_open(const std::string& checkpoint) {
+  try {
+    set_user_checkpoint(checkpoint);
+    user_checkpoint();
+    return "";
+  } catch (const BadInput& e) {
+    return e.what();
+  }
+}
+
 // Runs one request; every process of the world passes the same text.
 Verdict run_request(World& world, const std::string& text, const TraceLine& trace) {
   const auto start = std::chrono::steady_clock::now();
@@ -122,7 +135,7 @@ void serve(World& world) {
   }
 }
 
-int worker_main(World& world, Link link) {
+int worker_main(World& world, Link link, const std::string& checkpoint) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // a worker stuck in a loop never sees the end of its input
   ledger = &ledger_page(world.process());
   on_fatal_signal(note_signal);
@@ -131,7 +144,9 @@ int worker_main(World& world, Link link) {
     if (world.is_root()) write_line(answers, fmt::format("{}{}\n", kind, text));
   };
   try {
-    say(kReady, fmt::format("{} {} {}", kProtocol, executor_name(), take_place(world, link)));
+    const std::string place = take_place(world, link);
+    world.agree(why_not_open(checkpoint));
+    say(kReady, fmt::format("{} {} {}", kProtocol, executor_name(), place));
   } catch (const Unavailable& e) {
     say(kCannot, e.what());
     return kExitUnavailable;

@@ -27,6 +27,7 @@ void end_everywhere(World& world);
 void serve(World& world);
 
 // Takes its place (place.h) first, and says where that is, or why it cannot.
-int worker_main(World& world, Link link);
+// `checkpoint`: the directory of user_checkpoint(), which is opened at once; empty: none.
+int worker_main(World& world, Link link, const std::string& checkpoint);
 
 }  // namespace tp
