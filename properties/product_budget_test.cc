@@ -18,17 +18,6 @@
 namespace tp {
 namespace {
 
-// Integers of both signs, none of them 0.
-Matrix integers(const char* name, std::int64_t rows, std::int64_t cols, int largest,
-                std::uint64_t seed) {
-  Matrix m(rows, cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i) {
-    const std::uint32_t bits = philox(seed, stream_of(name), i)[0];
-    m.values[i] = (1 + int(bits % std::uint32_t(largest))) * (bits >> 31 ? -1 : 1);
-  }
-  return m;
-}
-
 struct Data {
   DType t;
   Matrix x, w, bias;
@@ -46,73 +35,6 @@ Data data_of(DType t, Fill fill, std::int64_t k, std::uint64_t seed) {
           filled({"w", t, 8, k, Role::weight, 16}, g), filled({"b", t, 1, 8, Role::weight, 1}, g)};
 }
 
-// How a twin kernel adds up.
-enum class Order { ascending, descending, product_then_sum, lanes, pairwise, matrix_steps };
-constexpr Order kOrders[] = {Order::ascending, Order::descending, Order::product_then_sum,
-                             Order::lanes,     Order::pairwise,   Order::matrix_steps};
-constexpr std::int64_t kLanes = 8;
-
-Accumulation declared(Order order, std::int64_t n) {
-  switch (order) {
-    case Order::product_then_sum:
-      return {.depth = n + 1};
-    case Order::lanes:
-      return {.depth = (n + kLanes - 1) / kLanes + kLanes};
-    case Order::pairwise:
-      return {.depth = 2 + std::int64_t(std::ceil(std::log2(double(n))))};
-    case Order::matrix_steps:
-      return {.depth = (n + 15) / 16, .matrix_steps = true};
-    default:
-      return {.depth = n};
-  }
-}
-
-float pairwise(const double* a, const double* b, std::int64_t n) {
-  if (n == 1) return float(a[0]) * float(b[0]);
-  return pairwise(a, b, n / 2) + pairwise(a + n / 2, b + n / 2, n - n / 2);
-}
-
-// Sixteen products and the sum so far, cut off below 2^-25 of the largest, added, cut off to fp32.
-float matrix_step(float sum, const double* a, const double* b, std::int64_t n) {
-  double largest = std::fabs(double(sum));
-  for (std::int64_t k = 0; k < n; ++k) largest = std::max(largest, std::fabs(a[k] * b[k]));
-  if (largest == 0) return 0;
-  const double unit = std::ldexp(1.0, std::ilogb(largest) - 25);
-  double total = std::trunc(double(sum) / unit);
-  for (std::int64_t k = 0; k < n; ++k) total += std::trunc(a[k] * b[k] / unit);
-  if (total == 0) return 0;
-  const double ulp = std::ldexp(1.0, std::max(0, std::ilogb(total) - 23));
-  return float(std::trunc(total / ulp) * ulp * unit);
-}
-
-float twin_sum(Order order, const double* a, const double* b, std::int64_t n) {
-  float sum = 0;
-  switch (order) {
-    case Order::ascending:
-      for (std::int64_t k = 0; k < n; ++k) sum = std::fma(float(a[k]), float(b[k]), sum);
-      return sum;
-    case Order::descending:
-      for (std::int64_t k = n - 1; k >= 0; --k) sum = std::fma(float(a[k]), float(b[k]), sum);
-      return sum;
-    case Order::product_then_sum:
-      for (std::int64_t k = 0; k < n; ++k) sum += float(a[k]) * float(b[k]);
-      return sum;
-    case Order::lanes: {
-      float lane[kLanes] = {};
-      for (std::int64_t k = 0; k < n; ++k)
-        lane[k % kLanes] = std::fma(float(a[k]), float(b[k]), lane[k % kLanes]);
-      return std::accumulate(lane, lane + kLanes, 0.0f);
-    }
-    case Order::pairwise:
-      return pairwise(a, b, n);
-    case Order::matrix_steps:
-      for (std::int64_t k = 0; k < n; k += 16)
-        sum = matrix_step(sum, a + k, b + k, std::min<std::int64_t>(16, n - k));
-      return sum;
-  }
-  return sum;
-}
-
 enum class Bug {
   none,
   element_missing,
@@ -125,8 +47,6 @@ enum class Bug {
   bias_on_every_rank,
   next_ranks_columns
 };
-
-float rounded(DType t, float v) { return float(round_to(t, v)); }
 
 // One row of x times one of w over columns `run`, with a bug.
 float partial(const Data& d, Order order, std::int64_t i, std::int64_t j, Shard run, Shard of_w,

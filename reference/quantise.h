@@ -51,11 +51,13 @@ inline Budget token_scales(const Matrix& x, std::int64_t block_cols, std::int64_
 // What fp32 makes of the exact quotient r: x / scale, x * (1 / scale), and with a product before
 // either are at most 4 u off (numerics.md 5.6), and nothing at all where everything is a power of
 // two, or a multiple of one that fits. `underflow`: what a product below the normal numbers may
-// have lost. Infinities are 448: the conversion saturates.
+// have lost. What leaves e4m3's range saturates: from here on it is the largest number, which
+// brings no two values farther apart.
 inline Bounded quotient(double r, bool by_powers_of_two, double underflow) {
+  constexpr double kLargest = 448;
   if (std::isnan(r)) return {r, 0};
-  if (std::isinf(r)) return {std::copysign(448.0, r), 0};
-  if (by_powers_of_two && double(float(r)) == r) return {r, 0};
+  if (by_powers_of_two && double(float(r)) == r) return {std::clamp(r, -kLargest, kLargest), 0};
+  r = std::clamp(r, -kLargest, kLargest);
   return {r, 4 * 0x1p-24 * std::fabs(r) + 0x1p-149 + underflow};
 }
 inline bool is_power_of_two(double v) {
