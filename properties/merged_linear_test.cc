@@ -3,8 +3,13 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <string>
+#include <vector>
+
 #include "harness/base/check.h"
-#include "harness/fuzz/draw.h"
 #include "harness/group/mpi_testing.h"
 #include "properties/planted_testing.h"
 
@@ -131,21 +136,47 @@ TEST(GatedLaws, AnotherTileShowsWhatThisOneHides) {
   }
 }
 
-// Gates are of both signs where silu bends, and in some cases so large that they are open or
-// closed; halves that change places change nearly every element.
-TEST(GatedData, MakeSiluMatter) {
-  Draw draw(make_domain({"merged_linear"}, {1, 2, 4, 8}, {}, ""), 11);
-  int drawn = 0, shown = 0;
-  for (int i = 0; i < 150; ++i) {
-    Case c = draw.next();
-    if (c.fill != Fill::dense) continue;
-    c.options["law"] = c.options["graph"] = c.options["delays"] = 0;
-    c.options["discriminate"] = 1;
-    ++drawn;
-    shown += run(to_line(c)).outcome == Outcome::Pass;
+// The gates of a rank's first token, as far as the trace shows them.
+std::vector<double> traced_gates(const Case& c) {
+  std::vector<double> gates;
+  const auto take = [&](const std::string& line) {
+    if (line.find("  gate_up  out  gate_up ") == std::string::npos) return;
+    std::istringstream values(line.substr(line.find("row 0:") + 6));
+    const std::int64_t shown = c.options.at("intermediate_per_rank");
+    double gate;
+    for (std::int64_t i = 0; i < shown && values >> gate; ++i) gates.push_back(gate);
+  };
+  find_operator(c.op).run(test_world(), c, {.deadline = std::chrono::seconds(60), .trace = take});
+  return gates;
+}
+
+// Dense gates lie where silu bends, on both sides of zero, whatever hidden_size is; some are so
+// large that they are open or closed, and some that exp(-gate) leaves fp32.
+TEST(GatedData, HaveGatesOfEveryKind) {
+  std::vector<double> gates;
+  for (const int hidden : {1, 10, 100, 1000, 4000}) {
+    for (int seed = 0; seed < 24; ++seed) {
+      const std::string line =
+          "v1 merged_linear intermediate_per_rank=8 tp_size=4 num_tokens=1 dtype=bf16 fill=dense "
+          "hidden_size=" +
+          std::to_string(hidden) + " seed=" + std::to_string(seed);
+      const std::vector<double> of_case = traced_gates(case_from_line(line));
+      gates.insert(gates.end(), of_case.begin(), of_case.end());
+    }
   }
-  EXPECT_GE(drawn, 30);
-  EXPECT_GE(shown, drawn - 1);
+  if (test_world().process() != 0) return;  // only process 0 traces
+  const double all = double(gates.size());
+  ASSERT_EQ(all, 5 * 24 * 32);
+  const auto percent = [&](double from, double to) {
+    return 100 / all * double(std::count_if(gates.begin(), gates.end(), [&](double g) {
+             return from <= g && g < to;
+           }));
+  };
+  EXPECT_GT(percent(-6, 0), 25);
+  EXPECT_GT(percent(0, 6), 25);
+  EXPECT_GT(percent(18, HUGE_VAL), 5);
+  EXPECT_GT(percent(-88, -18), 5);
+  EXPECT_GT(percent(-HUGE_VAL, -88.8), 0.5);
 }
 
 TEST(GatedRefusals, NameTheNumbers) {
