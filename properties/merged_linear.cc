@@ -51,11 +51,15 @@ bool other_places(const Case& c, const ShardingRules& rules) {
          rules.gated.halves(layout.width) != right.gated.halves(layout.width);
 }
 
+bool no_padding(const Case& c, const ShardingRules& rules) {
+  return !rules.gated.writes_padding && fused_width(c) > 2 * own_size(c);
+}
+
 Mutant mutant(std::string id, std::string what, std::string upstream, void (*change)(GatedRules&)) {
   Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
   change(m.rules.gated);
   m.decides = [rules = m.rules](const Case& c) {
-    return other_rows(c, rules) || other_places(c, rules);
+    return other_rows(c, rules) || other_places(c, rules) || no_padding(c, rules);
   };
   return m;
 }
@@ -90,6 +94,9 @@ const std::vector<Mutant>& mutants() {
                  return GatedLayout{0, half, half + size};
                };
              }),
+      mutant("own:gated-padding-not-written",
+             "the rows between gate and up are what memory held when it was allocated", "-",
+             [](GatedRules& r) { r.writes_padding = false; }),
       mutant("own:gated-halves-swapped", "the activation gates the gate with up", "-",
              [](GatedRules& r) {
                r.halves = [](std::int64_t width) { return GatedHalves{width / 2, 0}; };
@@ -129,7 +136,8 @@ struct FusedRun {
   std::int64_t at;
 };
 
-std::vector<FusedRun> fused_runs(const Case& c, const GatedRows& rows, const GatedLayout& layout) {
+std::vector<FusedRun> fused_runs(const Case& c, const GatedRules& rules, const GatedRows& rows) {
+  const GatedLayout layout = rules.layout(own_size(c), tile_of(c));
   std::vector<FusedRun> runs;
   const auto add = [&](Shard taken, std::int64_t at) {
     const bool of_up = taken.offset >= intermediate(c);
@@ -138,6 +146,7 @@ std::vector<FusedRun> fused_runs(const Case& c, const GatedRows& rows, const Gat
   };
   add(rows.gate, layout.gate);
   add(rows.up, layout.up);
+  if (!rules.writes_padding) return runs;
   for (const Shard& run : padding_of(layout, own_size(c)))
     runs.push_back({FusedRun::zeros, {0, run.size}, run.offset});
   return runs;
@@ -260,9 +269,9 @@ Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
                bias_rows = rules.gated.bias_rows(cols, c.tp_size, tp_rank);
     constexpr const char *kWeights[] = {"gate_proj", "up_proj", "zero_rows"},
                          *kBiases[] = {"gate_bias", "up_bias", "zero_bias"};
-    for (const FusedRun& run : fused_runs(c, weight_rows, layout))
+    for (const FusedRun& run : fused_runs(c, rules.gated, weight_rows))
       weight.pieces.push_back({kWeights[run.source], {0, hidden}, 0, run.rows, run.at});
-    for (const FusedRun& run : fused_runs(c, bias_rows, layout))
+    for (const FusedRun& run : fused_runs(c, rules.gated, bias_rows))
       biases.pieces.push_back({kBiases[run.source], run.rows, run.at});
     std::int64_t first = tp_rank * padding;
     for (const Shard& run : padding_of(layout, own_size(c))) {

@@ -223,8 +223,6 @@ TEST_P(SiluMutants, AreRejected) {
     const DType t = kTypes[i];
     const Result bending = rejected(rate.bug, Twin::quotient, Gates::bending, t),
                  whole = rejected(rate.bug, Twin::quotient, Gates::whole, t);
-    printf("%s %s: %g %g / %g %g\n", rate.name, std::string(name_of(t)).c_str(), bending.cases,
-           bending.elements, whole.cases, whole.elements);
     EXPECT_GE(bending.cases, rate.cases[i]) << name_of(t);
     EXPECT_GE(bending.elements, rate.elements[i]) << name_of(t);
     EXPECT_GE(whole.cases, rate.whole) << name_of(t);

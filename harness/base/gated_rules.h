@@ -54,6 +54,8 @@ struct GatedRules {
     const std::int64_t half = padded_to(tile, size);
     return GatedLayout{0, half, 2 * half};
   };
+  // Whether the padding is written, or left as it was allocated.
+  bool writes_padding = true;
   // Where the activation splits a fused row of so many columns.
   GatedHalves (*halves)(std::int64_t width) = [](std::int64_t width) {
     return GatedHalves{0, width / 2};
