@@ -30,7 +30,8 @@ __global__ void store_sums_kernel(View<const R> sums, View<T> out) {
   }
 }
 
-// What this rank adds to the sums.
+}  // namespace
+
 template <typename T, typename R>
 void partial_sums(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
                   const ShardingRules& rules, const TpGroup& group, Stream& stream) {
@@ -43,29 +44,25 @@ void partial_sums(View<const T> x, View<const T> weight, View<const T> bias, Vie
   matmul<T, R>(x, weight, adds_bias ? bias.data : nullptr, sums, stream);
 }
 
-}  // namespace
-
-template <typename T, typename R>
-void row_linear(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
-                bool reduce_results, const ShardingRules& rules, TpGroup& group, Stream& stream) {
-  partial_sums(x, weight, bias, sums, rules, group, stream);
-  for (int i = 0; i < rules.linear.row_reductions(reduce_results, x.rows, group.tp_size()); ++i)
+template <typename R>
+void reduce_results(View<R> sums, bool reduce_results, const ShardingRules& rules, TpGroup& group,
+                    Stream& stream) {
+  require_dense(sums);
+  for (int i = 0; i < rules.linear.row_reductions(reduce_results, sums.rows, group.tp_size()); ++i)
     group.all_reduce_sum(sums.data, sums.rows * sums.cols, stream);
 }
 
-template <typename T, typename R>
-void row_linear_scattered(View<const T> x, View<const T> weight, View<const T> bias, View<R> sums,
-                          View<R> mine, const ShardingRules& rules, TpGroup& group,
-                          Stream& stream) {
-  require(sums.rows == mine.rows * group.tp_size() && mine.cols == sums.cols && sums.rows >= x.rows,
+template <typename R>
+void scatter_results(View<R> sums, std::int64_t tokens, View<R> mine, TpGroup& group,
+                     Stream& stream) {
+  require(sums.rows == mine.rows * group.tp_size() && mine.cols == sums.cols && sums.rows >= tokens,
           "row_linear", "{} rows of sums, of {} tokens, are scattered as {} rows to {} ranks",
-          {sums.rows, x.rows, mine.rows, group.tp_size()});
+          {sums.rows, tokens, mine.rows, group.tp_size()});
+  require_dense(sums);
   require_dense(mine);
-  View<R> of_tokens = sums, beyond = sums;
-  of_tokens.rows = x.rows;
-  beyond.rows = sums.rows - x.rows;
-  beyond.data += x.rows * sums.row_stride;
-  partial_sums(x, weight, bias, of_tokens, rules, group, stream);
+  View<R> beyond = sums;
+  beyond.rows = sums.rows - tokens;
+  beyond.data += tokens * sums.row_stride;
   if (beyond.rows > 0) {
     launch("zero_rows", zero_rows_kernel<R>, dim3(unsigned(beyond.rows)),
            dim3(unsigned(row_threads(beyond.cols))), 0, stream, beyond);
@@ -90,28 +87,22 @@ void store_sums(View<const R> sums, View<T> out, Stream& stream) {
          dim3(unsigned(row_threads(out.cols))), 0, stream, sums, out);
 }
 
-template void row_linear(View<const float>, View<const float>, View<const float>, View<float>, bool,
-                         const ShardingRules&, TpGroup&, Stream&);
-template void row_linear_scattered(View<const float>, View<const float>, View<const float>,
-                                   View<float>, View<float>, const ShardingRules&, TpGroup&,
-                                   Stream&);
-template void row_linear(View<const f16>, View<const f16>, View<const f16>, View<f16>, bool,
-                         const ShardingRules&, TpGroup&, Stream&);
-template void row_linear_scattered(View<const f16>, View<const f16>, View<const f16>, View<f16>,
-                                   View<f16>, const ShardingRules&, TpGroup&, Stream&);
-template void row_linear(View<const f16>, View<const f16>, View<const f16>, View<float>, bool,
-                         const ShardingRules&, TpGroup&, Stream&);
-template void row_linear_scattered(View<const f16>, View<const f16>, View<const f16>, View<float>,
-                                   View<float>, const ShardingRules&, TpGroup&, Stream&);
-template void row_linear(View<const bf16>, View<const bf16>, View<const bf16>, View<bf16>, bool,
-                         const ShardingRules&, TpGroup&, Stream&);
-template void row_linear_scattered(View<const bf16>, View<const bf16>, View<const bf16>, View<bf16>,
-                                   View<bf16>, const ShardingRules&, TpGroup&, Stream&);
-template void row_linear(View<const bf16>, View<const bf16>, View<const bf16>, View<float>, bool,
-                         const ShardingRules&, TpGroup&, Stream&);
-template void row_linear_scattered(View<const bf16>, View<const bf16>, View<const bf16>,
-                                   View<float>, View<float>, const ShardingRules&, TpGroup&,
-                                   Stream&);
+template void partial_sums(View<const float>, View<const float>, View<const float>, View<float>,
+                           const ShardingRules&, const TpGroup&, Stream&);
+template void partial_sums(View<const f16>, View<const f16>, View<const f16>, View<f16>,
+                           const ShardingRules&, const TpGroup&, Stream&);
+template void partial_sums(View<const f16>, View<const f16>, View<const f16>, View<float>,
+                           const ShardingRules&, const TpGroup&, Stream&);
+template void partial_sums(View<const bf16>, View<const bf16>, View<const bf16>, View<bf16>,
+                           const ShardingRules&, const TpGroup&, Stream&);
+template void partial_sums(View<const bf16>, View<const bf16>, View<const bf16>, View<float>,
+                           const ShardingRules&, const TpGroup&, Stream&);
+template void reduce_results(View<float>, bool, const ShardingRules&, TpGroup&, Stream&);
+template void reduce_results(View<f16>, bool, const ShardingRules&, TpGroup&, Stream&);
+template void reduce_results(View<bf16>, bool, const ShardingRules&, TpGroup&, Stream&);
+template void scatter_results(View<float>, std::int64_t, View<float>, TpGroup&, Stream&);
+template void scatter_results(View<f16>, std::int64_t, View<f16>, TpGroup&, Stream&);
+template void scatter_results(View<bf16>, std::int64_t, View<bf16>, TpGroup&, Stream&);
 template void reduce_row_linear(View<float>, bool, const ShardingRules&, TpGroup&, Stream&);
 template void reduce_row_linear(View<f16>, bool, const ShardingRules&, TpGroup&, Stream&);
 template void reduce_row_linear(View<bf16>, bool, const ShardingRules&, TpGroup&, Stream&);

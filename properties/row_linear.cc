@@ -11,6 +11,7 @@
 #include "properties/linear.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
+#include "properties/stored_linear.h"
 #include "reference/row_linear.h"
 
 namespace tp {
@@ -157,23 +158,54 @@ std::optional<std::string> blind_to(const Case& c, const WholeInputs& in, const 
   return std::nullopt;
 }
 
-std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+// Of the case that a law started from, whose data these are.
+int ranks_of_data(const Case& c, const Variation& variation) {
+  return variation.argument > 0 ? int(variation.argument) : c.tp_size;
+}
+
+stored_linear::Layer layer_of(const Case& c) {
+  return {.prefix = "model.layers.0.mlp.",
+          .parts = {"down_proj"},
+          .biases = {"bias"},
+          .rows = {c.model.hidden_size},
+          .in_features = in_features(c),
+          .taken =
+              [rows = c.model.hidden_size](const ShardingRules&, int) {
+                return std::vector<Shard>{{0, rows}};
+              },
+          .columns =
+              [in = in_features(c), tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
+                return rules.linear.row_weight_columns(in, tp_size, tp_rank);
+              }};
+}
+
+// The product, of weights of whatever kind, and the sum over the ranks.
+Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, in = in_features(c),
                      width = in_per_rank(c), pad = c.options.at("pad");
-  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == Reduce::reduce_scatter;
+  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == Reduce::reduce_scatter,
+             quantised = stored_linear::is_quantised(c), is_loaded = stored_linear::is_loaded(c);
   const DType sums_type = sums_dtype(c);
-  // Of the case that a law started from, whose data these are.
-  const int ranks = variation.law.empty() ? c.tp_size : int(variation.argument);
+  const stored_linear::Layer layer = layer_of(c);
+  const std::string weight_name = is_loaded ? layer.parts[0] : "weight";
+  // What was loaded is what the rank has room for.
+  const ShardingRules& loading = is_loaded ? sharding_rules() : rules;
+  const int ranks = ranks_of_data(c, variation);
   const std::int64_t share = share_of(c);
   const auto own_tokens = [=](int tp_rank) {
     const std::int64_t first = std::min(tokens, tp_rank * share);
     return scatters ? Shard{first, std::min(share, tokens - first)} : Shard{0, tokens};
   };
 
+  const TensorSpec x =
+      linear::tensor(c, "x", tokens, in, Role::activation, linear::kLargestX, density(c, ranks));
   Stage stage{.name = "row_linear"};
-  stage.inputs = {
-      linear::tensor(c, "x", tokens, in, Role::activation, linear::kLargestX, density(c, ranks)),
-      linear::tensor(c, "weight", hidden, in, Role::weight, linear::kLargestWeight)};
+  if (quantised) {
+    stage.inputs = stored_linear::product_inputs(c, layer, x);
+  } else {
+    stage.inputs = {
+        x, linear::tensor(c, weight_name, hidden, in, Role::weight, linear::kLargestWeight)};
+  }
   if (bias) {
     stage.inputs.push_back(
         linear::tensor(c, "bias", 1, hidden, Role::weight, linear::kLargestBias));
@@ -181,31 +213,44 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   stage.outputs = {{"out", c.dtype, tokens, hidden}};
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
     const Shard own{tp_rank * width, width}, mine = own_tokens(tp_rank);
-    const Shard loaded = rules.linear.row_weight_columns(in, c.tp_size, tp_rank);
+    const Shard loaded = loading.linear.row_weight_columns(in, c.tp_size, tp_rank);
     LocalBuffer out{"out", Use::output, c.dtype, std::max<std::int64_t>(1, mine.size),
                     hidden + pad};
     if (mine.size > 0) out.pieces.push_back({"out", {0, hidden}, 0, mine});
     std::vector<LocalBuffer> all = {
-        {"x", Use::input, c.dtype, tokens, width + pad, {{"x", own}}},
-        {"weight", Use::input, c.dtype, hidden, loaded.size, {{"weight", loaded}}},
-        {"sums", Use::workspace, sums_type, scatters ? share * c.tp_size : tokens, hidden},
-        out};
+        {"sums", Use::workspace, sums_type, scatters ? share * c.tp_size : tokens, hidden}, out};
+    if (quantised) {
+      for (LocalBuffer& b : stored_linear::product_buffers(c, layer, x, tp_rank))
+        all.push_back(std::move(b));
+    } else {
+      all.push_back({"x", Use::input, c.dtype, tokens, width + pad, {{"x", own}}});
+      LocalBuffer weight{"weight", Use::input, c.dtype, hidden, loaded.size};
+      weight.pieces.push_back(
+          {weight_name, loaded, 0, is_loaded ? std::optional(Shard{0, hidden}) : std::nullopt});
+      all.push_back(weight);
+    }
     if (scatters) all.push_back({"mine", Use::workspace, sums_type, share, hidden});
     if (bias) all.push_back({"bias", Use::input, c.dtype, 1, hidden, {{"bias", {0, hidden}}}});
     return all;
   };
   stage.run = [=](RankRun& run) {
     const auto with = [&]<typename T, typename R>(T, R) {
-      const View<T> x = run.view<T>("x").columns(0, width), weight = run.view<T>("weight"),
-                    b = bias ? run.view<T>("bias") : View<T>{};
-      View<R> sums = run.view<R>("sums");
+      const View<T> b = bias ? run.view<T>("bias") : View<T>{};
+      View<R> sums = run.view<R>("sums"), of_tokens = sums;
+      of_tokens.rows = tokens;
+      if (quantised) {
+        const bool adds_bias = bias && rules.linear.row_adds_bias(run.group.tp_rank());
+        stored_linear::product<T, R>(run, c, layer, adds_bias ? b : View<T>{}, of_tokens, rules);
+      } else {
+        partial_sums<T, R>(run.view<T>("x").columns(0, width), run.view<T>("weight"), b, of_tokens,
+                           rules, run.group, run.stream);
+      }
       if (scatters) {
         const View<R> mine = run.view<R>("mine");
-        row_linear_scattered<T, R>(x, weight, b, sums, mine, rules, run.group, run.stream);
+        scatter_results(sums, tokens, mine, run.group, run.stream);
         sums = mine;
       } else {
-        row_linear<T, R>(x, weight, b, sums, reduce_of(c) != Reduce::external, rules, run.group,
-                         run.stream);
+        reduce_results(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
       }
       reduce_row_linear<R>(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
       View<T> out = run.view<T>("out").columns(0, hidden);
@@ -221,21 +266,54 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
     });
   };
   stage.cost = [=](int tp_rank) -> Cost {
-    const double elements = double(tokens) * double(width) + double(hidden) * double(width) +
-                            double(own_tokens(tp_rank).size) * double(hidden);
-    return linear::cost(c, elements, double(tokens) * double(width) * double(hidden));
+    const double activations =
+        double(tokens) * double(width) + double(own_tokens(tp_rank).size) * double(hidden);
+    const double products = double(tokens) * double(width) * double(hidden);
+    if (!quantised) return linear::cost(c, activations + double(hidden) * double(width), products);
+    return {
+        .bytes = activations * size_of(c.dtype) + stored_linear::weight_bytes(c, layer, tp_rank),
+        .matrix_flops = 2 * products};
   };
   stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
+    const reference::RowLinearTypes types{.partial = sums_type, .out = c.dtype};
+    const Matrix* b = bias ? &whole["bias"] : nullptr;
+    if (quantised) {
+      std::vector<Budget> runs;
+      for (int rank = 0; rank < c.tp_size; ++rank) {
+        runs.push_back(stored_linear::product_reference(
+            c, layer, whole, 0, rank, rank == 0 ? b : nullptr,
+            reference::run_is_last(std::size_t(c.tp_size), types)));
+      }
+      return {reference::sum_of_runs(runs, types)};
+    }
     std::vector<Shard> runs;
     for (int rank = 0; rank < c.tp_size; ++rank) runs.push_back({rank * width, width});
-    return {reference::row_linear(whole["x"], whole["weight"], bias ? &whole["bias"] : nullptr,
-                                  runs, matmul_accumulation(c.dtype, width),
-                                  {.partial = sums_type, .out = c.dtype})};
+    return {reference::row_linear(whole["x"], whole[weight_name], b, runs,
+                                  matmul_accumulation(c.dtype, width), types)};
   };
+  // Weights that were loaded are compared themselves.
+  if (is_loaded) return stage;
   stage.blind_to = [=](const WholeInputs& whole, const std::vector<Budget>& budgets) {
     return blind_to(c, whole, budgets.front());
   };
-  return {stage};
+  return stage;
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  const Stage product = product_stage(c, rules, variation);
+  const int ranks = ranks_of_data(c, variation);
+  std::vector<TensorSpec> biases;
+  if (linear::has_bias(c)) {
+    biases.push_back(
+        linear::tensor(c, "bias", 1, c.model.hidden_size, Role::weight, linear::kLargestBias));
+  }
+  std::vector<Stage> all =
+      stored_linear::stages(c, layer_of(c),
+                            linear::tensor(c, "x", c.num_tokens, in_features(c), Role::activation,
+                                           linear::kLargestX, density(c, ranks)),
+                            biases, rules, variation);
+  all.push_back(product);
+  return all;
 }
 
 // The layer that a model has behind its attention.
@@ -268,49 +346,58 @@ LawRun law_other_reduce() {
       }};
 }
 
+std::vector<Key> keys() {
+  std::vector<Key> all = {
+      linear::width_key("hidden_size"),
+      {.name = "in_per_rank",
+       .help = "columns of the input, and of the weight, that each rank has",
+       .min = 1,
+       .max = 1 << 16,
+       .fallback = 8,
+       .always = true,
+       .draw_max = 1024,
+       .grain = 8,
+       .of_model = true,
+       .is_size = true},
+      shared_key("tp_size"),
+      linear::tokens_key(),
+      shared_key("dtype"),
+      shared_key("fill"),
+      shared_key("seed"),
+      linear::bias_key(),
+      {.name = "reduce",
+       .help = "who adds up over the ranks: the layer, giving all tokens to all or its "
+               "share to each, or the layer's caller",
+       .min = 0,
+       .max = 2,
+       .words = {"all_reduce", "reduce_scatter", "external"}},
+      {.name = "reduce_dtype",
+       .help = "type of the partial sums and of their sum",
+       .min = 0,
+       .max = 1,
+       .words = {"activation", "f32"}},
+      pad_key("x and of out")};
+  for (Key& key : stored_linear::keys(false)) all.push_back(std::move(key));
+  return all;
+}
+
 }  // namespace
 
 Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  return stages(c, rules, variation).front();
+  return product_stage(c, rules, variation);
 }
 
 Operator make_row_linear() {
   return make_operator({
       .name = "row_linear",
       .what = "row-parallel linear layer, and the sum over the ranks that it needs",
-      .keys = {linear::width_key("hidden_size"),
-               {.name = "in_per_rank",
-                .help = "columns of the input, and of the weight, that each rank has",
-                .min = 1,
-                .max = 1 << 16,
-                .fallback = 8,
-                .always = true,
-                .draw_max = 1024,
-                .grain = 8,
-                .of_model = true,
-                .is_size = true},
-               shared_key("tp_size"),
-               linear::tokens_key(),
-               shared_key("dtype"),
-               shared_key("fill"),
-               shared_key("seed"),
-               linear::bias_key(),
-               {.name = "reduce",
-                .help = "who adds up over the ranks: the layer, giving all tokens to all or its "
-                        "share to each, or the layer's caller",
-                .min = 0,
-                .max = 2,
-                .words = {"all_reduce", "reduce_scatter", "external"}},
-               {.name = "reduce_dtype",
-                .help = "type of the partial sums and of their sum",
-                .min = 0,
-                .max = 1,
-                .words = {"activation", "f32"}},
-               pad_key("x and of out")},
-      .laws = {law_one_rank(), law_tokens(), law_other_reduce()},
+      .keys = keys(),
+      .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
+               law_other_reduce(), stored_linear::law_files()},
       .mutants = mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;
+        if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;
         if (auto reason = too_large(in, hidden)) return reason;
         return too_large(c.num_tokens, std::max(in, hidden * c.tp_size));
       },

@@ -208,10 +208,10 @@ std::vector<InFile> checkpoint_of(const Case& c, const Layer& layer,
 
 // ---- What a rank has.
 
-LocalColumns columns_of(const Case& c, const Layer& layer, int tp_rank) {
-  const std::int64_t size =
-      layer.cuts_columns ? div_exact(layer.in_features, c.tp_size) : layer.in_features;
-  return {{layer.cuts_columns ? tp_rank * size : 0, size}, c.tp_size, tp_rank};
+LocalColumns columns_of(const Case& c, const Layer& layer, int tp_rank,
+                        const ShardingRules& rules = sharding_rules()) {
+  const Shard all{0, layer.in_features};
+  return {layer.cuts_columns() ? layer.columns(rules, tp_rank) : all, c.tp_size, tp_rank};
 }
 
 std::vector<Shard> own_rows(const Layer& layer, int tp_rank) {
@@ -434,7 +434,7 @@ StoredLinear stored_linear(const Case& c, const Layer& layer, const ShardingRule
           .first = places.first,
           .local_rows = places.rows,
           .in_features = layer.in_features,
-          .columns = columns_of(c, layer, tp_rank),
+          .columns = columns_of(c, layer, tp_rank, rules),
           .act_order = is_gptq(c) && c.options.at("act_order") == 1};
 }
 
@@ -526,7 +526,7 @@ class LoadReference {
     Budget all = reference::exactly(in_[prefix(0) + "." + names_.group_of_column]);
     if (c_.options.at("act_order") == 1) return all;
     const std::int64_t width =
-        layer_.cuts_columns ? layer_.in_features / c_.tp_size : layer_.in_features;
+        layer_.cuts_columns() ? layer_.in_features / c_.tp_size : layer_.in_features;
     for (std::int64_t k = 0; k < layer_.in_features; ++k)
       all.r[std::size_t(k)] -= double(k / width * width / format_of(c_).block_cols);
     return all;
@@ -681,7 +681,7 @@ ScaleColumns scale_columns(const Case& c, const Layer& layer) {
     const std::int64_t count = f.activations == Activations::token_groups
                                    ? touched(columns_of(c, layer, rank), f.block_cols).size
                                    : 1;
-    if (!layer.cuts_columns) {
+    if (!layer.cuts_columns()) {
       all.of_rank.push_back({0, count});
       all.total = count;
       continue;
@@ -779,7 +779,7 @@ std::vector<Budget> quantise_reference(const Case& c, const Layer& layer, const 
   const Matrix& x = in["x"];
   const ScaleColumns columns = scale_columns(c, layer);
   Budget codes(x.rows, x.cols), scales(columns.rows, std::max<std::int64_t>(1, columns.total));
-  for (int rank = 0; rank < (layer.cuts_columns ? c.tp_size : 1); ++rank) {
+  for (int rank = 0; rank < (layer.cuts_columns() ? c.tp_size : 1); ++rank) {
     const Shard own = columns_of(c, layer, rank).own;
     const Matrix part = reference::columns(x, own.offset, own.size);
     Matrix values(1, 1);
@@ -906,7 +906,7 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer) {
     return "act_order=1 is gptq's, and the weights are not";
   if (f.scheme == Scheme::none) return std::nullopt;
   if (!is_loaded(c)) return "quantised weights come from a checkpoint: weights=given has none";
-  const std::int64_t in = layer.in_features, width = layer.cuts_columns ? in / c.tp_size : in;
+  const std::int64_t in = layer.in_features, width = layer.cuts_columns() ? in / c.tp_size : in;
   if (f.scheme == Scheme::nvfp4) {
     if (f.activations != Activations::plain)
       return "nvfp4 weights are dequantised here: their activations stay plain";

@@ -32,13 +32,16 @@ struct Layer {
   std::vector<std::int64_t> rows;   // of each part
   std::int64_t stripes = 1;         // of the layout `striped`
   std::int64_t in_features = 0;
-  bool cuts_columns = false;  // row-parallel: ranks have columns of the input
   // Where each part begins in a rank's weight, and how many rows that has. Empty: one below the
   // other, without padding.
   std::vector<std::int64_t> first = {};
   std::int64_t local_rows = 0;
   // The rows of each part that a rank loads under these rules.
   std::function<std::vector<Shard>(const ShardingRules&, int tp_rank)> taken;
+  // Row-parallel: the columns of the input, and of the weight. Empty: all of them.
+  std::function<Shard(const ShardingRules&, int tp_rank)> columns = {};
+
+  bool cuts_columns() const { return bool(columns); }
 };
 
 // The keys `dialect`, `activations`, `act_order`, `block`, `files`, `quant` and `weights`, of

@@ -16,20 +16,20 @@ struct RowLinearTypes {
   DType out = DType::f32;
 };
 
-// out = sum over runs of x[:, run] weight[:, run]^T, plus bias [1, weight.rows] (or nullptr), which
-// is added to the first run's. numerics.md section 5.3.
-inline Budget row_linear(const Matrix& x, const Matrix& weight, const Matrix* bias,
-                         const std::vector<Shard>& runs, const Accumulation& accumulation,
-                         const RowLinearTypes& types) {
-  Budget out(x.rows, weight.rows);
+// Whether the last rounding of a run's product is the output's own, which compare() knows.
+inline bool run_is_last(std::size_t runs, const RowLinearTypes& types) {
+  return runs == 1 && types.out == DType::f32;
+}
+
+// out = sum of the runs' products, none of which has been stored. numerics.md section 5.3.
+inline Budget sum_of_runs(const std::vector<Budget>& runs, const RowLinearTypes& types) {
+  Budget out(runs.front().rows, runs.front().cols);
   const std::size_t size = out.r.size();
   const bool one_run = runs.size() == 1;
   // Sums of what may be above zero and of what may be below it, and the partial sums' least bit.
   std::vector<double> above(size), below(size);
   std::vector<int> least(size, least_bit(0));
-  for (std::size_t run = 0; run < runs.size(); ++run) {
-    const Budget part = product(x, weight, runs[run], run == 0 ? bias : nullptr, accumulation,
-                                one_run && types.out == DType::f32);
+  for (const Budget& part : runs) {
     for (std::size_t i = 0; i < size; ++i) {
       Bounded v{part.r[i], part.rho[i]};
       // A single partial sum is stored as the output is; and in fp32 it is already.
@@ -60,6 +60,19 @@ inline Budget row_linear(const Matrix& x, const Matrix& weight, const Matrix* bi
                   double(runs.size()) * 0x1p-53 * (above[i] + below[i]);
   }
   return out;
+}
+
+// out = sum over runs of x[:, run] weight[:, run]^T, plus bias [1, weight.rows] (or nullptr), which
+// is added to the first run's.
+inline Budget row_linear(const Matrix& x, const Matrix& weight, const Matrix* bias,
+                         const std::vector<Shard>& runs, const Accumulation& accumulation,
+                         const RowLinearTypes& types) {
+  std::vector<Budget> parts;
+  for (std::size_t run = 0; run < runs.size(); ++run) {
+    parts.push_back(product(x, weight, runs[run], run == 0 ? bias : nullptr, accumulation,
+                            run_is_last(runs.size(), types)));
+  }
+  return sum_of_runs(parts, types);
 }
 
 }  // namespace tp::reference
