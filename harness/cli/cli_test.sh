@@ -66,6 +66,37 @@ refuses 'missing.json' explain missing.json --tp 2
 printf '{"hidden_size": 64, "num_attention_heads": 4}' >good.json
 passes explain good.json --tp 2
 
+# A model with its tensors.
+shape='"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2'
+line='v1 rms_norm hidden_size=8 tp_size=1 num_tokens=1 dtype=bf16 fill=exact seed=1'
+# tensors DIR: a safetensors file with one f32.
+tensors() {
+  local header='{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}} '
+  printf '%b%s1234' "\\x$(printf %02x ${#header})\\0\\0\\0\\0\\0\\0\\0" "$header" >"$1/model.safetensors"
+}
+mkdir model awq
+printf '{%s}' "$shape" >model/config.json
+refuses 'has no safetensors' replay "$line" --model model
+refuses 'is no directory' replay "$line" --model MiniMax-M2.5
+refuses '--model is empty' replay "$line" --model ''
+tensors model
+passes explain model --tp 2
+run fuzz --ops rms_norm --model model --cases 3 -n 1 --jobs 1 || fail "fuzz --model DIR returned $?"
+grep -qxF 'checkpoint model: 1 file, 1 tensor, not quantised' .err || fail 'fuzz --model DIR: no word of the checkpoint'
+run replay "$line" --model model -n 1 || fail "replay --model DIR returned $?"
+grep -qxF 'checkpoint model: 1 file, 1 tensor, not quantised' .err || fail 'replay --model DIR: no word of the checkpoint'
+printf '12345678{' >model/model.safetensors
+refuses 'model.safetensors' fuzz --model model --cases 1
+refuses 'model.safetensors' replay "$line" --model model
+printf '{%s, "quantization_config": {"quant_method": "awq", "bits": 4}}' "$shape" >awq/config.json
+refuses 'quant_method="awq"' fuzz --model awq --cases 1
+refuses 'quant_method="awq"' fuzz --model awq/config.json --cases 1
+passes explain awq --tp 2
+grep -qF 'quant_method="awq" is not known' .out || fail 'explain: no word of an unknown quantisation'
+tensors awq
+refuses 'quant_method="awq"' replay "$line" --model awq
+rm -r model awq
+
 run explain MiniMax-M2.5 --tp 12 --json
 [[ $? == 2 ]] || fail 'explain --json of an illegal pair did not return 2'
 grep -q '"valid":false' .out || fail 'explain --json of an illegal pair says nothing on standard output'

@@ -60,7 +60,7 @@ class Explanation {
          model_.mla ? "" : "qkv 3 (q k v), gate_up 2; one scale on disk fills every slot");
     line("q/k norm", norm());
     line("K statistic", k_statistic());
-    line("quantised", model_.quantization.groups.empty() ? "" : to_text(model_.quantization));
+    line("quantised", quantised());
     line("note", model_.note);
     line("valid TP", valid_sizes());
     line("read from", model_.source == model_.id ? "" : model_.source);
@@ -129,6 +129,12 @@ class Explanation {
     return fmt::format("{} rows (q {}, k {}, v {}); rank {} takes {}", whole_.qkv(),
                        span({0, whole_.q}), span({whole_.q, whole_.k}),
                        span({whole_.q + whole_.k, whole_.v}), shown_, spans(map_.qkv_proj));
+  }
+
+  std::string quantised() const {
+    const Quantization& q = model_.quantization;
+    if (q.groups.empty()) return "";
+    return q.refusal.empty() ? to_text(q) : q.refusal;
   }
 
   std::string gate() const {

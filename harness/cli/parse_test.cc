@@ -75,6 +75,9 @@ TEST(Parse, DefaultsAreThoseOfTheOptions) {
   EXPECT_EQ(o.where.on, executor_name());
   EXPECT_TRUE(o.where.link == Link::best && o.poison);
   EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker", "--group", "mpi"})).link, Link::mpi);
+  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker"})).checkpoint, "");
+  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker", "--checkpoint=-dir"})).checkpoint,
+            "-dir");
   EXPECT_EQ(std::get<ZooOptions>(parse_command({"zoo"})).for_seconds, ZooOptions{}.for_seconds);
 }
 
@@ -86,6 +89,9 @@ TEST(Parse, ReplayTakesALineWithAndWithoutQuotes) {
   EXPECT_TRUE(quoted.trace);
   EXPECT_TRUE(quoted.serial);
   EXPECT_EQ(quoted.times, 3);
+  EXPECT_EQ(quoted.model, "");
+  EXPECT_EQ(std::get<ReplayOptions>(parse_command({"replay", line, "--model", "a dir"})).model,
+            "a dir");
   const auto bare =
       std::get<ReplayOptions>(parse_command({"replay", "v1", "qk_norm", "num_heads=2", "seed=7"}));
   EXPECT_EQ(bare.inputs, quoted.inputs);

@@ -88,6 +88,67 @@ TEST_F(CommandsTest, AFailureThatItsReplayDoesNotShowIsFive) {
   EXPECT_TRUE(mentions(ran.out, "UNSTABLE  canary_once  WrongValue")) << ran.out;
 }
 
+// canary_wrong_in_file fails where the process that runs it has a checkpoint with a tensor "wrong".
+TEST_F(CommandsTest, CasesRunOnTheUsersCheckpoint) {
+  write_checkpoint(folder_ / "my model", "wrong");
+  write_checkpoint(folder_ / "right", "right");
+  const std::string fuzz = "fuzz --ops canary_wrong_in_file --seed 3 --cases 20 ";
+  const Ran wrong = tpcheck(fuzz + "-n 2 --model 'my model'");
+  EXPECT_EQ(wrong.code, 1) << errors();
+  EXPECT_TRUE(mentions(
+      errors(),
+      "\ncheckpoint my model: 1 file, 1 tensor, fp8_block (native, activations token_groups)\n"))
+      << errors();
+  const std::string replay = replay_arguments(wrong.out);
+  ASSERT_TRUE(mentions(replay, "' --model 'my model'")) << wrong.out;
+  const Ran again = tpcheck(replay);
+  EXPECT_EQ(again.code, 1) << errors();
+  EXPECT_EQ(replay_arguments(again.out), replay);
+  EXPECT_TRUE(mentions(errors(), "checkpoint my model: ")) << errors();
+  EXPECT_EQ(tpcheck(replay.substr(0, replay.find(" --model"))).code, 0);
+  EXPECT_EQ(tpcheck(fuzz + "-n 1 --model right").code, 0) << errors();
+
+  // In processes that mpirun started
+  const std::string mpirun =
+      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+      "OMPI_MCA_rmaps_base_oversubscribe=1 "
+      "mpirun --bind-to none -n 2 " TPCHECK_CANARY " ";
+  const Ran inside = shell(mpirun + fuzz + "--model 'my model' 2>stderr.txt");
+  EXPECT_EQ(inside.code, 1) << errors();
+  EXPECT_TRUE(mentions(errors(), "checkpoint my model: ")) << errors();
+  ASSERT_NE(replay_arguments(inside.out), "") << inside.out;
+  EXPECT_EQ(shell(mpirun + replay_arguments(inside.out) + " 2>stderr.txt").code, 1) << errors();
+}
+
+TEST_F(CommandsTest, ABadCheckpointIsTwoBeforeAnythingStarts) {
+  write_checkpoint(folder_ / "model", "wrong");
+  fs::resize_file(folder_ / "model" / "model.safetensors", 20);
+  std::ofstream(folder_ / "mpirun") << "#!/bin/sh\ntouch started\n";
+  fs::permissions(folder_ / "mpirun", fs::perms::all);
+  const std::string line =
+      "'v1 canary num_heads=2 num_kv_heads=1 head_dim=1 tp_size=2 num_tokens=1 dtype=bf16 "
+      "seed=1'";
+  for (const std::string& command : {std::string("fuzz --ops canary "), "replay " + line + " "}) {
+    const Ran ran = shell(fmt::format("PATH={}:$PATH {} {} --model model -n 2 2>stderr.txt",
+                                      folder_.string(), TPCHECK_CANARY, command));
+    EXPECT_EQ(ran.code, 2) << command << errors();
+    EXPECT_TRUE(mentions(errors(), "model.safetensors")) << errors();
+    const std::string said = errors();
+    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;
+  }
+  EXPECT_FALSE(fs::exists(folder_ / "started"));
+  const Ran inside = shell(
+      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+      "OMPI_MCA_rmaps_base_oversubscribe=1 timeout 30 "
+      "mpirun --bind-to none -n 2 " TPCHECK_CANARY " fuzz --ops canary --model model 2>stderr.txt");
+  EXPECT_EQ(inside.code, 2) << errors();
+  // A worker whose machine has another file than the supervisor's
+  const Ran worker = tpcheck("worker --checkpoint=model </dev/null");
+  EXPECT_EQ(worker.code, 3);
+  EXPECT_TRUE(mentions(worker.out, "tpcheck-cannot ")) << worker.out;
+  EXPECT_TRUE(mentions(worker.out, "model.safetensors")) << worker.out;
+}
+
 TEST_F(CommandsTest, WorkersThatNeverStartEndTheSupervisor) {
   std::ofstream(folder_ / "mpirun") << "#!/bin/sh\necho no slots today >&2\nexit 1\n";
   fs::permissions(folder_ / "mpirun", fs::perms::all);

@@ -4,6 +4,8 @@
 
 #include <gtest/gtest.h>
 
+#include <filesystem>
+#include <fstream>
 #include <numeric>
 
 #include "harness/base/check.h"
@@ -52,6 +54,41 @@ TEST_F(DomainTest, AllIsAllHoweverManyAreNamedBesides) {
   EXPECT_EQ(count({"all", "MiniMaxAI/MiniMax-M2.5"}), models().size());
   EXPECT_EQ(count({"MiniMaxAI/MiniMax-M2.5", "all"}), models().size());
   EXPECT_EQ(count({"MiniMaxAI/MiniMax-M2.5"}), 1u);
+}
+
+TEST_F(DomainTest, ModelsOfTheUsersOwn) {
+  const std::filesystem::path folder = std::filesystem::path(testing::TempDir()) / "domain_test";
+  const auto model = [&](const std::string& name, const std::string& more) {
+    std::filesystem::create_directories(folder / name);
+    std::ofstream(folder / name / "config.json")
+        << R"({"hidden_size": 64, "num_attention_heads": 4)" << more << "}";
+    return (folder / name).string();
+  };
+  const auto with_tensors = [&](const std::string& name) {
+    const std::string directory = model(name, "");
+    std::ofstream(directory + "/model.safetensors").close();
+    return directory;
+  };
+  const std::string a = with_tensors("a"), b = with_tensors("b"), shape = model("shape", "");
+  const auto checkpoint_of = [](const std::vector<std::string>& wanted) {
+    return make_domain({"canary"}, {1, 2}, wanted, "").checkpoint;
+  };
+  EXPECT_EQ(checkpoint_of({shape}), "");
+  EXPECT_EQ(checkpoint_of({shape, a, "MiniMax-M2.5"}), a);
+  EXPECT_EQ(checkpoint_of({a, a}), a);
+  EXPECT_EQ(checkpoint_of({a + "/config.json"}), "");
+  EXPECT_THROW(checkpoint_of({a, b}), BadInput);
+  // A model that is quantised in a way that nobody knows is not run as if it were not.
+  const std::string awq =
+      model("awq", R"(, "quantization_config": {"quant_method": "awq", "bits": 4})");
+  try {
+    checkpoint_of({awq});
+    FAIL() << "AWQ passes for something";
+  } catch (const BadInput& e) {
+    EXPECT_NE(std::string(e.what()).find("quant_method=\"awq\""), std::string::npos) << e.what();
+    EXPECT_NE(std::string(e.what()).find("config.json"), std::string::npos) << e.what();
+  }
+  std::filesystem::remove_all(folder);
 }
 
 TEST_F(DomainTest, EachPairHasEveryLegalPairOfTheModels) {

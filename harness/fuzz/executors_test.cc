@@ -62,6 +62,16 @@ TEST_F(ExecutorsTest, AFindingOfTheGpuIsReplayedThere) {
   EXPECT_EQ(with_gpu("fuzz --ops canary_wrong_on_gpu --cases 50 --seed 3").code, 0) << errors();
 }
 
+TEST_F(ExecutorsTest, BothSidesRunOnTheCheckpoint) {
+  write_checkpoint(folder_ / "model", "wrong");
+  const Ran ran = with_gpu("fuzz --ops canary_wrong_in_file --on both --seed 3 --model model");
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "WrongValue   on both: ")) << ran.out;
+  const std::string replay = replay_arguments(ran.out);
+  ASSERT_TRUE(mentions(replay, "' --model model --on both")) << ran.out;
+  EXPECT_EQ(with_gpu(replay).code, 1) << errors();
+}
+
 TEST_F(ExecutorsTest, BothFindsWhatOnlyOneSideDoes) {
   const struct {
     const char *op, *detail;

@@ -10,6 +10,7 @@
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/canary_testing.h"
 #include "harness/fuzz/driver.h"
+#include "harness/fuzz/executor.h"
 #include "harness/fuzz/finding.h"
 #include "harness/fuzz/fuzz.h"
 #include "harness/fuzz/three_answers.h"
@@ -213,6 +214,25 @@ TEST(Where, AReplayLineSaysWhatAPlainReplayWouldNotDo) {
   EXPECT_EQ(flags("gpu", 4, Link::nccl), " --on gpu --group nccl -n 4");
   EXPECT_EQ(flags("both", 0), " --on both");
   EXPECT_EQ(flags("both", 2), " --on both -n 2");
+}
+
+TEST(Where, AReplayLineNamesTheCheckpointBehindTheCase) {
+  if (operators().empty()) add_canaries();
+  Finding finding;
+  finding.smallest = find_operator("canary").blank();
+  finding.where = settled({.on = std::string(kEmulator), .jobs = 1});
+  const std::string plain = replay_command(finding);
+  EXPECT_EQ(plain, fmt::format("./tpcheck replay '{}'", to_line(finding.smallest)));
+  finding.mutant = "0:unique_shards";
+  finding.where.checkpoint = "my models/7b";
+  EXPECT_EQ(replay_command(finding), plain + " --model 'my models/7b' --mutant 0:unique_shards");
+}
+
+TEST(Where, WorkersAreToldOfTheCheckpoint) {
+  EXPECT_EQ(executor_of({.on = std::string(executor_name())}).checkpoint, "");
+  EXPECT_EQ(
+      executor_of(settled({.on = std::string(executor_name()), .checkpoint = "dir"})).checkpoint,
+      "dir");
 }
 
 TEST(Where, DefaultsAreTheExecutors) {
