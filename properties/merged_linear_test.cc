@@ -23,8 +23,7 @@ struct Planted {
   const char* where;  // in the verdict
 };
 
-constexpr const char *kGate = "stage gate_up, tp_rank 0, gate[0, 0]",
-                     *kOut = "stage silu_and_mul, tp_rank 0, out[0, 0]";
+constexpr const char* kOut = "stage silu_and_mul, tp_rank 0, out[0, 0]";
 
 const Planted kPlanted[] = {
     {"packed-concat-contiguous-colwise:gate-up", "intermediate_per_rank=1 tp_size=2",

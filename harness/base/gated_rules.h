@@ -8,7 +8,8 @@
 
 namespace tp {
 
-// Rows of [gate_proj; up_proj], one below the other, that become the two halves of a rank.
+// Rows of [gate_proj; up_proj], one below the other, that become the two halves of a rank. Each run
+// lies within one of the two.
 struct GatedRows {
   Shard gate, up;
   bool operator==(const GatedRows&) const = default;
