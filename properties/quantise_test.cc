@@ -107,6 +107,35 @@ TYPED_TEST(Quantise, ByAScaleThatIsKnown) {
   }
 }
 
+// Ties between two codes times odd scales: a division finds every one of them, a product with the
+// reciprocal does not.
+TEST(QuantiseTies, AreThoseOfATrueDivision) {
+  std::vector<float> ties;
+  for (int bits = 0; bits < 0x7E; ++bits)
+    ties.push_back((to_float(e4m3{std::uint8_t(bits)}) + to_float(e4m3{std::uint8_t(bits + 1)})) /
+                   2);
+  const std::int64_t count = std::int64_t(ties.size());
+  int told_apart = 0;
+  for (int odd = 3; odd < 256; odd += 2) {
+    const float scale = float(odd);
+    std::vector<float> x;
+    for (const float tie : ties) x.push_back(tie * scale);  // exact
+    std::vector<e4m3> codes(ties.size());
+    run_rank([&](Stream& stream) {
+      const Buffer xs = upload(stream, x), out = upload(stream, codes),
+                   factor = upload(stream, std::vector<float>{scale});
+      quantise_fixed<float>({xs.as<float>(), 1, count, count}, factor.as<float>(),
+                            {out.as<e4m3>(), 1, count, count}, stream);
+      codes = download<e4m3>(stream, out);
+    });
+    for (std::size_t i = 0; i < ties.size(); ++i) {
+      ASSERT_EQ(codes[i].bits, i + i % 2) << x[i] << " / " << scale;
+      told_apart += from_float<e4m3>(x[i] * (1 / scale)).bits != codes[i].bits;
+    }
+  }
+  EXPECT_GT(told_apart, 100);
+}
+
 TYPED_TEST(Quantise, ByTheLargestElement) {
   for (const auto& [rows, cols] : kSizes) {
     Rows<TypeParam> x = random_rows<TypeParam>(rows, cols, 3);

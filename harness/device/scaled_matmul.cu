@@ -53,18 +53,15 @@ class Nvfp4Codes {
                  w.codes.row_stride % 4 == 0) {}
 
   __device__ void load(std::int64_t row, std::int64_t col, int count, T* to) const {
-    constexpr std::int64_t kGroup = Nvfp4Weight::kGroupCols;
     Vec<T, kChunk> chunk = {};
     if (row < w_.codes.rows && count > 0) {
       const e4m3* scales = w_.scales.data + row * w_.scales.row_stride;
-      Group group(col, w_.first_col, kGroup);
+      const Group group(col, w_.first_col, Nvfp4Weight::kGroupCols);
       float scale = to_float(scales[group.index]);
       const std::uint32_t codes = eight(w_.codes.data + row * w_.codes.row_stride, col, count);
       for (int e = 0; e < kChunk && e < count; ++e) {
-        if (col + e == group.end) {
-          scale = to_float(scales[++group.index]);
-          group.end += kGroup;
-        }
+        // Eight columns meet one border at most.
+        if (col + e == group.end) scale = to_float(scales[group.index + 1]);
         chunk[e] = from_float<T>(e2m1_to_float(codes >> 4 * e & 0xFu) * scale);
       }
     }
