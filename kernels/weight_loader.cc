@@ -52,6 +52,21 @@ std::int64_t groups_touched(const LocalColumns& columns, std::int64_t group,
   return ceil_div(rules.loader.first_group(columns, group).column + columns.own.size, group);
 }
 
+FusedRows stored_rows(const StoredLinear& layer, std::size_t tensor) {
+  if (layer.is_fused()) return layer.rows;
+  return {{layer.rows.parts[tensor]}, 1};
+}
+
+LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row) {
+  return {.part = layer.is_fused() ? int(matrix) : 0,
+          .row = row,
+          .local = layer.first[matrix] + row - layer.taken[matrix].offset,
+          .own = layer.taken[matrix],
+          .all = layer.local_rows,
+          .tp_size = layer.columns.tp_size,
+          .tp_rank = layer.columns.tp_rank};
+}
+
 std::vector<Shard> padding_of(const StoredLinear& layer) {
   std::vector<Shard> runs;
   std::int64_t end = 0;
@@ -72,7 +87,7 @@ WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& lay
       names_(tensor_names(layer.format)) {
   for (std::size_t m = 0; m < layer.taken.size(); ++m) {
     const std::size_t tensor = layer.is_fused() ? 0 : m;
-    const FusedRows stored = stored_rows(tensor);
+    const FusedRows stored = stored_rows(layer, tensor);
     const std::int64_t end = m + 1 < layer.first.size() ? layer.first[m + 1] : layer.local_rows;
     if (layer.first[m] + layer.taken[m].size > end) {
       throw Fault{Outcome::BadLaunch,
@@ -81,7 +96,7 @@ WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& lay
     }
     for (std::int64_t i = 0; i < layer.taken[m].size; ++i) {
       const std::int64_t local = layer.first[m] + i;
-      const LocalRow at = local_row(m, layer.taken[m].offset + i, local);
+      const LocalRow at = local_row(layer, m, layer.taken[m].offset + i);
       const std::int64_t row = rules.loader.stored_row(stored, at);
       if (i > 0 && runs_.back().stored + runs_.back().size == row) {
         ++runs_.back().size;
@@ -90,22 +105,6 @@ WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& lay
       }
     }
   }
-}
-
-// How the rows of a stored tensor are those of matrices: of all, or of its own one.
-FusedRows WeightLoader::stored_rows(std::size_t tensor) const {
-  if (layer_.is_fused()) return layer_.rows;
-  return {{layer_.rows.parts[tensor]}, 1};
-}
-
-LocalRow WeightLoader::local_row(std::size_t matrix, std::int64_t row, std::int64_t local) const {
-  return {.part = layer_.is_fused() ? int(matrix) : 0,
-          .row = row,
-          .local = local,
-          .own = layer_.taken[matrix],
-          .all = layer_.local_rows,
-          .tp_size = layer_.columns.tp_size,
-          .tp_rank = layer_.columns.tp_rank};
 }
 
 std::string WeightLoader::name(std::size_t tensor, const std::string& suffix) const {
@@ -174,7 +173,7 @@ void WeightLoader::weight(View<T> out) const {
                                                 columns.size, layer_.prefixes.front(), out.cols)};
   }
   for (const Run& run : runs_) {
-    const FusedRows rows = stored_rows(run.tensor);
+    const FusedRows rows = stored_rows(layer_, run.tensor);
     const StoredTensor& stored =
         checkpoint_.at(name(run.tensor, names_.weight), dtype_of<T>::value,
                        {rows.total(), ceil_div(layer_.in_features, packed)});
@@ -193,7 +192,7 @@ void WeightLoader::packed_columns(View<std::int32_t> out) const {
   }
   require_rows(out.cols, "rows");
   for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(run.tensor).total();
+    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
     const StoredTensor& stored = checkpoint_.at(name(run.tensor, names_.weight), DType::i32,
                                                 {layer_.in_features / kPackedColumns, rows});
     // What is a row elsewhere is a column here.
@@ -210,7 +209,7 @@ template <typename T>
 void WeightLoader::bias(View<T> out) const {
   require_rows(out.cols, "elements of the bias");
   for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(run.tensor).total();
+    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
     const StoredTensor& stored =
         checkpoint_.at(name(run.tensor, "bias"), dtype_of<T>::value, {rows});
     require_inside(stored, "elements", {run.stored, run.size}, rows);
@@ -235,7 +234,7 @@ void WeightLoader::row_scales(View<float> out) const {
   }
   for (std::size_t m = 0; m < layer_.taken.size(); ++m) {
     const std::size_t tensor = layer_.is_fused() ? 0 : m;
-    const FusedRows rows = stored_rows(tensor);
+    const FusedRows rows = stored_rows(layer_, tensor);
     const std::int64_t height = ceil_div(rows.total(), block_rows),
                        width = blocks ? ceil_div(layer_.in_features, block_cols) : 1;
     const std::string called = name(tensor, names_.scale);
@@ -246,10 +245,9 @@ void WeightLoader::row_scales(View<float> out) const {
                                      : checkpoint_.at(called, DType::f32, {height, width});
     for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
       const std::int64_t local = layer_.first[m] + i;
-      const LocalRow at = local_row(m, layer_.taken[m].offset + i, local);
+      const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i);
       const std::int64_t stored_row = rules_.loader.stored_row(rows, at);
-      const std::int64_t row =
-          blocks ? rules_.loader.scale_row(rows, at, stored_row, block_rows) : stored_row;
+      const std::int64_t row = rules_.loader.scale_row(rows, at, stored_row, block_rows);
       require_inside(stored, "rows", {row, 1}, height);
       require_inside(stored, "columns", columns, width);
       const std::int64_t from = row * width + columns.offset;
@@ -271,7 +269,7 @@ void WeightLoader::group_scales(View<e4m3> out) const {
                             columns.size, layer_.prefixes.front(), out.cols)};
   }
   for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(run.tensor).total(),
+    const std::int64_t rows = stored_rows(layer_, run.tensor).total(),
                        width = ceil_div(layer_.in_features, kNvfp4Group);
     const StoredTensor& stored =
         checkpoint_.at(name(run.tensor, names_.scale), DType::e4m3, {rows, width});
@@ -297,7 +295,7 @@ void WeightLoader::group_scales(View<f16> out) const {
                             layer_.prefixes.front(), out.rows)};
   }
   for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(run.tensor).total();
+    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
     const StoredTensor& stored =
         checkpoint_.at(name(run.tensor, names_.scale), DType::f16, {groups, rows});
     require_inside(stored, "rows", loaded, groups);
@@ -331,7 +329,7 @@ void WeightLoader::groups(View<std::int32_t> out) const {
       throw BadInput(fmt::format("{}: {}, element {} is {}, but there are {} groups",
                                  checkpoint_.path_of(stored), stored.name, k, of, count));
     }
-    const std::int64_t row = rules_.loader.loaded_group(of, loaded);
+    const std::int64_t row = rules_.loader.loaded_group(of, loaded, layer_.columns);
     require_inside(stored, "groups", {row, 1}, loaded.size);
     local.push_back(std::int32_t(row));
   }

@@ -34,6 +34,11 @@ struct StoredLinear {
   bool is_fused() const { return prefixes.size() == 1 && rows.parts.size() > 1; }
 };
 
+// How the rows of the stored tensor `tensor` (an index of prefixes) are those of matrices: of all
+// of them, or of its own one.
+FusedRows stored_rows(const StoredLinear& layer, std::size_t tensor);
+// Row `row` of a matrix as the rank asks for it.
+LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row);
 // The rows of a rank's weight that are of no matrix.
 std::vector<Shard> padding_of(const StoredLinear& layer);
 
@@ -74,8 +79,6 @@ class WeightLoader {
     std::size_t tensor;
     std::int64_t stored, local, size;
   };
-  FusedRows stored_rows(std::size_t tensor) const;
-  LocalRow local_row(std::size_t matrix, std::int64_t row, std::int64_t local) const;
   std::string name(std::size_t tensor, const std::string& suffix) const;
   void copy(void* to, const std::byte* from, std::int64_t bytes) const;
   void copy_block(const StoredTensor& from, std::int64_t rows, Shard columns, std::int64_t element,

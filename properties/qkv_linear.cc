@@ -11,6 +11,7 @@
 #include "properties/run/stage.h"
 #include "properties/stages.h"
 #include "properties/stored_linear.h"
+#include "properties/stored_linear_mutants.h"
 #include "reference/qkv_linear.h"
 
 namespace tp {
@@ -338,6 +339,13 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   return all;
 }
 
+std::vector<Mutant> all_mutants() {
+  std::vector<Mutant> all = mutants();
+  for (Mutant& m : stored_linear::fused_mutants({layer_of, x_of, linear::regime}))
+    all.push_back(std::move(m));
+  return all;
+}
+
 std::vector<Key> keys() {
   std::vector<Key> all = {linear::width_key("hidden_size"),
                           shared_key("num_heads"),
@@ -372,7 +380,7 @@ Operator make_qkv_linear() {
       .keys = keys(),
       .laws = {stored_linear::without_local_scales(tp1), stored_linear::law_tokens(),
                stored_linear::law_files()},
-      .mutants = mutants(),
+      .mutants = all_mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;

@@ -12,6 +12,7 @@
 #include "properties/run/stage.h"
 #include "properties/stages.h"
 #include "properties/stored_linear.h"
+#include "properties/stored_linear_mutants.h"
 #include "reference/row_linear.h"
 
 namespace tp {
@@ -163,6 +164,13 @@ int ranks_of_data(const Case& c, const Variation& variation) {
   return variation.argument > 0 ? int(variation.argument) : c.tp_size;
 }
 
+// The input with the data of a case with so many ranks.
+TensorSpec x_of(const Case& c, int ranks) {
+  return linear::tensor(c, "x", c.num_tokens, in_features(c), Role::activation, linear::kLargestX,
+                        density(c, ranks));
+}
+TensorSpec own_x_of(const Case& c) { return x_of(c, c.tp_size); }
+
 stored_linear::Layer layer_of(const Case& c) {
   return {.prefix = "model.layers.0.mlp.",
           .parts = {"down_proj"},
@@ -190,15 +198,13 @@ Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& 
   const std::string weight_name = is_loaded ? layer.parts[0] : "weight";
   // What was loaded is what the rank has room for.
   const ShardingRules& loading = is_loaded ? sharding_rules() : rules;
-  const int ranks = ranks_of_data(c, variation);
   const std::int64_t share = share_of(c);
   const auto own_tokens = [=](int tp_rank) {
     const std::int64_t first = std::min(tokens, tp_rank * share);
     return scatters ? Shard{first, std::min(share, tokens - first)} : Shard{0, tokens};
   };
 
-  const TensorSpec x =
-      linear::tensor(c, "x", tokens, in, Role::activation, linear::kLargestX, density(c, ranks));
+  const TensorSpec x = x_of(c, ranks_of_data(c, variation));
   Stage stage{.name = "row_linear"};
   if (quantised) {
     stage.inputs = stored_linear::product_inputs(c, layer, x);
@@ -301,17 +307,13 @@ Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& 
 
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Stage product = product_stage(c, rules, variation);
-  const int ranks = ranks_of_data(c, variation);
   std::vector<TensorSpec> biases;
   if (linear::has_bias(c)) {
     biases.push_back(
         linear::tensor(c, "bias", 1, c.model.hidden_size, Role::weight, linear::kLargestBias));
   }
-  std::vector<Stage> all =
-      stored_linear::stages(c, layer_of(c),
-                            linear::tensor(c, "x", c.num_tokens, in_features(c), Role::activation,
-                                           linear::kLargestX, density(c, ranks)),
-                            biases, rules, variation);
+  std::vector<Stage> all = stored_linear::stages(
+      c, layer_of(c), x_of(c, ranks_of_data(c, variation)), biases, rules, variation);
   all.push_back(product);
   return all;
 }
@@ -344,6 +346,13 @@ LawRun law_other_reduce() {
             reduce_of(c) == Reduce::reduce_scatter ? Reduce::all_reduce : Reduce::reduce_scatter);
         return std::pair{other, Variation{.law = "reduce", .argument = c.tp_size}};
       }};
+}
+
+std::vector<Mutant> all_mutants() {
+  std::vector<Mutant> all = mutants();
+  for (Mutant& m : stored_linear::column_mutants({layer_of, own_x_of, linear::regime}))
+    all.push_back(std::move(m));
+  return all;
 }
 
 std::vector<Key> keys() {
@@ -394,7 +403,7 @@ Operator make_row_linear() {
       .keys = keys(),
       .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
                law_other_reduce(), stored_linear::law_files()},
-      .mutants = mutants(),
+      .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;
         if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <functional>
 
 #include "harness/base/check.h"
 #include "harness/base/philox.h"
@@ -47,11 +47,14 @@ std::vector<std::string> prefixes(const Case& c, const Layer& layer) {
   return all;
 }
 
+// 1/4, 1/2, 2, 4: not 1, which is its own inverse.
+double power_of_two(int step) { return std::ldexp(1.0, step < 2 ? step - 2 : step - 1); }
+
 // Numbers that differ from one index to the next: mix-ups show whatever else the data are. `exact`:
-// powers of two from 1/4 to 2.
+// powers of two.
 double scale_value(const DataRegime& g, std::uint32_t bits, std::int64_t index, double unit) {
   const int step = int((std::uint64_t(index) + g.seed) % 4);
-  if (g.fill == Fill::exact) return std::ldexp(1.0, step - 2);
+  if (g.fill == Fill::exact) return power_of_two(step);
   return unit * (1 + 0.25 * step + 0.2 * double(bits >> 9) * 0x1p-23);
 }
 
@@ -89,7 +92,7 @@ double drawn_word(const DataRegime&, std::uint32_t bits, std::int64_t, std::int6
 double drawn_group_scale(const DataRegime& g, std::uint32_t bits, std::int64_t row,
                          std::int64_t col) {
   const int step = int((std::uint64_t(row + 2 * col) + g.seed) % 4);
-  if (g.fill == Fill::exact) return std::ldexp(1.0, step - 2);
+  if (g.fill == Fill::exact) return power_of_two(step);
   return to_float(e4m3{std::uint8_t(0x28 + 8 * step + (bits & 7))});
 }
 
@@ -709,9 +712,20 @@ LocalBuffer x_scale_buffer(const Case& c, const Layer& layer, Use use, int tp_ra
   const Shard own = columns.of_rank[std::size_t(tp_rank)];
   return {"x_scale", use, DType::f32, columns.rows, own.size, {{"x_scale", own}}};
 }
+// The tokens that a rank has of x before it is gathered: all, or an equal share.
+Shard own_tokens(const Case& c, int tp_rank) {
+  if (!is_gathered(c)) return {0, c.num_tokens};
+  const std::int64_t share = div_exact(c.num_tokens, c.tp_size);
+  return {tp_rank * share, share};
+}
 LocalBuffer x_buffer(const Case& c, const Layer& layer, int tp_rank) {
-  const Shard own = columns_of(c, layer, tp_rank).own;
-  return {"x", Use::input, c.dtype, c.num_tokens, own.size + c.options.at("pad"), {{"x", own}}};
+  const Shard own = columns_of(c, layer, tp_rank).own, tokens = own_tokens(c, tp_rank);
+  return {"x",
+          Use::input,
+          c.dtype,
+          tokens.size,
+          own.size + c.options.at("pad"),
+          {{"x", own, 0, tokens}}};
 }
 
 // Where the rank's first column lies in its group, as the rank has it.
@@ -720,11 +734,34 @@ std::int64_t first_column(const Case& c, const Layer& layer, const ShardingRules
   return rules.loader.first_group(columns_of(c, layer, tp_rank), format_of(c).block_cols).column;
 }
 
+// Ranks have some of the tokens each, quantise them, and gather the codes.
+template <typename T>
+void run_gathered(RankRun& run, const Case& c, View<const T> x, const ShardingRules& rules) {
+  const View<e4m3> mine = run.view<e4m3>("own_codes");
+  const View<float> scale = run.view<float>("x_scale");
+  if (format_of(c).activations == Activations::token) {
+    const View<float> own = run.view<float>("own_scales");
+    quantise_token(x, mine, own.data, run.stream);
+    run.group.all_gather(own.data, scale.data, own.rows, run.stream);
+  } else {
+    float* largest = run.view<float>("largest").data;
+    absolute_maximum(x, largest, run.stream);
+    if (rules.quant.gathered_scale == GatheredScale::of_all)
+      run.group.all_reduce_max(largest, 1, run.stream);
+    quantise_by_maximum(x, largest, mine, scale.data, run.stream);
+    if (rules.quant.gathered_scale == GatheredScale::of_rank_0)
+      run.group.broadcast(scale.data, 1, 0, run.stream);
+  }
+  run.group.all_gather(mine.data, run.view<e4m3>("x_codes").data, mine.rows * mine.cols,
+                       run.stream);
+}
+
 void run_quantise(RankRun& run, const Case& c, const Layer& layer, const ShardingRules& rules) {
   const QuantFormat f = format_of(c);
   const View<e4m3> codes = run.view<e4m3>("x_codes");
   dispatch(c.dtype, [&]<typename T>(T) {
     const View<const T> x = run.view<T>("x").columns(0, codes.cols);
+    if (is_gathered(c)) return run_gathered<T>(run, c, x, rules);
     switch (f.activations) {
       case Activations::fixed:
         quantise_fixed(x, run.view<float>("input_scale").data, codes, run.stream);
@@ -818,6 +855,11 @@ Stage quantise_stage(const Case& c, const Layer& layer, const TensorSpec& x,
     if (makes_scales(c)) all.push_back(x_scale_buffer(c, layer, Use::output, tp_rank));
     if (format_of(c).activations == Activations::tensor)
       all.push_back({"largest", Use::workspace, DType::f32, 1, 1});
+    if (is_gathered(c)) {
+      const std::int64_t share = own_tokens(c, tp_rank).size;
+      all.push_back({"own_codes", Use::workspace, DType::e4m3, share, x.cols});
+      all.push_back({"own_scales", Use::workspace, DType::f32, share, 1});
+    }
     return all;
   };
   stage.run = [=](RankRun& run) { run_quantise(run, c, layer, rules); };
@@ -843,13 +885,19 @@ std::vector<Key> keys(bool can_be_fused) {
               .max = 1,
               .words = {"given", "split"},
               .weights = {25, 75}};
+  Key gather{.name = "gather",
+             .help = "1: ranks have a share of the tokens each, and gather the codes of them",
+             .min = 0,
+             .max = 1,
+             .words = {"0", "1"},
+             .weights = {60, 40}};
   if (can_be_fused) {
     weights.help += ", fused one below the other, or fused in stripes";
     weights.max = 3;
     weights.words = {"given", "split", "fused", "striped"};
     weights.weights = {20, 25, 30, 25};
   }
-  return {
+  std::vector<Key> all = {
       {.name = "dialect",
        .help = "whose names, shapes and senses the quantised tensors have",
        .min = 0,
@@ -884,10 +932,17 @@ std::vector<Key> keys(bool can_be_fused) {
        .words = words(kSchemeWords, std::size(kSchemeWords)),
        .weights = {20, 22, 14, 18, 14, 12}},
       weights};
+  // Row-parallel layers have all tokens on each rank.
+  if (can_be_fused) all.insert(all.begin(), gather);
+  return all;
 }
 
 bool is_loaded(const Case& c) { return weights_of(c) != Weights::given; }
 bool is_quantised(const Case& c) { return format_of(c).scheme != Scheme::none; }
+bool is_gathered(const Case& c) {
+  const auto key = c.options.find("gather");
+  return key != c.options.end() && key->second == 1;
+}
 
 QuantFormat format_of(const Case& c) {
   const auto option = [&](const char* name) { return c.options.at(name); };
@@ -902,6 +957,14 @@ QuantFormat format_of(const Case& c) {
 std::optional<std::string> refuse(const Case& c, const Layer& layer) {
   const QuantFormat f = format_of(c);
   if (auto why = illegal(f)) return why;
+  if (is_gathered(c)) {
+    if (f.activations != Activations::tensor && f.activations != Activations::token)
+      return fmt::format("gather=1 is about activations scaled by the call or by the token, not {}",
+                         kActivationsWords[int(f.activations)]);
+    if (c.num_tokens % c.tp_size != 0)
+      return fmt::format("{} tokens are not shared out evenly to {} ranks, as gather=1 wants them",
+                         c.num_tokens, c.tp_size);
+  }
   if (c.options.at("act_order") == 1 && f.scheme != Scheme::gptq)
     return "act_order=1 is gptq's, and the weights are not";
   if (f.scheme == Scheme::none) return std::nullopt;
@@ -1097,6 +1160,104 @@ double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
   double bytes = 0;
   for (const LocalBuffer& b : all.buffers) bytes += double(b.rows * b.cols) * size_of(b.dtype);
   return bytes;
+}
+
+namespace {
+
+// Whether the rules load other rows, or other scales for them, on this rank.
+bool other_rows(const StoredLinear& layer, const ShardingRules& rules, const StoredLinear& right) {
+  const ShardingRules& good = sharding_rules();
+  if (layer.taken != right.taken) return true;
+  const bool has_row_scales =
+      layer.format.scheme == Scheme::fp8_channel || layer.format.scheme == Scheme::fp8_block;
+  const std::int64_t block = layer.format.scheme == Scheme::fp8_block ? layer.format.block_rows : 1;
+  for (std::size_t m = 0; m < layer.taken.size(); ++m) {
+    const FusedRows stored = stored_rows(layer, layer.is_fused() ? 0 : m);
+    for (std::int64_t i = layer.taken[m].offset; i < layer.taken[m].end(); ++i) {
+      const LocalRow at = local_row(layer, m, i);
+      const std::int64_t row = rules.loader.stored_row(stored, at),
+                         right_row = good.loader.stored_row(stored, at);
+      if (row != right_row) return true;
+      if (has_row_scales && rules.loader.scale_row(stored, at, row, block) !=
+                                good.loader.scale_row(stored, at, right_row, block))
+        return true;
+    }
+  }
+  return false;
+}
+
+bool other_columns(const Case& c, const StoredLinear& layer, const ShardingRules& rules,
+                   const StoredLinear& right) {
+  const ShardingRules& good = sharding_rules();
+  if (layer.columns.own != right.columns.own) return true;
+  const std::int64_t group = layer.format.block_cols;
+  if (layer.format.scheme == Scheme::fp8_block || layer.format.scheme == Scheme::nvfp4) {
+    const auto mine = rules.loader.first_group(layer.columns, group),
+               theirs = good.loader.first_group(layer.columns, group);
+    return mine.group != theirs.group || mine.column != theirs.column;
+  }
+  if (layer.format.scheme != Scheme::gptq) return false;
+  const std::int64_t groups = ceil_div(layer.in_features, group);
+  const Shard loaded = rules.loader.groups_loaded(layer.columns, group, groups, layer.act_order);
+  if (loaded != good.loader.groups_loaded(layer.columns, group, groups, layer.act_order))
+    return true;
+  for (std::int64_t k = layer.columns.own.offset; k < layer.columns.own.end(); ++k) {
+    const std::int64_t of = group_of_column(c, k, layer.in_features);
+    if (rules.loader.loaded_group(of, loaded, layer.columns) !=
+        good.loader.loaded_group(of, loaded, layer.columns))
+      return true;
+  }
+  return false;
+}
+
+// Whether ranks' largest elements differ: then it matters whose they scale by.
+bool ranks_differ(const Case& c, const TensorSpec& x, const DataRegime& regime) {
+  std::vector<double> largest(std::size_t(c.tp_size));
+  std::vector<std::byte> row(std::size_t(x.cols * size_of(x.dtype)));
+  for (int rank = 0; rank < c.tp_size; ++rank) {
+    const Shard own = own_tokens(c, rank);
+    for (std::int64_t i = own.offset; i < own.end(); ++i) {
+      fill_block(x, regime, {i, 1}, {0, x.cols}, row.data(), x.cols);
+      for (std::int64_t k = 0; k < x.cols; ++k) {
+        largest[std::size_t(rank)] =
+            std::max(largest[std::size_t(rank)], std::fabs(load(x.dtype, row.data(), k)));
+      }
+    }
+  }
+  return std::adjacent_find(largest.begin(), largest.end(), std::not_equal_to<>()) != largest.end();
+}
+
+}  // namespace
+
+bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataRegime& regime,
+             const ShardingRules& rules) {
+  if (!is_loaded(c)) return false;
+  const QuantRules &mine = rules.quant, &right = sharding_rules().quant;
+  const bool fused = is_fused(c, layer), several = layer.parts.size() > 1,
+             fixed = has_fixed_scale(c), slots = has_slots(c);
+  const int parts = int(layer.parts.size());
+  if (fused && (slots || fixed) &&
+      rules.loader.slots_of_fused(parts) != sharding_rules().loader.slots_of_fused(parts))
+    return true;
+  if (slots && tensor_names(format_of(c)).global_is_inverse && rules.loader.factor(2, true) != 0.5f)
+    return true;
+  if (!rules.loader.pads_scales && scales_kind(c, layer, 0) && padding_rows(c, layer) > 0)
+    return true;
+  // One scale for all parts on disk is the same in all slots, whatever is made of them.
+  if (several && !fused) {
+    if (has_weight_scale(c) && mine.weight_scale != right.weight_scale) return true;
+    if (fixed && mine.input_scale != right.input_scale) return true;
+    if (format_of(c).scheme == Scheme::nvfp4 && !mine.own_global_scale) return true;
+  }
+  if (is_gathered(c) && format_of(c).activations == Activations::tensor &&
+      mine.gathered_scale != right.gathered_scale && ranks_differ(c, x, regime))
+    return true;
+  for (int rank = 0; rank < c.tp_size; ++rank) {
+    const StoredLinear stored = stored_linear(c, layer, rules, rank),
+                       good = stored_linear(c, layer, sharding_rules(), rank);
+    if (other_rows(stored, rules, good) || other_columns(c, stored, rules, good)) return true;
+  }
+  return false;
 }
 
 LawRun law_tokens() {

@@ -50,6 +50,8 @@ std::vector<Key> keys(bool can_be_fused);
 // Whether the weights come from a checkpoint (weights=...), or are just there.
 bool is_loaded(const Case& c);
 bool is_quantised(const Case& c);
+// Whether ranks have a share of the tokens each, and gather what they quantised.
+bool is_gathered(const Case& c);
 QuantFormat format_of(const Case& c);
 // Why the keys do not fit each other or the layer, in one sentence; nothing if they do.
 std::optional<std::string> refuse(const Case& c, const Layer& layer);
@@ -76,6 +78,11 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
 
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
+
+// Whether rules decide anything differently from the right ones in what these stages do, or do
+// anything different to these data.
+bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataRegime& regime,
+             const ShardingRules& rules);
 
 // Laws: as those of all operators, but weights are no tokens, and what ranks quantise for
 // themselves has no twin on one rank.

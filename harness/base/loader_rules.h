@@ -56,8 +56,9 @@ struct LoaderRules {
   std::int64_t (*stored_row)(const FusedRows& fused, const LocalRow& at) =
       [](const FusedRows& fused, const LocalRow& at) { return fused.stored(at.part, at.row); };
 
-  // The row of the block scales for `stored`, the stored row that `at` is. Blocks lie in the row
-  // space of the whole stored tensor, wherever matrices, stripes and ranks begin in it.
+  // The row of the scales for `stored`, the stored row that `at` is; a scale is that of block_rows
+  // rows, or of one. Blocks lie in the row space of the whole stored tensor, wherever matrices,
+  // stripes and ranks begin in it.
   std::int64_t (*scale_row)(const FusedRows& fused, const LocalRow& at, std::int64_t stored,
                             std::int64_t block_rows) =
       [](const FusedRows&, const LocalRow&, std::int64_t stored, std::int64_t block_rows) {
@@ -98,8 +99,8 @@ struct LoaderRules {
     return Shard{first, (at.own.end() + group - 1) / group - first};
   };
   // The row of the loaded table for a column whose group is `group` of the whole one.
-  std::int64_t (*loaded_group)(std::int64_t group, Shard loaded) =
-      [](std::int64_t group, Shard loaded) { return group - loaded.offset; };
+  std::int64_t (*loaded_group)(std::int64_t group, Shard loaded, const LocalColumns& at) =
+      [](std::int64_t group, Shard loaded, const LocalColumns&) { return group - loaded.offset; };
 };
 
 }  // namespace tp

@@ -7,6 +7,12 @@
 
 namespace tp {
 
+enum class GatheredScale : unsigned char {
+  of_all,     // the largest element of all ranks scales the codes, and unscales them
+  own,        // each rank scales by its own, and unscales all by it
+  of_rank_0,  // each rank scales by its own, and rank 0's unscales all
+};
+
 struct QuantRules {
   // How the slots of a fused layer's scales become the one that all its weights are quantised to
   // anew, and those of input scales the one that activations are divided by.
@@ -16,9 +22,10 @@ struct QuantRules {
   // weight_scale makes of them, though their block scales were made for their own.
   bool own_global_scale = true;
 
-  // Of activations that ranks hold some tokens of and gather as codes: whether the largest element,
-  // which the codes are scaled by, is that of all ranks, or each rank scales by its own.
-  bool largest_of_all_ranks = true;
+  // Of activations that ranks have some tokens of and gather as codes: whose largest element the
+  // codes are scaled by. Each rank's own is right for its own tokens only, and nobody has those
+  // alone.
+  GatheredScale gathered_scale = GatheredScale::of_all;
 };
 
 }  // namespace tp
