@@ -234,16 +234,6 @@ QuantFormat compressed_group(const Json& group, const std::optional<std::string>
   return legal(format, path);
 }
 
-// Runs `read`; what it has to say against the format is told to those who have it.
-template <typename F>
-void read_format(QuantGroup& group, F read) {
-  try {
-    group.format = read();
-  } catch (const BadInput& e) {
-    group.unknown = e.what();
-  }
-}
-
 // The whole of compressed-tensors; what is said of all groups throws.
 std::vector<QuantGroup> compressed_groups(const Json& config, const std::string& path) {
   if (const auto status = word_at(config, "quantization_status"); status && *status != "compressed")
@@ -265,7 +255,12 @@ std::vector<QuantGroup> compressed_groups(const Json& config, const std::string&
     const std::string group_path = fmt::format("{}.config_groups.{}", path, printable(name));
     QuantGroup& group = read.emplace_back();
     group.targets = words_at(entry, "targets");
-    read_format(group, [&] { return compressed_group(entry, stored_as, group_path); });
+    // What is not known of one group is told to those who are in it.
+    try {
+      group.format = compressed_group(entry, stored_as, group_path);
+    } catch (const BadInput& e) {
+      group.unknown = e.what();
+    }
   }
   return read;
 }
