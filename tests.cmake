@@ -15,6 +15,18 @@ file(GLOB base_tests CONFIGURE_DEPENDS harness/base/*_test.cc)
 tp_test(base_test SOURCES ${base_tests} LIBRARIES tp_base)
 target_compile_definitions(base_test PRIVATE TP_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
 
+# Files of the Python package safetensors, and ours for it. Skipped where the package cannot be had.
+add_executable(safetensors_reference harness/base/safetensors_testing.cc)
+target_link_libraries(safetensors_reference PRIVATE tp_base)
+find_program(PYTHON3 python3)
+if(PYTHON3)
+  add_test(NAME safetensors_reference COMMAND ${PYTHON3} ${CMAKE_SOURCE_DIR}/harness/base/safetensors_testing.py
+    ${CMAKE_BINARY_DIR}/safetensors $<TARGET_FILE:safetensors_reference>)
+else()
+  add_test(NAME safetensors_reference COMMAND sh -c "echo 'skipped: there is no python3'; exit 77")
+endif()
+set_tests_properties(safetensors_reference PROPERTIES TIMEOUT 120 SKIP_RETURN_CODE 77)
+
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
@@ -95,7 +107,7 @@ set_tests_properties(cli_test PROPERTIES TIMEOUT 120 LABELS "mpi;processes" ENVI
 set(fuzz harness/fuzz)
 tp_test(fuzz_test LIBRARIES tp_fuzz
   SOURCES ${fuzz}/domain_test.cc ${fuzz}/draw_test.cc ${fuzz}/shrink_test.cc ${fuzz}/protocol_test.cc
-          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/canary_testing.cc)
+          ${fuzz}/summary_test.cc ${fuzz}/where_test.cc ${fuzz}/fatal_signals_test.cc ${fuzz}/canary_testing.cc)
 if(TP_BACKEND STREQUAL emulator)  # about processes, of which a machine may have more than GPUs
   add_executable(supervisor_test ${fuzz}/supervisor_test.cc ${fuzz}/canary_testing.cc)
   target_link_libraries(supervisor_test PRIVATE tp_fuzz GTest::gtest)  # it is its own worker: main is in it
@@ -123,3 +135,7 @@ add_test(NAME hangs_test COMMAND hangs_test)
 set_tests_properties(${process_tests} hangs_test PROPERTIES TIMEOUT 300 RUN_SERIAL ON LABELS "mpi;processes" ENVIRONMENT
   # A crash on purpose shall be a crash under the sanitizers, too.
   "ASAN_OPTIONS=detect_leaks=0:handle_segv=0:handle_abort=0;TSAN_OPTIONS=handle_segv=0:handle_abort=0")
+
+if(TP_BACKEND STREQUAL emulator AND TP_SANITIZE STREQUAL none)
+  include(fuzzers.cmake)
+endif()

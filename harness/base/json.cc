@@ -156,7 +156,11 @@ const Json* Json::find(std::string_view key) const {
 std::string Json::describe() const {
   if (const bool* b = as<bool>()) return *b ? "true" : "false";
   if (const std::int64_t* i = as<std::int64_t>()) return std::to_string(*i);
-  if (const double* d = as<double>()) return fmt::format("{}", *d);
+  if (const double* d = as<double>()) {
+    const std::string text = fmt::format("{}", *d);
+    const bool looks_whole = text.find_first_not_of("-0123456789") == text.npos;
+    return text + (looks_whole ? ".0" : "");
+  }
   if (const std::string* s = as<std::string>()) return '"' + printable(*s) + '"';
   if (as<Array>()) return "an array";
   if (as<Object>()) return "an object";
@@ -164,6 +168,10 @@ std::string Json::describe() const {
 }
 
 Json parse_json(std::string_view text, std::size_t max_values) {
+  // The parser would take one outside a text for the end, whatever follows.
+  if (const auto nul = text.find('\0'); nul != text.npos) {
+    throw BadInput(where(text, nul) + "a NUL byte");
+  }
   const std::string clean = without_python_floats(text);
   Builder builder(max_values);
   if (nlohmann::json::sax_parse(clean, &builder)) return std::move(builder.root);

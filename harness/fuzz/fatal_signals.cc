@@ -6,6 +6,8 @@
 #include <csignal>
 #include <cstring>
 
+#include "harness/base/mapped_file.h"
+
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define TP_SANITIZED 1
@@ -24,6 +26,7 @@ void (*last_act)(int) = nullptr;
 struct sigaction after[NSIG];
 
 void act(int signal, siginfo_t* info, void*) {
+  end_if_mapped_file_was_cut(*info);  // a file's fault, not the case's
   last_act(signal);
   sigaction(signal, &after[signal], nullptr);
   // A fault comes again by itself, and from where it happened; a signal that was sent does not.
