@@ -6,7 +6,7 @@
 
 find_program(FUZZ_CXX NAMES clang++ clang++-20 clang++-19 clang++-18 clang++-17 clang++-16 clang++-15 clang++-14)
 set(fuzz_why "there is no clang++")
-if(FUZZ_CXX AND NOT DEFINED FUZZ_CXX_WORKS)
+if(FUZZ_CXX AND NOT FUZZ_CXX_WORKS)  # what is missing may be installed meanwhile
   file(WRITE ${CMAKE_BINARY_DIR}/fuzzers/try.cc
     "#include <cstddef>\nextern \"C\" int LLVMFuzzerTestOneInput(const unsigned char*, std::size_t) { return 0; }\n")
   execute_process(COMMAND ${FUZZ_CXX} -fsanitize=fuzzer,address,undefined try.cc -o try

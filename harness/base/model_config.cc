@@ -29,7 +29,7 @@ const int kMaxHidden = int(shared_key("hidden_size").max);
 const int kMaxHeads = int(shared_key("num_heads").max);
 const int kMaxHeadDim = int(shared_key("head_dim").max);
 constexpr int kMaxWindow = 1 << 20;
-constexpr int kMaxLayers = 4096;
+constexpr int kMaxLayers = 1024;
 
 int required_size(const Json& config, std::initializer_list<std::string_view> keys, int max) {
   if (const auto size = first_size(config, keys, max)) return *size;

@@ -4,6 +4,8 @@
 #include <fmt/ranges.h>
 
 #include <algorithm>
+#include <functional>
+#include <map>
 #include <optional>
 #include <regex>
 
@@ -21,15 +23,25 @@ constexpr int kMaxBlock = 1 << 20;
 // std::regex recurses as deep as they are long.
 constexpr std::size_t kMaxPattern = 1000, kMaxName = 1000;
 
-// Nothing for a pattern that this machine's regexes do not know: Python's have more.
-std::optional<std::regex> regex_of(std::string_view pattern) {
-  pattern.remove_prefix(kRegex.size());
-  if (pattern.size() > kMaxPattern) return std::nullopt;
+// nullptr for a pattern that std::regex does not know (Python's have more), or that could take
+// without end: {1,999} becomes as many states. Matching takes polynomial time (libstdc++'s flag),
+// whatever somebody wrote. Compiled once: thousands of modules are asked about.
+const std::regex* regex_of(std::string_view pattern) {
+  constexpr std::size_t kKept = 1000;
+  thread_local std::map<std::string, std::optional<std::regex>, std::less<>> compiled;
+  if (const auto known = compiled.find(pattern); known != compiled.end())
+    return known->second ? &*known->second : nullptr;
+  if (compiled.size() >= kKept) compiled.clear();
+  std::optional<std::regex>& made = compiled[std::string(pattern)];
+  const std::string_view regex = pattern.substr(kRegex.size());
+  if (regex.size() > kMaxPattern || regex.find('{') != regex.npos) return nullptr;
   try {
-    return std::regex(pattern.begin(), pattern.end());
+    made.emplace(regex.begin(), regex.end(),
+                 std::regex::ECMAScript | std::regex_constants::__polynomial);
   } catch (const std::regex_error&) {
-    return std::nullopt;
+    made.reset();
   }
+  return made ? &*made : nullptr;
 }
 
 // * and ? as in file names, but * goes across dots.
@@ -234,16 +246,6 @@ QuantFormat compressed_group(const Json& group, const std::optional<std::string>
   return legal(format, path);
 }
 
-// Runs `read`; what it has to say against the format is told to those who have it.
-template <typename F>
-void read_format(QuantGroup& group, F read) {
-  try {
-    group.format = read();
-  } catch (const BadInput& e) {
-    group.unknown = e.what();
-  }
-}
-
 // The whole of compressed-tensors; what is said of all groups throws.
 std::vector<QuantGroup> compressed_groups(const Json& config, const std::string& path) {
   if (const auto status = word_at(config, "quantization_status"); status && *status != "compressed")
@@ -265,7 +267,12 @@ std::vector<QuantGroup> compressed_groups(const Json& config, const std::string&
     const std::string group_path = fmt::format("{}.config_groups.{}", path, printable(name));
     QuantGroup& group = read.emplace_back();
     group.targets = words_at(entry, "targets");
-    read_format(group, [&] { return compressed_group(entry, stored_as, group_path); });
+    // What is not known of one group is told to those who are in it.
+    try {
+      group.format = compressed_group(entry, stored_as, group_path);
+    } catch (const BadInput& e) {
+      group.unknown = e.what();
+    }
   }
   return read;
 }
@@ -333,7 +340,7 @@ void read_groups(Quantization& out, const Json& config, const std::string& path)
   }
 }
 
-void read_config(Quantization& out, const Json& config, const std::string& path) {
+void read_quantization(Quantization& out, const Json& config, const std::string& path) {
   // First who is left alone: that decides whom it concerns if the rest is not known.
   try {
     out.ignored = ignored_by(config);
@@ -405,7 +412,7 @@ void look_at_attention(Quantization& out, int num_layers) {
 bool matches_module(std::string_view pattern, std::string_view module) {
   if (pattern.empty() || module.size() > kMaxName) return false;
   if (pattern.starts_with(kRegex)) {
-    const auto regex = regex_of(pattern);
+    const std::regex* regex = regex_of(pattern);
     return regex && std::regex_search(module.begin(), module.end(), *regex,
                                       std::regex_constants::match_continuous);
   }
@@ -443,12 +450,12 @@ Quantization quantization_of(const Json& root, const Json& text, const Json* bes
   const Json* config = found_in(root);
   if (!config) config = found_in(text);
   if (config) {
-    read_config(out, *config, "quantization_config");
+    read_quantization(out, *config, "quantization_config");
   } else if (beside) {
     const Json* inner = member(*beside, "quantization");
     // ModelOpt writes the file for models that it left alone, too.
     if (inner && !member(*inner, "quant_algo")) return out;
-    read_config(out, inner ? *inner : *beside, "hf_quant_config.json");
+    read_quantization(out, inner ? *inner : *beside, "hf_quant_config.json");
   }
   look_at_attention(out, num_layers);
   return out;

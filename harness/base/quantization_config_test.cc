@@ -193,12 +193,17 @@ TEST(QuantizationConfig, PatternsOfModules) {
       {"re:model\\.layers\\.(0|2)\\..+", "model.layers.2.mlp.up_proj", true},
       {"re:model\\.layers\\.(0|2)\\..+", "model.layers.1.mlp.up_proj", false},
       {"re:.*self_attn", "model.layers.1.self_attn.q_proj", true},
+      {"re:(?!.*self_attn).*", "model.layers.1.mlp.up_proj", true},
+      {"re:(?!.*self_attn).*", "model.layers.1.self_attn.q_proj", false},
+      {"re:.*experts\\.\\d+\\.up_proj", "model.layers.1.mlp.experts.17.up_proj", true},
       {"re:(", "(", false},
   };
   for (const auto& row : table)
     EXPECT_EQ(matches_module(row.pattern, row.module), row.matches)
         << row.pattern << " " << row.module;
-  // Not even the longest name costs the stack.
+  // Neither the longest name costs the stack, nor the worst pattern the day.
+  EXPECT_FALSE(matches_module("re:(.*)*(.*)*(.*)*(.*)*(.*)*!", std::string(60, 'x')));
+  EXPECT_FALSE(matches_module("re:((x{99}){99}){99}", std::string(60, 'x')));
   EXPECT_FALSE(matches_module("re:(.|x)*y", std::string(1 << 20, 'x')));
 }
 

@@ -190,18 +190,18 @@ TEST(Safetensors, MoreValuesThanMemoryIsForAreRefused) {
   EXPECT_EQ(refusal(file_of(header, 1)), "f: header: more than 4194304 values");
 }
 
-TEST(Safetensors, AHundredThousandTensorsAreRead) {
+TEST(Safetensors, TenThousandTensorsAreRead) {
   std::string header = "{";
-  for (int i = 0; i < 100'000; ++i) {
+  for (int i = 0; i < 10'000; ++i) {
     header += fmt::format(
         R"({}"model.layers.{}.weight":{{"dtype":"U8","shape":[1,1],"data_offsets":[{},{}]}})",
         i ? "," : "", i, i, i + 1);
   }
-  const std::vector<std::byte> bytes = as_bytes(file_of(header + "}", 100'000));
+  const std::vector<std::byte> bytes = as_bytes(file_of(header + "}", 10'000));
   const SafetensorsContents contents = parse_safetensors(bytes, "f");
-  ASSERT_EQ(contents.tensors.size(), 100'000u);
-  EXPECT_EQ(contents.tensors[99'999].name, "model.layers.99999.weight");
-  EXPECT_EQ(contents.tensors[99'999].data, &bytes.back());
+  ASSERT_EQ(contents.tensors.size(), 10'000u);
+  EXPECT_EQ(contents.tensors[9'999].name, "model.layers.9999.weight");
+  EXPECT_EQ(contents.tensors[9'999].data, &bytes.back());
 }
 
 TEST(Safetensors, TensorsComeInTheOrderOfTheDataWithoutACopy) {

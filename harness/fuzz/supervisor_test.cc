@@ -174,7 +174,7 @@ int main(int argc, char** argv) {
   tp::add_canaries();
   if (argc > 1 && std::strcmp(argv[1], "worker") == 0) {
     tp::World world(&argc, &argv);
-    return tp::worker_main(world, tp::Link::best, "");
+    return tp::worker_main(world, tp::Link::best);
   }
   testing::InitGoogleTest(&argc, argv);
   return RUN_ALL_TESTS();

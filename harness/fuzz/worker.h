@@ -28,6 +28,6 @@ void serve(World& world);
 
 // Takes its place (place.h) first, and says where that is, or why it cannot.
 // `checkpoint`: the directory of user_checkpoint(), which is opened at once; empty: none.
-int worker_main(World& world, Link link, const std::string& checkpoint);
+int worker_main(World& world, Link link, const std::string& checkpoint = "");
 
 }  // namespace tp
