@@ -1,7 +1,10 @@
 // libFuzzer: bytes of a safetensors file. What is accepted can be read to the last byte, and comes
 // back from our writer.
 
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <span>
 
 #include "harness/base/check.h"
 #include "harness/base/safetensors.h"
@@ -23,6 +26,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   } catch (const BadInput&) {
     return 0;
   }
+  // Side by side, from behind the header to the end.
+  const std::byte* next = contents.tensors.empty() ? bytes.data() + size : contents.tensors[0].data;
+  std::uint64_t header = 0;
+  std::memcpy(&header, data, 8);
+  require(next == bytes.data() + 8 + header);
+  for (const StoredTensor& t : contents.tensors) {
+    require(t.data == next);
+    next += t.bytes;
+  }
+  require(next == bytes.data() + size);
+
   const std::vector<std::byte> written = safetensors_bytes(contents.tensors, contents.metadata);
   const SafetensorsContents again = parse_safetensors(written, "written");
   require(again.metadata == contents.metadata);

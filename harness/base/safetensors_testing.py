@@ -135,10 +135,27 @@ def read_ours(path):
     assert header["__metadata__"] == {"format": "pt", "\u00e9": "\"\\\n"}, header
 
 
+def moved(header, draw):
+    """The header with a tensor of bytes that lies elsewhere than one did: a hole, an overlap, both."""
+    entries = json.loads(header)
+    names = [name for name in entries if name != "__metadata__"]
+    if names:
+        name = draw.choice(names)
+        begin, end = (max(0, n + draw.choice((-4, -1, 0, 0, 0, 1, 4))) for n in entries[name]["data_offsets"])
+        if draw.random() < 0.2:
+            begin = end = draw.choice((begin, end))
+        entries[name] = {"dtype": "U8", "shape": [max(0, end - begin)], "data_offsets": [begin, end]}
+    return json.dumps(entries, separators=(",", ":")).encode()
+
+
 def mutated(original, draw):
     """The file with a mistake or two, mostly in its header."""
     length = int.from_bytes(original[:8], "little")
-    header, data = bytearray(original[8:8 + length]), bytearray(original[8 + length:])
+    header, data = original[8:8 + length], bytearray(original[8 + length:])
+    if draw.random() < 0.3:
+        header = moved(header, draw)
+        return len(header).to_bytes(8, "little") + header + bytes(data)
+    header = bytearray(header)
     for _ in range(draw.choice((1, 1, 2, 3))):
         at = draw.randrange(len(header))
         kind = draw.randrange(6)
