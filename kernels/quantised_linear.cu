@@ -84,7 +84,7 @@ void global_factors(View<const float> slots, const std::int32_t* slot_of_row, Vi
            slots.data, slot_of_row, factors);
     return;
   }
-  reduce_slots(slots.data, slots.cols, rules.quant.weight_scale, factors.data, stream);
+  reduce_slots(slots.data, slots.cols, rules.quant.global_scale, factors.data, stream);
   launch("repeat", repeat_kernel, blocks_for(factors.rows), dim3(kThreads), 0, stream, factors);
 }
 

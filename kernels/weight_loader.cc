@@ -57,11 +57,11 @@ FusedRows stored_rows(const StoredLinear& layer, std::size_t tensor) {
   return {{layer.rows.parts[tensor]}, 1};
 }
 
-LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row) {
+LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row, Shard taken) {
   return {.part = layer.is_fused() ? int(matrix) : 0,
           .row = row,
-          .local = layer.first[matrix] + row - layer.taken[matrix].offset,
-          .own = layer.taken[matrix],
+          .local = layer.first[matrix] + row - taken.offset,
+          .own = taken,
           .all = layer.local_rows,
           .tp_size = layer.columns.tp_size,
           .tp_rank = layer.columns.tp_rank};
@@ -84,27 +84,31 @@ WeightLoader::WeightLoader(const Checkpoint& checkpoint, const StoredLinear& lay
       layer_(layer),
       rules_(rules),
       stream_(stream),
-      names_(tensor_names(layer.format)) {
-  for (std::size_t m = 0; m < layer.taken.size(); ++m) {
-    const std::size_t tensor = layer.is_fused() ? 0 : m;
-    const FusedRows stored = stored_rows(layer, tensor);
-    const std::int64_t end = m + 1 < layer.first.size() ? layer.first[m + 1] : layer.local_rows;
-    if (layer.first[m] + layer.taken[m].size > end) {
+      names_(tensor_names(layer.format)),
+      runs_(runs(layer.taken)) {}
+
+std::vector<WeightLoader::Run> WeightLoader::runs(const std::vector<Shard>& taken) const {
+  std::vector<Run> all;
+  for (std::size_t m = 0; m < taken.size(); ++m) {
+    const std::size_t tensor = layer_.is_fused() ? 0 : m;
+    const FusedRows stored = stored_rows(layer_, tensor);
+    const std::int64_t end = m + 1 < layer_.first.size() ? layer_.first[m + 1] : layer_.local_rows;
+    if (layer_.first[m] + taken[m].size > end) {
       throw Fault{Outcome::BadLaunch,
                   fmt::format("{} rows of {} are loaded, but the rank has room for {}",
-                              layer.taken[m].size, layer.prefixes[tensor], end - layer.first[m])};
+                              taken[m].size, layer_.prefixes[tensor], end - layer_.first[m])};
     }
-    for (std::int64_t i = 0; i < layer.taken[m].size; ++i) {
-      const std::int64_t local = layer.first[m] + i;
-      const LocalRow at = local_row(layer, m, layer.taken[m].offset + i);
-      const std::int64_t row = rules.loader.stored_row(stored, at);
-      if (i > 0 && runs_.back().stored + runs_.back().size == row) {
-        ++runs_.back().size;
+    for (std::int64_t i = 0; i < taken[m].size; ++i) {
+      const LocalRow at = local_row(layer_, m, taken[m].offset + i, taken[m]);
+      const std::int64_t row = rules_.loader.stored_row(stored, at);
+      if (i > 0 && all.back().stored + all.back().size == row) {
+        ++all.back().size;
       } else {
-        runs_.push_back({tensor, row, local, 1});
+        all.push_back({tensor, row, at.local, 1});
       }
     }
   }
+  return all;
 }
 
 std::string WeightLoader::name(std::size_t tensor, const std::string& suffix) const {
@@ -208,7 +212,7 @@ void WeightLoader::packed_columns(View<std::int32_t> out) const {
 template <typename T>
 void WeightLoader::bias(View<T> out) const {
   require_rows(out.cols, "elements of the bias");
-  for (const Run& run : runs_) {
+  for (const Run& run : runs(layer_.bias_taken)) {
     const std::int64_t rows = stored_rows(layer_, run.tensor).total();
     const StoredTensor& stored =
         checkpoint_.at(name(run.tensor, "bias"), dtype_of<T>::value, {rows});
@@ -245,7 +249,7 @@ void WeightLoader::row_scales(View<float> out) const {
                                      : checkpoint_.at(called, DType::f32, {height, width});
     for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
       const std::int64_t local = layer_.first[m] + i;
-      const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i);
+      const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i, layer_.taken[m]);
       const std::int64_t stored_row = rules_.loader.stored_row(rows, at);
       const std::int64_t row = rules_.loader.scale_row(rows, at, stored_row, block_rows);
       require_inside(stored, "rows", {row, 1}, height);

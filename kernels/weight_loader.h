@@ -24,6 +24,7 @@ struct StoredLinear {
   std::vector<std::string> prefixes;
   FusedRows rows;            // of the matrices; the stripes count where they are fused
   std::vector<Shard> taken;  // rows of each matrix that the rank has
+  std::vector<Shard> bias_taken;  // as many elements of each bias
   // Where they begin in the rank's weight, of so many rows. The rows of no matrix are zeros.
   std::vector<std::int64_t> first;
   std::int64_t local_rows = 0;
@@ -37,8 +38,8 @@ struct StoredLinear {
 // How the rows of the stored tensor `tensor` (an index of prefixes) are those of matrices: of all
 // of them, or of its own one.
 FusedRows stored_rows(const StoredLinear& layer, std::size_t tensor);
-// Row `row` of a matrix as the rank asks for it.
-LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row);
+// Row `row` of a matrix, of the rows `taken`, as the rank asks for it.
+LocalRow local_row(const StoredLinear& layer, std::size_t matrix, std::int64_t row, Shard taken);
 // The rows of a rank's weight that are of no matrix.
 std::vector<Shard> padding_of(const StoredLinear& layer);
 
@@ -80,6 +81,7 @@ class WeightLoader {
     std::int64_t stored, local, size;
   };
   std::string name(std::size_t tensor, const std::string& suffix) const;
+  std::vector<Run> runs(const std::vector<Shard>& taken) const;
   void copy(void* to, const std::byte* from, std::int64_t bytes) const;
   void copy_block(const StoredTensor& from, std::int64_t rows, Shard columns, std::int64_t element,
                   const Run& run, std::byte* to, std::int64_t stride) const;

@@ -1,6 +1,7 @@
 // merged_linear: the fused gate and up projection of a gated MLP, and its activation. Which rows of
 // the two weights a rank loads, where the rows of zeros go that a kernel's tiles want, and where
-// the fused row is split again: that is where gate and up come to be paired wrongly.
+// the fused row is split again: that is where gate and up come to be paired wrongly; and scaled
+// wrongly, if their scales are not those of their rows.
 
 #include "kernels/merged_linear.h"
 
@@ -8,9 +9,12 @@
 #include <array>
 #include <cmath>
 
+#include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
+#include "properties/stored_linear.h"
+#include "properties/stored_linear_mutants.h"
 #include "reference/merged_linear.h"
 #include "reference/qkv_linear.h"
 
@@ -52,7 +56,9 @@ bool other_places(const Case& c, const ShardingRules& rules) {
 }
 
 bool no_padding(const Case& c, const ShardingRules& rules) {
-  return !rules.gated.writes_padding && fused_width(c) > 2 * own_size(c);
+  // What is loaded is padded by the loader.
+  return !stored_linear::is_loaded(c) && !rules.gated.writes_padding &&
+         fused_width(c) > 2 * own_size(c);
 }
 
 Mutant mutant(std::string id, std::string what, std::string upstream, void (*change)(GatedRules&)) {
@@ -228,6 +234,49 @@ std::optional<std::string> blind_to(bool (*decides)(const Case&, const ShardingR
   return std::nullopt;
 }
 
+// Stripes on disk are rows of gate and up in turn.
+stored_linear::Layer layer_of(const Case& c, const ShardingRules& rules) {
+  const GatedLayout layout = rules.gated.layout(own_size(c), tile_of(c));
+  stored_linear::Layer layer{.prefix = "model.layers.0.mlp.",
+                             .parts = {"gate_proj", "up_proj"},
+                             .biases = {"gate_bias", "up_bias"},
+                             .fused = "gate_up_proj",
+                             .rows = {intermediate(c), intermediate(c)},
+                             .stripes = intermediate(c),
+                             .in_features = c.model.hidden_size,
+                             .first = {layout.gate, layout.up},
+                             .local_rows = layout.width};
+  // A part's own rows: what a wrong cut takes of the other one is beyond them.
+  const auto parts = [cols = intermediate(c)](const GatedRows& rows) {
+    return std::vector<Shard>{{rows.gate.offset % cols, rows.gate.size},
+                              {rows.up.offset % cols, rows.up.size}};
+  };
+  layer.taken = [=, cols = intermediate(c), tp_size = c.tp_size](const ShardingRules& rules,
+                                                                 int tp_rank) {
+    return parts(rules.gated.weight_rows(cols, tp_size, tp_rank));
+  };
+  layer.bias_taken = [=, cols = intermediate(c), tp_size = c.tp_size](const ShardingRules& rules,
+                                                                      int tp_rank) {
+    return parts(rules.gated.bias_rows(cols, tp_size, tp_rank));
+  };
+  return layer;
+}
+stored_linear::Layer right_layer_of(const Case& c) { return layer_of(c, sharding_rules()); }
+
+TensorSpec x_of(const Case& c) {
+  return linear::tensor(c, "x", c.num_tokens, c.model.hidden_size, Role::activation,
+                        linear::kLargestX);
+}
+
+std::vector<TensorSpec> biases_of(const Case& c) {
+  std::vector<TensorSpec> all;
+  for (const char* name : {"gate_bias", "up_bias"}) {
+    if (!linear::has_bias(c)) break;
+    all.push_back(linear::tensor(c, name, 1, intermediate(c), Role::weight, linear::kLargestBias));
+  }
+  return all;
+}
+
 // Of a rank: what both stages have of the fused row.
 LocalBuffer fused_row(const Case& c, const GatedLayout& layout, int tp_rank, Use use) {
   const Shard own{tp_rank * own_size(c), own_size(c)};
@@ -239,6 +288,88 @@ LocalBuffer fused_row(const Case& c, const GatedLayout& layout, int tp_rank, Use
           {{"gate", own, layout.gate}, {"up", own, layout.up}}};
 }
 
+// The same with its padding: whatever reads whole rows relies on zeros there.
+LocalBuffer written_row(const Case& c, const GatedLayout& layout, int tp_rank) {
+  LocalBuffer row = fused_row(c, layout, tp_rank, Use::output);
+  std::int64_t first = tp_rank * (layout.width - 2 * own_size(c));
+  for (const Shard& run : padding_of(layout, own_size(c))) {
+    row.pieces.push_back({"padding", {first, run.size}, run.offset});
+    first += run.size;
+  }
+  return row;
+}
+
+std::vector<TensorSpec> gate_up_outputs(const Case& c, const GatedLayout& layout) {
+  std::vector<TensorSpec> all = {{"gate", c.dtype, c.num_tokens, intermediate(c)},
+                                 {"up", c.dtype, c.num_tokens, intermediate(c)}};
+  const std::int64_t padding = layout.width - 2 * own_size(c);
+  if (padding > 0) all.push_back({"padding", c.dtype, c.num_tokens, padding * c.tp_size});
+  return all;
+}
+
+// gate and up of weights that are not quantised.
+std::vector<Budget> plain_budgets(const Case& c, const GatedLayout& layout, const WholeInputs& in) {
+  const auto projection = [&](const char* weight, const char* bias) {
+    return reference::projection(in["x"], in[weight], linear::has_bias(c) ? &in[bias] : nullptr,
+                                 matmul_accumulation(c.dtype, c.model.hidden_size), c.dtype);
+  };
+  std::vector<Budget> budgets = {projection("gate_proj", "gate_bias"),
+                                 projection("up_proj", "up_bias")};
+  const std::int64_t padding = layout.width - 2 * own_size(c);
+  if (padding > 0) budgets.emplace_back(c.num_tokens, padding * c.tp_size);
+  return budgets;
+}
+
+// The product of weights that came from a checkpoint.
+Stage loaded_gate_up_stage(const Case& c, const ShardingRules& rules) {
+  const stored_linear::Layer layer = layer_of(c, rules);
+  const GatedLayout layout = rules.gated.layout(own_size(c), tile_of(c));
+  const bool bias = linear::has_bias(c), quantised = stored_linear::is_quantised(c);
+  const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size;
+  Stage stage{.name = "gate_up"};
+  stage.inputs = stored_linear::product_inputs(c, layer, x_of(c));
+  for (TensorSpec& t : stored_linear::bias_inputs(c, layer)) {
+    if (bias) stage.inputs.push_back(std::move(t));
+  }
+  stage.outputs = gate_up_outputs(c, layout);
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, x_of(c), tp_rank);
+    all.push_back(written_row(c, layout, tp_rank));
+    if (bias) all.push_back(stored_linear::bias_buffer(c, layer, tp_rank));
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    dispatch(c.dtype, [&]<typename T>(T) {
+      const View<T> b = bias ? run.view<T>("bias") : View<T>{},
+                    row = run.view<T>("gate_up").columns(0, layout.width);
+      if (quantised) {
+        stored_linear::product<T, T>(run, c, layer, b, row, rules);
+      } else {
+        merged_linear<T>(run.view<T>("x").columns(0, hidden), run.view<T>("weight"), b, row,
+                         run.stream);
+      }
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    const double width = double(layout.width);
+    return {.bytes = stored_linear::weight_bytes(c, layer, tp_rank) +
+                     double(tokens) * (double(hidden) + width) * size_of(c.dtype),
+            .matrix_flops = 2 * double(tokens) * double(hidden) * width};
+  };
+  stage.reference = [=](const WholeInputs& in) {
+    if (!quantised) return plain_budgets(c, layout, in);
+    std::vector<Budget> budgets;
+    for (std::size_t p = 0; p < 2; ++p) {
+      budgets.push_back(stored_linear::product_reference(
+          c, layer, in, p, 0, bias ? &in[layer.biases[p]] : nullptr, c.dtype == DType::f32));
+    }
+    const std::int64_t padding = layout.width - 2 * own_size(c);
+    if (padding > 0) budgets.emplace_back(tokens, padding * c.tp_size);
+    return budgets;
+  };
+  return stage;
+}
+
 Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
   const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, cols = intermediate(c),
                      pad = c.options.at("pad");
@@ -246,25 +377,20 @@ Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
   const std::int64_t padding = layout.width - 2 * own_size(c);
   const bool bias = linear::has_bias(c);
   Stage stage{.name = "gate_up"};
-  stage.inputs = {
-      linear::tensor(c, "x", tokens, hidden, Role::activation, linear::kLargestX),
-      linear::tensor(c, "gate_proj", cols, hidden, Role::weight, linear::kLargestWeight),
-      linear::tensor(c, "up_proj", cols, hidden, Role::weight, linear::kLargestWeight)};
-  for (const char* name : {"gate_bias", "up_bias"}) {
-    if (bias)
-      stage.inputs.push_back(linear::tensor(c, name, 1, cols, Role::weight, linear::kLargestBias));
+  stage.inputs = biases_of(c);
+  stage.inputs.push_back(x_of(c));
+  for (const char* name : {"gate_proj", "up_proj"}) {
+    stage.inputs.push_back(
+        linear::tensor(c, name, cols, hidden, Role::weight, linear::kLargestWeight));
   }
-  stage.outputs = {{"gate", c.dtype, tokens, cols}, {"up", c.dtype, tokens, cols}};
+  stage.outputs = gate_up_outputs(c, layout);
   if (padding > 0) {
     stage.inputs.push_back(zeros(c, "zero_rows", padding, hidden));
     if (bias) stage.inputs.push_back(zeros(c, "zero_bias", 1, padding));
-    // Whatever reads whole rows relies on them: zeros, on each rank as many.
-    stage.outputs.push_back({"padding", c.dtype, tokens, padding * c.tp_size});
   }
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
     LocalBuffer weight{"weight", Use::input, c.dtype, layout.width, hidden},
-        biases{"bias", Use::input, c.dtype, 1, layout.width},
-        row = fused_row(c, layout, tp_rank, Use::output);
+        biases{"bias", Use::input, c.dtype, 1, layout.width};
     const auto weight_rows = rules.gated.weight_rows(cols, c.tp_size, tp_rank),
                bias_rows = rules.gated.bias_rows(cols, c.tp_size, tp_rank);
     constexpr const char *kWeights[] = {"gate_proj", "up_proj", "zero_rows"},
@@ -273,13 +399,10 @@ Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
       weight.pieces.push_back({kWeights[run.source], {0, hidden}, 0, run.rows, run.at});
     for (const FusedRun& run : fused_runs(c, rules.gated, bias_rows))
       biases.pieces.push_back({kBiases[run.source], run.rows, run.at});
-    std::int64_t first = tp_rank * padding;
-    for (const Shard& run : padding_of(layout, own_size(c))) {
-      row.pieces.push_back({"padding", {first, run.size}, run.offset});
-      first += run.size;
-    }
     std::vector<LocalBuffer> all = {
-        {"x", Use::input, c.dtype, tokens, hidden + pad, {{"x", {0, hidden}}}}, weight, row};
+        {"x", Use::input, c.dtype, tokens, hidden + pad, {{"x", {0, hidden}}}},
+        weight,
+        written_row(c, layout, tp_rank)};
     if (bias) all.push_back(biases);
     return all;
   };
@@ -295,16 +418,7 @@ Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
     return linear::cost(c, double(tokens) * (double(hidden) + width) + width * double(hidden),
                         double(tokens) * double(hidden) * width);
   };
-  stage.reference = [=](const WholeInputs& in) -> std::vector<Budget> {
-    const auto projection = [&](const char* weight, const char* of_bias) {
-      return reference::projection(in["x"], in[weight], bias ? &in[of_bias] : nullptr,
-                                   matmul_accumulation(c.dtype, hidden), c.dtype);
-    };
-    std::vector<Budget> budgets = {projection("gate_proj", "gate_bias"),
-                                   projection("up_proj", "up_bias")};
-    if (padding > 0) budgets.emplace_back(tokens, padding * c.tp_size);
-    return budgets;
-  };
+  stage.reference = [=](const WholeInputs& in) { return plain_budgets(c, layout, in); };
   stage.blind_to = [=](const WholeInputs& in, const std::vector<Budget>& budgets) {
     return blind_to(other_rows, c,
                     [&](const ShardingRules& r) { return shows_rows(c, r, in, budgets); });
@@ -349,8 +463,13 @@ Stage silu_and_mul_stage(const Case& c, const ShardingRules& rules) {
   return stage;
 }
 
-std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation&) {
-  return {gate_up_stage(c, rules), silu_and_mul_stage(c, rules)};
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  if (!stored_linear::is_loaded(c)) return {gate_up_stage(c, rules), silu_and_mul_stage(c, rules)};
+  std::vector<Stage> all =
+      stored_linear::stages(c, layer_of(c, rules), x_of(c), biases_of(c), rules, variation);
+  all.push_back(loaded_gate_up_stage(c, rules));
+  all.push_back(silu_and_mul_stage(c, rules));
+  return all;
 }
 
 // Gates about zero, where silu bends: x is scaled so that the sum of hidden_size products is about
@@ -368,7 +487,7 @@ DataRegime regime(const Case& c, const Variation& v) {
 // decided by the tile and by tp_size.
 std::optional<Place> twin(const Case&, const Variation&, const TensorSpec& t, std::int64_t row,
                           std::int64_t col) {
-  if (t.name == "padding") return std::nullopt;
+  if (t.name.ends_with("padding")) return std::nullopt;
   return Place{row, col};
 }
 
@@ -403,9 +522,7 @@ LawRun law_tile() {
           .twin = twin};
 }
 
-}  // namespace
-
-Operator make_merged_linear() {
+std::vector<Key> keys() {
   Key tile{.name = "tile",
            .help =
                "rows that the kernel takes at once: gate and up are padded with zeros to a "
@@ -414,31 +531,55 @@ Operator make_merged_linear() {
            .max = std::ssize(kTileWords) - 1,
            .words = {std::begin(kTileWords), std::end(kTileWords)},
            .weights = {35, 35, 20, 10}};
+  std::vector<Key> all = {linear::width_key("hidden_size"),
+                          {.name = "intermediate_per_rank",
+                           .help = "columns of gate, and of up, that each rank has",
+                           .min = 1,
+                           .max = 1 << 16,
+                           .fallback = 8,
+                           .always = true,
+                           .draw_max = 1024,
+                           .grain = 64,
+                           .of_model = true,
+                           .is_size = true},
+                          shared_key("tp_size"),
+                          linear::tokens_key(),
+                          shared_key("dtype"),
+                          shared_key("fill"),
+                          shared_key("seed"),
+                          linear::bias_key(),
+                          tile,
+                          pad_key("x, of the fused row and of out")};
+  for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  return all;
+}
+
+void adopt(Case& c, const Model& model) {
+  if (model.intermediate_size % c.tp_size == 0 && model.intermediate_size > 0)
+    c.options.at("intermediate_per_rank") = model.intermediate_size / c.tp_size;
+}
+
+std::vector<Mutant> all_mutants() {
+  std::vector<Mutant> all = mutants();
+  const stored_linear::OfCase of{right_layer_of, x_of, regime};
+  for (const auto& more : {stored_linear::fused_mutants(of), stored_linear::padding_mutants(of)})
+    all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+}  // namespace
+
+Operator make_merged_linear() {
   return make_operator({
       .name = "merged_linear",
       .what = "fused gate and up projection, column-parallel, and silu(gate) * up",
-      .keys = {linear::width_key("hidden_size"),
-               {.name = "intermediate_per_rank",
-                .help = "columns of gate, and of up, that each rank has",
-                .min = 1,
-                .max = 1 << 16,
-                .fallback = 8,
-                .always = true,
-                .draw_max = 1024,
-                .grain = 64,
-                .is_size = true},
-               shared_key("tp_size"),
-               linear::tokens_key(),
-               shared_key("dtype"),
-               shared_key("fill"),
-               shared_key("seed"),
-               linear::bias_key(),
-               tile,
-               pad_key("x, of the fused row and of out")},
-      .laws = {law_one_rank(), law_tokens(), law_tile()},
-      .mutants = mutants(),
+      .keys = keys(),
+      .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
+               law_tile(), stored_linear::law_files()},
+      .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t width = fused_width(c) * c.tp_size, hidden = c.model.hidden_size;
+        if (auto reason = stored_linear::refuse(c, right_layer_of(c))) return reason;
         if (auto reason = too_large(width, hidden)) return reason;
         return too_large(c.num_tokens, std::max(width, hidden));
       },
@@ -446,6 +587,7 @@ Operator make_merged_linear() {
           [](const Case& c) {
             return linear::work(c, double(fused_width(c)) * c.tp_size, c.model.hidden_size);
           },
+      .adopt = adopt,
       .regime = regime,
       .stages = stages,
   });

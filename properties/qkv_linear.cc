@@ -196,6 +196,10 @@ stored_linear::Layer layer_of(const Case& c) {
     const auto rows = shards(rules.linear.qkv_weight_rows(m, tp_size, tp_rank));
     return std::vector(rows.begin(), rows.end());
   };
+  layer.bias_taken = [m = c.model, tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
+    const auto rows = shards(rules.linear.qkv_bias_rows(m, tp_size, tp_rank));
+    return std::vector(rows.begin(), rows.end());
+  };
   return layer;
 }
 

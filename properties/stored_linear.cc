@@ -434,6 +434,7 @@ StoredLinear stored_linear(const Case& c, const Layer& layer, const ShardingRule
           .prefixes = prefixes(c, layer),
           .rows = fused_rows(c, layer),
           .taken = layer.taken(rules, tp_rank),
+          .bias_taken = (layer.bias_taken ? layer.bias_taken : layer.taken)(rules, tp_rank),
           .first = places.first,
           .local_rows = places.rows,
           .in_features = layer.in_features,
@@ -583,16 +584,17 @@ bool is_prepared(const Case& c, const Layer& layer) {
   return prepared_kind(c, layer, 0).has_value() || has_fixed_scale(c);
 }
 
-void run_prepare(RankRun& run, const Case& c, const ShardingRules& rules) {
+void run_prepare(RankRun& run, const Case& c, const Layer& layer, const ShardingRules& rules) {
+  const SlotReduction reduction = rules.quant.slots(is_fused(c, layer));
   if (has_fixed_scale(c)) {
     const View<float> slots = run.view<float>("input_slots");
-    reduce_slots(slots.data, slots.cols, rules.quant.input_scale,
-                 run.view<float>("input_scale").data, run.stream);
+    reduce_slots(slots.data, slots.cols, reduction, run.view<float>("input_scale").data,
+                 run.stream);
   }
   switch (format_of(c).scheme) {
     case Scheme::fp8_tensor: {
       const View<float> slots = run.view<float>("slots"), scale = run.view<float>("weight_scale");
-      reduce_slots(slots.data, slots.cols, rules.quant.weight_scale, scale.data, run.stream);
+      reduce_slots(slots.data, slots.cols, reduction, scale.data, run.stream);
       requantise(run.view<e4m3>("weight"), run.integers("slot_of_row"), slots.data, scale.data,
                  run.view<e4m3>("codes"), run.stream);
       break;
@@ -663,7 +665,7 @@ Stage prepare_stage(const Case& c, const Layer& layer, bool bias, const Sharding
     if (has_slots(c)) all.push_back(local_values("slot_of_row", slots_of_rows(layer, tp_rank)));
     return all;
   };
-  stage.run = [=](RankRun& run) { run_prepare(run, c, rules); };
+  stage.run = [=](RankRun& run) { run_prepare(run, c, layer, rules); };
   stage.reference = [=](const WholeInputs& in) { return prepare_reference(c, layer, in); };
   return stage;
 }
@@ -890,7 +892,7 @@ std::vector<Key> keys(bool can_be_fused) {
              .min = 0,
              .max = 1,
              .words = {"0", "1"},
-             .weights = {60, 40}};
+             .weights = {40, 60}};
   if (can_be_fused) {
     weights.help += ", fused one below the other, or fused in stripes";
     weights.max = 3;
@@ -908,7 +910,8 @@ std::vector<Key> keys(bool can_be_fused) {
                "scale that is known, or made of the call, of each token, of each block of it",
        .min = 0,
        .max = 4,
-       .words = words(kActivationsWords, std::size(kActivationsWords))},
+       .words = words(kActivationsWords, std::size(kActivationsWords)),
+       .weights = {25, 20, 25, 15, 15}},
       {.name = "act_order",
        .help = "1: gptq's groups of columns are in any order",
        .min = 0,
@@ -919,7 +922,8 @@ std::vector<Key> keys(bool can_be_fused) {
        .min = 0,
        .max = 3,
        .fallback = 3,
-       .words = {"16", "32", "64", "128"}},
+       .words = {"16", "32", "64", "128"},
+       .shrink = Shrink::to_fallback},
       {.name = "files",
        .help = "files that a checkpoint is spread over",
        .min = 1,
@@ -1029,6 +1033,13 @@ std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, cons
   if (makes_scales(c)) all.push_back(x_scale_buffer(c, layer, Use::input, tp_rank));
   if (is_gptq(c)) all.push_back(groups_buffer(c, layer, Use::input, tp_rank));
   return all;
+}
+
+std::vector<TensorSpec> bias_inputs(const Case& c, const Layer& layer) {
+  return tensors(c, layer, bias_kind(c));
+}
+LocalBuffer bias_buffer(const Case& c, const Layer& layer, int tp_rank) {
+  return buffer(layer, bias_kind(c), Use::input, tp_rank);
 }
 
 template <typename T, typename Out>
@@ -1165,16 +1176,18 @@ double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
 namespace {
 
 // Whether the rules load other rows, or other scales for them, on this rank.
-bool other_rows(const StoredLinear& layer, const ShardingRules& rules, const StoredLinear& right) {
+bool other_rows(const StoredLinear& layer, bool has_bias, const ShardingRules& rules,
+                const StoredLinear& right) {
   const ShardingRules& good = sharding_rules();
   if (layer.taken != right.taken) return true;
+  if (has_bias && layer.bias_taken != right.bias_taken) return true;
   const bool has_row_scales =
       layer.format.scheme == Scheme::fp8_channel || layer.format.scheme == Scheme::fp8_block;
   const std::int64_t block = layer.format.scheme == Scheme::fp8_block ? layer.format.block_rows : 1;
   for (std::size_t m = 0; m < layer.taken.size(); ++m) {
     const FusedRows stored = stored_rows(layer, layer.is_fused() ? 0 : m);
     for (std::int64_t i = layer.taken[m].offset; i < layer.taken[m].end(); ++i) {
-      const LocalRow at = local_row(layer, m, i);
+      const LocalRow at = local_row(layer, m, i, layer.taken[m]);
       const std::int64_t row = rules.loader.stored_row(stored, at),
                          right_row = good.loader.stored_row(stored, at);
       if (row != right_row) return true;
@@ -1245,8 +1258,7 @@ bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataR
     return true;
   // One scale for all parts on disk is the same in all slots, whatever is made of them.
   if (several && !fused) {
-    if (has_weight_scale(c) && mine.weight_scale != right.weight_scale) return true;
-    if (fixed && mine.input_scale != right.input_scale) return true;
+    if ((has_weight_scale(c) || fixed) && mine.slots(false) != right.slots(false)) return true;
     if (format_of(c).scheme == Scheme::nvfp4 && !mine.own_global_scale) return true;
   }
   if (is_gathered(c) && format_of(c).activations == Activations::tensor &&
@@ -1255,7 +1267,9 @@ bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataR
   for (int rank = 0; rank < c.tp_size; ++rank) {
     const StoredLinear stored = stored_linear(c, layer, rules, rank),
                        good = stored_linear(c, layer, sharding_rules(), rank);
-    if (other_rows(stored, rules, good) || other_columns(c, stored, rules, good)) return true;
+    if (other_rows(stored, linear::has_bias(c), rules, good) ||
+        other_columns(c, stored, rules, good))
+      return true;
   }
   return false;
 }

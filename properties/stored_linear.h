@@ -38,6 +38,8 @@ struct Layer {
   std::int64_t local_rows = 0;
   // The rows of each part that a rank loads under these rules.
   std::function<std::vector<Shard>(const ShardingRules&, int tp_rank)> taken;
+  // The same of the biases; empty: as the rows.
+  std::function<std::vector<Shard>(const ShardingRules&, int tp_rank)> bias_taken = {};
   // Row-parallel: the columns of the input, and of the weight. Empty: all of them.
   std::function<Shard(const ShardingRules&, int tp_rank)> columns = {};
 
@@ -66,7 +68,9 @@ std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x
 std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x);
 std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, const TensorSpec& x,
                                          int tp_rank);
-// out [tokens, rows of the rank] = x weight^T + bias.
+std::vector<TensorSpec> bias_inputs(const Case& c, const Layer& layer);
+LocalBuffer bias_buffer(const Case& c, const Layer& layer, int tp_rank);
+// out [tokens, rows of the rank] = x weight^T + bias, of quantised weights.
 template <typename T, typename Out>
 void product(RankRun& run, const Case& c, const Layer& layer, View<const T> bias, View<Out> out,
              const ShardingRules& rules);

@@ -51,13 +51,13 @@ Mutant slot_zero(const OfCase& of, std::string variant, SlotReduction reduction,
 template <SlotReduction reduction>
 void only_slot_zero(ShardingRules& r) {
   r.loader.slots_of_fused = [](int) { return Shard{0, 1}; };
-  r.quant.weight_scale = r.quant.input_scale = reduction;
+  r.quant.slots = [](bool is_fused) { return is_fused ? reduction : SlotReduction::max; };
 }
 
 template <SlotReduction reduction>
 void one_global_scale(ShardingRules& r) {
   r.quant.own_global_scale = false;
-  r.quant.weight_scale = reduction;
+  r.quant.global_scale = reduction;
 }
 
 // Scales of checkpoints that store their inverse.

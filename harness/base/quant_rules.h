@@ -16,11 +16,11 @@ enum class GatheredScale : unsigned char {
 struct QuantRules {
   // How the slots of a fused layer's scales become the one that all its weights are quantised to
   // anew, and those of input scales the one that activations are divided by.
-  SlotReduction weight_scale = SlotReduction::max;
-  SlotReduction input_scale = SlotReduction::max;
+  SlotReduction (*slots)(bool is_fused_on_disk) = [](bool) { return SlotReduction::max; };
   // Whether each part of a fused layer keeps its own global scale; otherwise all take the one that
-  // weight_scale makes of them, though their block scales were made for their own.
+  // is made of them so, though their block scales were made for their own.
   bool own_global_scale = true;
+  SlotReduction global_scale = SlotReduction::max;
 
   // Of activations that ranks have some tokens of and gather as codes: whose largest element the
   // codes are scaled by. Each rank's own is right for its own tokens only, and nobody has those
