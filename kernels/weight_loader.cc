@@ -367,6 +367,24 @@ void WeightLoader::fill_slots(const std::string& suffix, bool is_inverse, View<f
   }
 }
 
+template <typename T>
+void load_vector(const Checkpoint& checkpoint, const std::string& name, Shard taken, View<T> out,
+                 Stream& stream) {
+  const StoredTensor& found = checkpoint.at(name);
+  const StoredTensor& stored = checkpoint.at(name, dtype_of<T>::value, {found.elements()});
+  require_inside(stored, "elements", taken, stored.elements());
+  if (out.cols != taken.size) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("{} elements of {} are loaded, but the rank has room for {}",
+                            taken.size, name, out.cols)};
+  }
+  from_host_when_reached(stream, out.data, stored.data + taken.offset * std::int64_t(sizeof(T)),
+                         std::size_t(taken.size) * sizeof(T));
+}
+
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<float>, Stream&);
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<f16>, Stream&);
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<bf16>, Stream&);
 template void WeightLoader::weight(View<float>) const;
 template void WeightLoader::weight(View<f16>) const;
 template void WeightLoader::weight(View<bf16>) const;

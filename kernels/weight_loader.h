@@ -22,8 +22,8 @@ struct StoredLinear {
   // The prefixes of its tensors ("model.layers.0.self_attn.qkv_proj"): of one that all matrices are
   // fused in, or of one for each matrix.
   std::vector<std::string> prefixes;
-  FusedRows rows;            // of the matrices; the stripes count where they are fused
-  std::vector<Shard> taken;  // rows of each matrix that the rank has
+  FusedRows rows;                 // of the matrices; the stripes count where they are fused
+  std::vector<Shard> taken;       // rows of each matrix that the rank has
   std::vector<Shard> bias_taken;  // as many elements of each bias
   // Where they begin in the rank's weight, of so many rows. The rows of no matrix are zeros.
   std::vector<std::int64_t> first;
@@ -98,6 +98,12 @@ class WeightLoader {
   TensorNames names_;
   std::vector<Run> runs_;
 };
+
+// Elements `taken` of a stored vector, such as the weight of a norm, to out [1, as many]; the copy
+// is as those of WeightLoader, and so are the errors.
+template <typename T>
+void load_vector(const Checkpoint& checkpoint, const std::string& name, Shard taken, View<T> out,
+                 Stream& stream);
 
 // The blocks of `group` columns that a rank's columns touch: how many scales a row of it has.
 std::int64_t groups_touched(const LocalColumns& columns, std::int64_t group,
