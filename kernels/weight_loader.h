@@ -45,9 +45,9 @@ std::vector<Shard> padding_of(const StoredLinear& layer);
 
 // Everything is a copy on the stream, which reads the checkpoint when it gets there: that must
 // outlive the stream's work. Throws BadInput naming file, tensor and numbers where the checkpoint
-// lacks a tensor, has it in another type or shape, or has a scale that is none (zero, negative, not
-// finite); Fault(BadLaunch) where the rank's memory does not fit what it takes, Fault(OutOfBounds)
-// where it takes rows or columns that a tensor does not have.
+// lacks a tensor, has it in another type or shape, has a scale that is none (zero, negative, not
+// finite) or zero points that are not symmetric; Fault(BadLaunch) where the rank's memory does not
+// fit what it takes, Fault(OutOfBounds) where it takes rows or columns that a tensor does not have.
 class WeightLoader {
  public:
   WeightLoader(const Checkpoint& checkpoint, const StoredLinear& layer, const ShardingRules& rules,
@@ -89,6 +89,7 @@ class WeightLoader {
   void zero_rows(void* data, std::int64_t row_bytes) const;
   void zero_columns(void* data, std::int64_t rows, std::int64_t row_stride,
                     std::int64_t element) const;
+  void check_zeros(Shard loaded, std::int64_t groups) const;
   void fill_slots(const std::string& suffix, bool is_inverse, View<float> out) const;
 
   const Checkpoint& checkpoint_;
