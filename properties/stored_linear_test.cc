@@ -490,10 +490,11 @@ TEST(LawsOfLoaded, OtherBitsBreakTheLawThoughTheyAreWithinTheBudget) {
         .run(test_world(), case_from_line(line),
              {.mutant = &other_bits, .deadline = std::chrono::seconds(60)});
   };
-  for (const std::string format : {"quant=nvfp4", "quant=fp8_channel activations=token"}) {
+  for (const std::string format :
+       {"dtype=bf16 quant=nvfp4", "dtype=f32 quant=fp8_channel activations=token"}) {
     const std::string line =
-        "v1 row_linear hidden_size=24 in_per_rank=8 tp_size=4 num_tokens=6 dtype=bf16 fill=dense "
-        "seed=1 bias=yes reduce_dtype=f32 weights=split " +
+        "v1 row_linear hidden_size=24 in_per_rank=8 tp_size=4 num_tokens=6 fill=dense seed=1 "
+        "bias=yes weights=split " +
         format;
     EXPECT_EQ(run(line + " law=files").outcome, Outcome::Pass);
     EXPECT_EQ(verdict(line).outcome, Outcome::Pass);
