@@ -44,9 +44,8 @@ bool is_attention(LinearKind kind) {
 
 // Whether the leaf says that its parent is an attention (or an MLP).
 bool is_telling(bool attention, std::string_view leaf) {
-  for (const LinearKind kind :
-       attention ? std::array{LinearKind::qkv, LinearKind::attention_out}
-                 : std::array{LinearKind::gate_up, LinearKind::mlp_out}) {
+  for (const LinearKind kind : attention ? std::array{LinearKind::qkv, LinearKind::attention_out}
+                                         : std::array{LinearKind::gate_up, LinearKind::mlp_out}) {
     for (const Naming& naming : namings(kind)) {
       if (naming.only_beside_others) continue;
       if (std::find(naming.leaves.begin(), naming.leaves.end(), leaf) != naming.leaves.end())
@@ -153,9 +152,8 @@ std::map<int, FileLinear> linears_in(const Layers& layers, LinearKind kind) {
   std::map<int, FileLinear> all;
   for (const auto& [layer, parent] : layers) {
     if (known.empty()) break;
-    const auto own = std::find_if(known.begin(), known.end(), [&](const Naming* naming) {
-      return has_any(parent, *naming);
-    });
+    const auto own = std::find_if(known.begin(), known.end(),
+                                  [&](const Naming* naming) { return has_any(parent, *naming); });
     const Naming& naming = own == known.end() ? *known.front() : **own;
     FileLinear linear{.is_striped = naming.is_striped};
     for (const std::string_view leaf : naming.leaves)

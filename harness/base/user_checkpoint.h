@@ -18,7 +18,8 @@ void set_user_checkpoint(const std::string& directory);
 // set_user_checkpoint. Throws BadInput where it cannot be opened, every time.
 const Checkpoint* user_checkpoint();
 
-// Another number after each set_user_checkpoint, for those who keep what they found in a checkpoint.
+// Another number after each set_user_checkpoint, for those who keep what they found in a
+// checkpoint.
 std::uint64_t user_checkpoint_version();
 
 // The model of its config.json, with its quantization; otherwise as user_checkpoint().

@@ -209,8 +209,8 @@ struct OperatorSpec {
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
-  std::function<double(const Case&)> work = {};         // see Operator
-  std::function<void(Case&, const Model&)> adopt = {};  // see Operator
+  std::function<double(const Case&)> work = {};                       // see Operator
+  std::function<void(Case&, const Model&)> adopt = {};                // see Operator
   std::function<CheckpointCases(int tp_size)> checkpoint_cases = {};  // see Operator
   std::function<void()> check_checkpoint = {};                        // see Operator
   std::function<DataRegime(const Case&, const Variation&)> regime;
