@@ -198,8 +198,8 @@ class Tpcheck:
         return out, err
 
 
-def fuzz(model, *more):
-    return ("fuzz", "--model", model, "--ops", OPS, "--cases", 60, "--seed", 5, "--artifacts", "artifacts",
+def fuzz(model, *more, ops=OPS):
+    return ("fuzz", "--model", model, "--ops", ops, "--cases", 60, "--seed", 5, "--artifacts", "artifacts",
             *more)
 
 
@@ -210,8 +210,8 @@ def passes(tpcheck, model):
     print(f"{model.name}: {out.strip().splitlines()[0]}")
 
 
-def found(tpcheck, model, mutant):
-    out, _ = tpcheck.expect(1, *fuzz(model, "--mutant", mutant))
+def found(tpcheck, model, mutant, ops=OPS):
+    out, _ = tpcheck.expect(1, *fuzz(model, "--mutant", mutant, ops=ops))
     command = re.search(r"replay +\./tpcheck (replay .*)", out)
     assert command, out
     replay = shlex.split(command[1])
@@ -261,21 +261,23 @@ def main():
     found(tpcheck, folder / "phi3-fp8", "fused-scale-slot-uninit:max")
     found(tpcheck, folder / "minimax", "block-scale-ceil-ceil:ceil")
     found(tpcheck, folder / "nvfp4-compressed", "own:global-scale-not-inverted")
+    found(tpcheck, folder / "nvfp4-modelopt", "own:gated-up-of-next-rank", "merged_linear")
+    found(tpcheck, folder / "minimax", "group-straddles-rank:floor", "row_linear")
 
     bad, nothing = folder / "bad", lambda dtype, shape, data: (dtype, shape, bytes(len(data)))
     tensors, texts = models["phi3-fp8"]
     name = "model.layers.1.self_attn.qkv_proj.weight_scale"
     refused(tpcheck, bad, damaged(tensors, name, nothing), texts, ["model-0000", name, "element 0 is 0"])
-    refused(tpcheck, bad, damaged(tensors, name, None), texts, ["there is no tensor " + name])
+    refused(tpcheck, bad, damaged(tensors, name, None), texts, [f'there is no tensor "{name}"'])
     name = "model.layers.1.mlp.down_proj.weight"
     refused(tpcheck, bad, damaged(tensors, name, lambda dtype, shape, data: (dtype, (256, 128), data)), texts,
-            [f"tensor {name} is F8_E4M3 [256, 128], not F8_E4M3 [128, 256]"])
+            [f'tensor "{name}" is F8_E4M3 [256, 128], not F8_E4M3 [128, 256]'])
     tensors, texts = models["minimax"]
     name = "model.layers.1.self_attn.v_proj.weight_scale_inv"
     refused(tpcheck, bad, damaged(tensors, name, lambda dtype, shape, data: (
         dtype, shape, data[:-4] + struct.pack("<f", float("nan")))), texts, [name, "element 2 is nan"])
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
-    refused(tpcheck, bad, damaged(tensors, name, None), texts, ["there is no tensor " + name])
+    refused(tpcheck, bad, damaged(tensors, name, None), texts, [f'there is no tensor "{name}"'])
 
 
 main()

@@ -1252,8 +1252,9 @@ FileCase case_of(const OfCheckpoint& of, std::size_t kind, int number, const Fil
   options["quant"] = std::int64_t(f.scheme);
   options["dialect"] = std::int64_t(f.dialect);
   options["activations"] = std::int64_t(activations_in_file(f));
+  const bool has_blocks = f.scheme == Scheme::fp8_block || f.scheme == Scheme::gptq;
   for (std::int64_t block = 0; block < 4; ++block) {
-    if (f.block_cols == 16 << block) options["block"] = block;
+    if (has_blocks && f.block_cols == 16 << block) options["block"] = block;
   }
   options["act_order"] = is_act_order(linear, f);
   options["bias"] = has_bias_in_file(linear);
