@@ -25,7 +25,16 @@ if(PYTHON3)
 else()
   add_test(NAME safetensors_reference COMMAND sh -c "echo 'skipped: there is no python3'; exit 77")
 endif()
-set_tests_properties(safetensors_reference PROPERTIES TIMEOUT 120 SKIP_RETURN_CODE 77)
+# tpcheck on checkpoints that the package wrote.
+if(PYTHON3)
+  add_test(NAME checkpoint_reference COMMAND ${PYTHON3} ${CMAKE_SOURCE_DIR}/properties/checkpoint_testing.py
+    ${CMAKE_BINARY_DIR}/safetensors $<TARGET_FILE:tpcheck>)
+else()
+  add_test(NAME checkpoint_reference COMMAND sh -c "echo 'skipped: there is no python3'; exit 77")
+endif()
+set_tests_properties(checkpoint_reference PROPERTIES LABELS "mpi;processes" ENVIRONMENT "ASAN_OPTIONS=detect_leaks=0")
+set_tests_properties(safetensors_reference checkpoint_reference PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
+  RESOURCE_LOCK safetensors_venv)
 
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)

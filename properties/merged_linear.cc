@@ -5,6 +5,8 @@
 
 #include "kernels/merged_linear.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -241,6 +243,7 @@ stored_linear::Layer layer_of(const Case& c, const ShardingRules& rules) {
                              .parts = {"gate_proj", "up_proj"},
                              .biases = {"gate_bias", "up_bias"},
                              .fused = "gate_up_proj",
+                             .kind = LinearKind::gate_up,
                              .rows = {intermediate(c), intermediate(c)},
                              .stripes = intermediate(c),
                              .in_features = c.model.hidden_size,
@@ -551,7 +554,22 @@ std::vector<Key> keys() {
                           tile,
                           pad_key("x, of the fused row and of out")};
   for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  stored_linear::mark_keys_of_checkpoint(all);
   return all;
+}
+
+stored_linear::OfCheckpoint of_checkpoint() {
+  return {.op = "merged_linear",
+          .kinds = {LinearKind::gate_up},
+          .layer = right_layer_of,
+          .set_shape = [](Case& c, const ModelShape& model, LinearKind,
+                          std::int64_t width) -> std::optional<std::string> {
+            c.model.hidden_size = model.hidden_size;
+            if (width % c.tp_size != 0)
+              return fmt::format("{} rows of gate_proj are not {} equal parts", width, c.tp_size);
+            c.options.at("intermediate_per_rank") = width / c.tp_size;
+            return std::nullopt;
+          }};
 }
 
 void adopt(Case& c, const Model& model) {
@@ -588,6 +606,9 @@ Operator make_merged_linear() {
             return linear::work(c, double(fused_width(c)) * c.tp_size, c.model.hidden_size);
           },
       .adopt = adopt,
+      .checkpoint_cases =
+          [](int tp_size) { return stored_linear::checkpoint_cases(of_checkpoint(), tp_size); },
+      .check_checkpoint = [] { stored_linear::check_checkpoint(of_checkpoint()); },
       .regime = regime,
       .stages = stages,
   });

@@ -204,6 +204,7 @@ std::array<Shard, 3> shards(const QkvRows& rows) { return {rows.q, rows.k, rows.
 stored_linear::Layer layer_of(const Case& c) {
   stored_linear::Layer layer{.prefix = "model.layers.0.self_attn.",
                              .fused = "qkv_proj",
+                             .kind = LinearKind::qkv,
                              .stripes = c.model.num_kv_heads,
                              .in_features = c.model.hidden_size};
   for (const Part& p : parts_of(shape_of(c))) {
@@ -370,6 +371,16 @@ std::vector<Mutant> all_mutants() {
   return all;
 }
 
+stored_linear::OfCheckpoint of_checkpoint() {
+  return {.op = "qkv_linear",
+          .kinds = {LinearKind::qkv},
+          .layer = layer_of,
+          .set_shape = [](Case& c, const ModelShape& model, LinearKind, std::int64_t) {
+            c.model = model;
+            return partitionable(c.model, c.tp_size);
+          }};
+}
+
 std::vector<Key> keys() {
   std::vector<Key> all = {linear::width_key("hidden_size"),
                           shared_key("num_heads"),
@@ -391,6 +402,7 @@ std::vector<Key> keys() {
                            .of_model = true},
                           pad_key("x and of the fused row")};
   for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  stored_linear::mark_keys_of_checkpoint(all);
   return all;
 }
 
@@ -426,6 +438,9 @@ Operator make_qkv_linear() {
           [](Case& c, const Model& model) {
             c.options.at("output_gate") = model.shape.attn_output_gate;
           },
+      .checkpoint_cases =
+          [](int tp_size) { return stored_linear::checkpoint_cases(of_checkpoint(), tp_size); },
+      .check_checkpoint = [] { stored_linear::check_checkpoint(of_checkpoint()); },
       .regime = linear::regime,
       .stages = stages,
   });

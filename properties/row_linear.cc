@@ -4,6 +4,8 @@
 
 #include "kernels/row_linear.h"
 
+#include <fmt/format.h>
+
 #include <cmath>
 
 #include "harness/base/models.h"
@@ -171,10 +173,13 @@ TensorSpec x_of(const Case& c, int ranks) {
 }
 TensorSpec own_x_of(const Case& c) { return x_of(c, c.tp_size); }
 
+bool is_attention_out(const Case& c) { return c.options.at("module") == 1; }
+
 stored_linear::Layer layer_of(const Case& c) {
-  return {.prefix = "model.layers.0.mlp.",
-          .parts = {"down_proj"},
+  return {.prefix = is_attention_out(c) ? "model.layers.0.self_attn." : "model.layers.0.mlp.",
+          .parts = {is_attention_out(c) ? "o_proj" : "down_proj"},
           .biases = {"bias"},
+          .kind = is_attention_out(c) ? LinearKind::attention_out : LinearKind::mlp_out,
           .rows = {c.model.hidden_size},
           .in_features = in_features(c),
           .taken =
@@ -318,6 +323,25 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   return all;
 }
 
+stored_linear::OfCheckpoint of_checkpoint() {
+  return {.op = "row_linear",
+          .kinds = {LinearKind::mlp_out, LinearKind::attention_out},
+          .layer = layer_of,
+          .set_shape = [](Case& c, const ModelShape& model, LinearKind kind,
+                          std::int64_t width) -> std::optional<std::string> {
+            c.model.hidden_size = model.hidden_size;
+            if (kind == LinearKind::attention_out) {
+              if (auto why = partitionable(model, c.tp_size)) return why;
+              width = std::int64_t{model.num_heads} * model.value_head_dim();
+            }
+            if (width % c.tp_size != 0)
+              return fmt::format("{} columns of down_proj are not {} equal parts", width,
+                                 c.tp_size);
+            c.options.at("in_per_rank") = width / c.tp_size;
+            return std::nullopt;
+          }};
+}
+
 // The layer that a model has behind its attention.
 void adopt(Case& c, const Model& model) {
   c.options.at("in_per_rank") =
@@ -386,7 +410,14 @@ std::vector<Key> keys() {
        .max = 1,
        .words = {"activation", "f32"}},
       pad_key("x and of out")};
+  all.push_back({.name = "module",
+                 .help = "which of a layer's row-parallel linears it is",
+                 .min = 0,
+                 .max = 1,
+                 .words = {"down_proj", "o_proj"},
+                 .is_drawn = false});
   for (Key& key : stored_linear::keys(false)) all.push_back(std::move(key));
+  stored_linear::mark_keys_of_checkpoint(all);
   return all;
 }
 
@@ -415,6 +446,9 @@ Operator make_row_linear() {
             return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c));
           },
       .adopt = adopt,
+      .checkpoint_cases =
+          [](int tp_size) { return stored_linear::checkpoint_cases(of_checkpoint(), tp_size); },
+      .check_checkpoint = [] { stored_linear::check_checkpoint(of_checkpoint()); },
       .regime = linear::regime,
       .stages = stages,
   });

@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <functional>
+#include <set>
 
 #include "harness/base/check.h"
 #include "harness/base/philox.h"
+#include "harness/base/user_checkpoint.h"
 #include "harness/device/fault.h"
 #include "kernels/quantise.h"
 #include "reference/checkpoint.h"
@@ -40,8 +43,15 @@ FusedRows fused_rows(const Case& c, const Layer& layer) {
   return {layer.rows, weights_of(c) == Weights::striped ? layer.stripes : 1};
 }
 
+// The number of the layer in the user's checkpoint; nothing: the case's tensors are made.
+std::optional<int> layer_in_file(const Case& c) {
+  const std::int64_t layer = c.options.at("layer");
+  return layer > 0 ? std::optional(int(layer - 1)) : std::nullopt;
+}
+
 std::vector<std::string> prefixes(const Case& c, const Layer& layer) {
   std::vector<std::string> all;
+  if (const auto number = layer_in_file(c)) return file_linears(layer.kind).at(*number).modules;
   if (is_fused(c, layer)) return {layer.prefix + layer.fused};
   for (const std::string& part : layer.parts) all.push_back(layer.prefix + part);
   return all;
@@ -96,10 +106,22 @@ double drawn_group_scale(const DataRegime& g, std::uint32_t bits, std::int64_t r
   return to_float(e4m3{std::uint8_t(0x28 + 8 * step + (bits & 7))});
 }
 
+// Element `i` of a tensor, which a file may hold at any address.
+double element(const StoredTensor& t, DType type, std::int64_t i) {
+  alignas(8) std::byte copy[8];
+  std::memcpy(copy, t.data + i * size_of(type), std::size_t(size_of(type)));
+  return load(type, copy, 0);
+}
+
 // The group of a column in act-order: anywhere.
-std::int64_t group_of_column(const Case& c, std::int64_t k, std::int64_t in_features) {
-  const std::int64_t group = format_of(c).block_cols, groups = ceil_div(in_features, group);
+std::int64_t group_of_column(const Case& c, const Layer& layer, std::int64_t k) {
+  const std::int64_t group = format_of(c).block_cols, groups = ceil_div(layer.in_features, group);
   if (c.options.at("act_order") == 0) return k / group;
+  if (layer_in_file(c)) {
+    const std::string name =
+        prefixes(c, layer).front() + "." + tensor_names(format_of(c)).group_of_column;
+    return std::int64_t(element(user_checkpoint()->at(name), DType::i32, k));
+  }
   return std::int64_t((std::uint64_t(k) * 7 + c.seed % 1024) % std::uint64_t(groups));
 }
 
@@ -107,6 +129,7 @@ std::int64_t group_of_column(const Case& c, std::int64_t k, std::int64_t in_feat
 struct InFile {
   TensorSpec spec;
   std::vector<std::int64_t> shape;
+  bool may_be_flat = false;  // [rows] instead of [rows, 1], as it pleases the writer
 };
 
 // A scale has no dimensions, or one of one element, as different writers have it.
@@ -123,8 +146,7 @@ std::vector<std::int64_t> scalar_shape(const Case& c, const std::string& name) {
 
 // Everything stored under one prefix. `index`: which of the layer's stored tensors it is.
 std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::string& prefix,
-                               std::int64_t rows, std::int64_t index,
-                               const std::vector<TensorSpec>& biases) {
+                               std::int64_t rows, std::int64_t index, bool bias) {
   const QuantFormat f = format_of(c);
   const TensorNames names = tensor_names(f);
   const std::int64_t in = layer.in_features;
@@ -167,8 +189,8 @@ std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::str
                return double(0x77777777);
              });
       TensorSpec order{named(names.group_of_column), DType::i32, 1, in, Role::weight};
-      order.value = [c, in](const DataRegime&, std::int64_t, std::int64_t k) {
-        return double(group_of_column(c, k, in));
+      order.value = [c, layer](const DataRegime&, std::int64_t, std::int64_t k) {
+        return double(group_of_column(c, layer, k));
       };
       add(std::move(order), {in});
       break;
@@ -181,6 +203,7 @@ std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::str
     const bool flat = f.dialect == Dialect::modelopt;
     add(scales(named(names.scale), DType::f32, rows, 1, 0.06, index),
         flat ? std::vector{rows} : std::vector{rows, std::int64_t{1}});
+    all.back().may_be_flat = true;
   } else if (f.scheme == Scheme::fp8_block) {
     const std::int64_t down = ceil_div(rows, f.block_rows), across = ceil_div(in, f.block_cols);
     add(scales(named(names.scale), DType::f32, down, across, 0.06, index), {down, across});
@@ -190,21 +213,47 @@ std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::str
     add(scales(named(names.input_scale), DType::f32, 1, 1, 0.006, index, names.global_is_inverse),
         scalar_shape(c, named(names.input_scale)));
   }
-  if (!biases.empty()) {
-    TensorSpec bias = linear::tensor(c, named("bias"), 1, rows, Role::weight, linear::kLargestBias);
-    add(std::move(bias), {rows});
+  if (bias) {
+    TensorSpec elements =
+        linear::tensor(c, named("bias"), 1, rows, Role::weight, linear::kLargestBias);
+    add(std::move(elements), {rows});
   }
   return all;
 }
 
-std::vector<InFile> checkpoint_of(const Case& c, const Layer& layer,
-                                  const std::vector<TensorSpec>& biases) {
+std::vector<InFile> checkpoint_of(const Case& c, const Layer& layer, bool bias) {
   const std::vector<std::string> stored = prefixes(c, layer);
   std::vector<InFile> all;
   for (std::size_t i = 0; i < stored.size(); ++i) {
     const std::int64_t rows = is_fused(c, layer) ? fused_rows(c, layer).total() : layer.rows[i];
-    for (InFile& t : tensors_of(c, layer, stored[i], rows, std::int64_t(i), biases))
+    for (InFile& t : tensors_of(c, layer, stored[i], rows, std::int64_t(i), bias))
       all.push_back(std::move(t));
+  }
+  return all;
+}
+
+// The tensor of the user's checkpoint that `t` is. Throws BadInput if it is another.
+const StoredTensor& stored_as(const InFile& t) {
+  const Checkpoint& checkpoint = *user_checkpoint();
+  const StoredTensor* found = checkpoint.find(t.spec.name);
+  if (t.may_be_flat && found != nullptr && found->shape.size() == 1)
+    return checkpoint.at(t.spec.name, t.spec.dtype, {t.spec.rows});
+  if (t.may_be_flat)
+    return checkpoint.at(t.spec.name, t.spec.dtype, {t.spec.rows, std::int64_t{1}});
+  return checkpoint.at(t.spec.name, t.spec.dtype, t.shape);
+}
+
+// The case's tensors as the user's checkpoint has them.
+std::vector<InFile> tensors_in_file(const Case& c, const Layer& layer, bool bias) {
+  std::vector<InFile> all = checkpoint_of(c, layer, bias);
+  for (InFile& t : all) {
+    const StoredTensor& stored = stored_as(t);
+    t.shape = stored.shape;
+    t.spec.drawn = {};
+    t.spec.value = [&stored, type = t.spec.dtype, cols = t.spec.cols](
+                       const DataRegime&, std::int64_t row, std::int64_t col) {
+      return element(stored, type, row * cols + col);
+    };
   }
   return all;
 }
@@ -446,6 +495,7 @@ void run_load(RankRun& run, const Case& c, const Layer& layer, bool bias,
               const ShardingRules& rules) {
   const StoredLinear stored = stored_linear(c, layer, rules, run.group.tp_rank());
   try {
+    run.checkpoint().check_unchanged();
     const WeightLoader loader(run.checkpoint(), stored, rules, run.stream);
     switch (stored.format.scheme) {
       case Scheme::none:
@@ -478,7 +528,11 @@ void run_load(RankRun& run, const Case& c, const Layer& layer, bool bias,
 class LoadReference {
  public:
   LoadReference(const Case& c, const Layer& layer, const WholeInputs& in)
-      : c_(c), layer_(layer), in_(in), names_(tensor_names(format_of(c))) {}
+      : c_(c),
+        layer_(layer),
+        in_(in),
+        names_(tensor_names(format_of(c))),
+        prefixes_(prefixes(c, layer)) {}
 
   std::vector<Budget> budgets(bool bias) const {
     const QuantFormat f = format_of(c_);
@@ -508,9 +562,7 @@ class LoadReference {
   }
 
  private:
-  std::string prefix(std::size_t part) const {
-    return is_fused(c_, layer_) ? layer_.prefix + layer_.fused : layer_.prefix + layer_.parts[part];
-  }
+  std::string prefix(std::size_t part) const { return prefixes_[is_fused(c_, layer_) ? 0 : part]; }
   // The stored rows of a part.
   std::vector<std::int64_t> rows(std::size_t part) const {
     if (is_fused(c_, layer_))
@@ -540,6 +592,7 @@ class LoadReference {
   const Layer& layer_;
   const WholeInputs& in_;
   TensorNames names_;
+  std::vector<std::string> prefixes_;
 };
 
 Stage load_stage(const Case& c, const Layer& layer, const std::vector<TensorSpec>& biases,
@@ -549,7 +602,10 @@ Stage load_stage(const Case& c, const Layer& layer, const std::vector<TensorSpec
   // Which file has which tensor, and where in it, is nothing to any rank.
   const bool other_order = variation.law == "files";
   const std::int64_t files = other_order ? 5 - c.options.at("files") : c.options.at("files");
-  std::vector<InFile> all = checkpoint_of(c, layer, biases);
+  const bool from_file = layer_in_file(c).has_value();
+  if (from_file) stage.checkpoint = user_checkpoint();
+  std::vector<InFile> all =
+      from_file ? tensors_in_file(c, layer, bias) : checkpoint_of(c, layer, bias);
   if (other_order) std::reverse(all.begin(), all.end());
   for (std::size_t i = 0; i < all.size(); ++i) {
     stage.stored.push_back({all[i].spec.name, all[i].shape,
@@ -929,6 +985,13 @@ std::vector<Key> keys(bool can_be_fused) {
        .min = 1,
        .max = 4,
        .fallback = 1},
+      {.name = "layer",
+       .help =
+           "0: tensors made from the seed; k: those of layer k-1 of the checkpoint that the run "
+           "was given (--model DIR)",
+       .min = 0,
+       .max = 1 << 16,
+       .is_drawn = false},
       {.name = "quant",
        .help = "how the weights are quantised",
        .min = 0,
@@ -939,6 +1002,28 @@ std::vector<Key> keys(bool can_be_fused) {
   // Row-parallel layers have all tokens on each rank.
   if (can_be_fused) all.insert(all.begin(), gather);
   return all;
+}
+
+void mark_keys_of_checkpoint(std::vector<Key>& keys) {
+  static const std::set<std::string> names = {"hidden_size",
+                                              "num_heads",
+                                              "num_kv_heads",
+                                              "head_dim",
+                                              "v_head_dim",
+                                              "in_per_rank",
+                                              "intermediate_per_rank",
+                                              "dtype",
+                                              "bias",
+                                              "dialect",
+                                              "activations",
+                                              "act_order",
+                                              "block",
+                                              "files",
+                                              "layer",
+                                              "module",
+                                              "quant",
+                                              "weights"};
+  for (Key& key : keys) key.of_checkpoint = names.contains(key.name);
 }
 
 bool is_loaded(const Case& c) { return weights_of(c) != Weights::given; }
@@ -958,9 +1043,282 @@ QuantFormat format_of(const Case& c) {
   return f;
 }
 
+// ---- The user's checkpoint.
+
+namespace {
+
+// How the config says that the linear is stored, which is in one way. Throws BadInput.
+QuantFormat format_in_config(const FileLinear& linear) {
+  const Quantization& quantization = user_model()->quantization;
+  const QuantFormat first = quantization.format_of(linear.modules.front());
+  for (const std::string& module : linear.modules) {
+    const QuantFormat f = quantization.format_of(module);
+    if (f == first) continue;
+    throw BadInput(fmt::format("{}: {} is {}, but {} is {}: what is fused is quantised in one way",
+                               user_checkpoint()->path(), linear.modules.front(),
+                               kSchemeWords[int(first.scheme)], module,
+                               kSchemeWords[int(f.scheme)]));
+  }
+  return first;
+}
+
+bool has_bias_in_file(const FileLinear& linear) {
+  return std::any_of(linear.modules.begin(), linear.modules.end(), [](const std::string& module) {
+    return user_checkpoint()->find(module + ".bias") != nullptr;
+  });
+}
+
+// Whether the groups of gptq's columns are anywhere.
+bool is_act_order(const FileLinear& linear, const QuantFormat& f) {
+  if (f.scheme != Scheme::gptq) return false;
+  const StoredTensor* order =
+      user_checkpoint()->find(linear.modules.front() + "." + tensor_names(f).group_of_column);
+  if (order == nullptr || order->type() != DType::i32) return false;
+  for (std::int64_t k = 0; k < order->elements(); ++k) {
+    if (element(*order, DType::i32, k) != double(k / f.block_cols)) return true;
+  }
+  return false;
+}
+
+// In which of its two senses the case takes what the config says of activations: whoever has no
+// product of codes dequantises, and nobody here has one of nvfp4.
+Activations activations_in_file(const QuantFormat& f) {
+  return f.scheme == Scheme::nvfp4 ? Activations::plain : f.activations;
+}
+
+// Why the format of the case is not that of the file; nothing if it is.
+std::optional<std::string> other_format(const Case& c, const FileLinear& linear) {
+  const QuantFormat mine = format_of(c), stored = format_in_config(linear);
+  const std::string& module = linear.modules.front();
+  const auto differ = [&](const char* key, std::string_view case_has, std::string_view file_has) {
+    return fmt::format("{} is {}, and the case has {}={}", module, file_has, key, case_has);
+  };
+  if (mine.scheme != stored.scheme)
+    return differ("quant", kSchemeWords[int(mine.scheme)], kSchemeWords[int(stored.scheme)]);
+  if (stored.scheme == Scheme::none) return std::nullopt;
+  if (mine.dialect != stored.dialect)
+    return differ("dialect", kDialectWords[int(mine.dialect)], kDialectWords[int(stored.dialect)]);
+  if (mine.activations != Activations::plain && mine.activations != stored.activations)
+    return differ(
+        "activations", kActivationsWords[int(mine.activations)],
+        fmt::format("multiplied with activations {}", kActivationsWords[int(stored.activations)]));
+  const bool blocks = stored.scheme == Scheme::fp8_block, groups = stored.scheme == Scheme::gptq;
+  if ((blocks && mine.block_rows != stored.block_rows) ||
+      ((blocks || groups) && mine.block_cols != stored.block_cols)) {
+    return differ("block", std::to_string(mine.block_cols),
+                  blocks ? fmt::format("in blocks of {} x {}", stored.block_rows, stored.block_cols)
+                         : fmt::format("in groups of {}", stored.block_cols));
+  }
+  if (groups && is_act_order(linear, stored) != (c.options.at("act_order") == 1))
+    return differ("act_order", std::to_string(c.options.at("act_order")),
+                  is_act_order(linear, stored) ? "in act-order" : "in the order of its columns");
+  return std::nullopt;
+}
+
+// Throws BadInput where the user's checkpoint has not the tensors that the case needs.
+void check_tensors(const Case& c, const Layer& layer) {
+  for (const InFile& t : checkpoint_of(c, layer, linear::has_bias(c))) stored_as(t);
+}
+
+std::optional<std::string> why_not_in_file(const Case& c, const Layer& layer, int number) {
+  const Checkpoint* checkpoint = user_checkpoint();
+  if (checkpoint == nullptr) return "it is of a checkpoint, and the run has none (--model DIR)";
+  const auto& linears = file_linears(layer.kind);
+  const auto found = linears.find(number);
+  if (found == linears.end())
+    return fmt::format("{} has no {} in its layer {}", checkpoint->path(), usual_names(layer.kind),
+                       number);
+  const FileLinear& linear = found->second;
+  const bool fused = linear.modules.size() < layer.parts.size();
+  if (!is_loaded(c) || fused != is_fused(c, layer))
+    return fmt::format("the checkpoint has {}, which weights={} is not", linear.modules.front(),
+                       is_loaded(c) ? (fused ? "split" : "fused") : "given");
+  if (c.options.at("files") != 1) return "its tensors are in files of their own, as files=1 has it";
+  if (auto why = other_format(c, linear)) return why;
+  if (!linear::has_bias(c) && has_bias_in_file(linear))
+    return fmt::format("{} has a bias, and the case bias=none", linear.modules.front());
+  check_tensors(c, layer);
+  return std::nullopt;
+}
+
+// Why the case is not one on the user's checkpoint, though it says so.
+std::optional<std::string> refuse_file(const Case& c, const Layer& layer) {
+  const auto number = layer_in_file(c);
+  if (!number) return std::nullopt;
+  std::optional<std::string> why;
+  try {
+    why = why_not_in_file(c, layer, *number);
+  } catch (const BadInput& e) {
+    why = e.what();
+  }
+  if (why) why = fmt::format("layer={}: {}", c.options.at("layer"), *why);
+  return why;
+}
+
+// Throws BadInput for a scale that is none: as WeightLoader does, which meets it later.
+void check_scales(const InFile& t) {
+  const StoredTensor& stored = stored_as(t);
+  const bool codes = t.spec.dtype == DType::e4m3;  // blocks of zeros may have one of zero
+  for (std::int64_t i = 0; i < t.spec.rows * t.spec.cols; ++i) {
+    const double scale = element(stored, t.spec.dtype, i);
+    if (std::isfinite(scale) && (scale > 0 || (codes && scale == 0))) continue;
+    throw BadInput(fmt::format("{}: {}, element {} is {}, but a scale is positive and finite",
+                               user_checkpoint()->path_of(stored), stored.name, i, scale));
+  }
+}
+
+// gptq's zero points must be those of symmetric codes, which is all that kernels take, and the
+// groups some of those there are.
+void check_integers(const InFile& t, std::int64_t least, std::int64_t most) {
+  const StoredTensor& stored = stored_as(t);
+  for (std::int64_t i = 0; i < t.spec.rows * t.spec.cols; ++i) {
+    const double value = element(stored, DType::i32, i);
+    if (double(least) <= value && value <= double(most)) continue;
+    throw BadInput(fmt::format("{}: {}, element {} is {}, but known is {} .. {}",
+                               user_checkpoint()->path_of(stored), stored.name, i, value, least,
+                               most));
+  }
+}
+
+// All values of the layer but codes and biases.
+void check_values(const Case& c, const Layer& layer) {
+  const QuantFormat f = format_of(c);
+  const TensorNames names = tensor_names(f);
+  const std::set<std::string> scales = {names.scale, names.global_scale, names.input_scale};
+  for (const InFile& t : checkpoint_of(c, layer, false)) {
+    const std::string suffix = t.spec.name.substr(t.spec.name.rfind('.') + 1);
+    if (scales.contains(suffix)) check_scales(t);
+    if (suffix == names.zeros) check_integers(t, 0x77777777, 0x77777777);
+    if (suffix == names.group_of_column)
+      check_integers(t, 0, ceil_div(layer.in_features, f.block_cols) - 1);
+  }
+}
+
+// Rows and columns of the matrices in a stored module, whatever else is wrong with it.
+struct Size {
+  std::int64_t rows = 0, cols = 0;
+};
+Size size_in_file(const std::string& module) {
+  const Checkpoint& checkpoint = *user_checkpoint();
+  for (const auto& [suffix, packed] : {std::pair{".weight", 1}, {".weight_packed", 2}}) {
+    const StoredTensor* t = checkpoint.find(module + suffix);
+    if (t == nullptr || t->shape.size() != 2) continue;
+    return {t->shape[0], t->shape[1] * (t->type() == DType::u8 ? 2 : packed)};
+  }
+  const StoredTensor* t = checkpoint.find(module + ".qweight");
+  if (t == nullptr || t->shape.size() != 2) return {};
+  return {t->shape[1], kWord * t->shape[0]};
+}
+
+// Between up and down projection of a layer; 1 where the checkpoint does not say.
+std::int64_t width_in_file(int number) {
+  const auto& ups = file_linears(LinearKind::gate_up);
+  if (const auto up = ups.find(number); up != ups.end()) {
+    for (const std::string& module : up->second.modules) {
+      const std::int64_t rows = size_in_file(module).rows;
+      if (rows > 0)
+        return up->second.modules.size() == 1 ? std::max<std::int64_t>(1, rows / 2) : rows;
+    }
+  }
+  const auto& downs = file_linears(LinearKind::mlp_out);
+  const auto down = downs.find(number);
+  if (down == downs.end()) return 1;
+  return std::max<std::int64_t>(1, size_in_file(down->second.modules.front()).cols);
+}
+
+DType dtype_in_file(const FileLinear& linear, const QuantFormat& f) {
+  const char* suffix = f.scheme == Scheme::none ? ".weight" : ".bias";
+  const StoredTensor* t = user_checkpoint()->find(linear.modules.front() + suffix);
+  const auto type = t == nullptr ? std::nullopt : t->type();
+  if (type == DType::f32 || type == DType::f16 || type == DType::bf16) return *type;
+  return user_model()->dtype.value_or(DType::bf16);
+}
+
+// The case that a linear of the file is; the sentence why it cannot be cut into so many parts.
+struct FileCase {
+  Case c;
+  std::optional<std::string> why_not;
+};
+FileCase case_of(const OfCheckpoint& of, std::size_t kind, int number, const FileLinear& linear,
+                 int tp_size) {
+  FileCase made{find_operator(of.op).blank(), std::nullopt};
+  Case& c = made.c;
+  const QuantFormat f = format_in_config(linear);
+  c.tp_size = tp_size;
+  c.dtype = dtype_in_file(linear, f);
+  auto& options = c.options;
+  options["layer"] = number + 1;
+  if (options.contains("module")) options["module"] = std::int64_t(kind);
+  options["quant"] = std::int64_t(f.scheme);
+  options["dialect"] = std::int64_t(f.dialect);
+  options["activations"] = std::int64_t(activations_in_file(f));
+  const bool has_blocks = f.scheme == Scheme::fp8_block || f.scheme == Scheme::gptq;
+  for (std::int64_t block = 0; block < 4; ++block) {
+    if (has_blocks && f.block_cols == 16 << block) options["block"] = block;
+  }
+  options["act_order"] = is_act_order(linear, f);
+  options["bias"] = has_bias_in_file(linear);
+  made.why_not = of.set_shape(c, user_model()->shape, of.kinds[kind], width_in_file(number));
+  Weights weights = Weights::split;
+  if (linear.modules.size() < of.layer(c).parts.size())
+    weights = linear.is_striped ? Weights::striped : Weights::fused;
+  options["weights"] = std::int64_t(weights);
+  return made;
+}
+
+// Where a fused q, k and v is something else, too.
+bool is_other_attention(LinearKind kind) {
+  const Model& model = *user_model();
+  return kind == LinearKind::qkv && (model.mla || model.shape.attn_output_gate);
+}
+
+}  // namespace
+
+CheckpointCases checkpoint_cases(const OfCheckpoint& of, int tp_size) {
+  CheckpointCases all;
+  const Operator& op = find_operator(of.op);
+  const auto leave_out = [&](const std::string& why) {
+    if (all.left_out.empty()) all.left_out = why;
+  };
+  for (std::size_t kind = 0; kind < of.kinds.size(); ++kind) {
+    if (is_other_attention(of.kinds[kind])) {
+      leave_out("the model's attention is another one");
+      continue;
+    }
+    if (file_linears(of.kinds[kind]).empty())
+      leave_out(
+          fmt::format("{} has no {}", user_checkpoint()->path(), usual_names(of.kinds[kind])));
+    for (const auto& [number, linear] : file_linears(of.kinds[kind])) {
+      FileCase made = case_of(of, kind, number, linear, tp_size);
+      if (!made.why_not) made.why_not = op.refuse(made.c);
+      if (made.why_not) {
+        leave_out(*made.why_not);
+      } else {
+        all.cases.push_back(std::move(made.c));
+      }
+    }
+  }
+  return all;
+}
+
+void check_checkpoint(const OfCheckpoint& of) {
+  for (std::size_t kind = 0; kind < of.kinds.size(); ++kind) {
+    if (is_other_attention(of.kinds[kind])) continue;
+    for (const auto& [number, linear] : file_linears(of.kinds[kind])) {
+      const Case c = case_of(of, kind, number, linear, 1).c;
+      // Nobody runs what no case can say.
+      if (illegal(format_of(c)) || other_format(c, linear)) continue;
+      const Layer layer = of.layer(c);
+      check_tensors(c, layer);
+      check_values(c, layer);
+    }
+  }
+}
+
 std::optional<std::string> refuse(const Case& c, const Layer& layer) {
   const QuantFormat f = format_of(c);
   if (auto why = illegal(f)) return why;
+  if (auto why = refuse_file(c, layer)) return why;
   if (is_gathered(c)) {
     if (f.activations != Activations::tensor && f.activations != Activations::token)
       return fmt::format("gather=1 is about activations scaled by the call or by the token, not {}",
@@ -1143,7 +1501,7 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
       // judged where it was loaded.
       Matrix scales(layer.rows[part], layer.in_features);
       for (std::int64_t k = 0; k < layer.in_features; ++k) {
-        const double* of_rows = in[name + ".scales"].row(group_of_column(c, k, layer.in_features));
+        const double* of_rows = in[name + ".scales"].row(group_of_column(c, layer, k));
         for (std::int64_t j = 0; j < scales.rows; ++j) scales.row(j)[k] = of_rows[j];
       }
       w.values = cut(reference::dequantised(c.dtype, codes, {.values = &scales, .cols_per = 1}));
@@ -1199,8 +1557,8 @@ bool other_rows(const StoredLinear& layer, bool has_bias, const ShardingRules& r
   return false;
 }
 
-bool other_columns(const Case& c, const StoredLinear& layer, const ShardingRules& rules,
-                   const StoredLinear& right) {
+bool other_columns(const Case& c, const Layer& of, const StoredLinear& layer,
+                   const ShardingRules& rules, const StoredLinear& right) {
   const ShardingRules& good = sharding_rules();
   if (layer.columns.own != right.columns.own) return true;
   const std::int64_t group = layer.format.block_cols;
@@ -1217,9 +1575,9 @@ bool other_columns(const Case& c, const StoredLinear& layer, const ShardingRules
   if (loaded != good.loader.groups_loaded(layer.columns, group, groups, layer.act_order))
     return true;
   for (std::int64_t k = layer.columns.own.offset; k < layer.columns.own.end(); ++k) {
-    const std::int64_t of = group_of_column(c, k, layer.in_features);
-    if (rules.loader.loaded_group(of, loaded, layer.columns) !=
-        good.loader.loaded_group(of, loaded, layer.columns))
+    const std::int64_t group_of_k = group_of_column(c, of, k);
+    if (rules.loader.loaded_group(group_of_k, loaded, layer.columns) !=
+        good.loader.loaded_group(group_of_k, loaded, layer.columns))
       return true;
   }
   return false;
@@ -1270,7 +1628,7 @@ bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataR
     const StoredLinear stored = stored_linear(c, layer, rules, rank),
                        good = stored_linear(c, layer, sharding_rules(), rank);
     if (other_rows(stored, linear::has_bias(c), rules, good) ||
-        other_columns(c, stored, rules, good))
+        other_columns(c, layer, stored, rules, good))
       return true;
   }
   return false;
@@ -1289,8 +1647,14 @@ LawRun law_tokens() {
 LawRun law_files() {
   return {
       .law = {"files", "a checkpoint's tensors in other files and another order: the same bits"},
-      .vary = [](const Case& c) {
-        return std::pair{c, Variation{.law = "files"}};
+      .vary =
+          [](const Case& c) {
+            return std::pair{c, Variation{.law = "files"}};
+          },
+      .refuse = [](const Case& c) -> std::optional<std::string> {
+        if (!layer_in_file(c)) return std::nullopt;
+        return fmt::format("law=files spreads tensors over other files: layer={} has its own",
+                           c.options.at("layer"));
       }};
 }
 

@@ -18,6 +18,7 @@
 #include "harness/base/quantization.h"
 #include "kernels/quantised_linear.h"
 #include "kernels/weight_loader.h"
+#include "properties/file_linears.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
 
@@ -29,6 +30,7 @@ struct Layer {
   std::vector<std::string> parts;   // "q_proj", "k_proj", "v_proj"
   std::vector<std::string> biases;  // what the product's stage calls their biases
   std::string fused;                // "qkv_proj"; empty: no checkpoint stores them as one
+  LinearKind kind;                  // what it is in the user's checkpoint
   std::vector<std::int64_t> rows;   // of each part
   std::int64_t stripes = 1;         // of the layout `striped`
   std::int64_t in_features = 0;
@@ -46,9 +48,12 @@ struct Layer {
   bool cuts_columns() const { return bool(columns); }
 };
 
-// The keys `dialect`, `activations`, `act_order`, `block`, `files`, `quant` and `weights`, of
-// layers that may be fused on disk or not.
+// The keys `dialect`, `activations`, `act_order`, `block`, `files`, `layer`, `quant` and `weights`,
+// of layers that may be fused on disk or not.
 std::vector<Key> keys(bool can_be_fused);
+// Says of all keys of an operator which of them the user's checkpoint decides (Key::of_checkpoint):
+// those, and the shape's.
+void mark_keys_of_checkpoint(std::vector<Key>& keys);
 // Whether the weights come from a checkpoint (weights=...), or are just there.
 bool is_loaded(const Case& c);
 bool is_quantised(const Case& c);
@@ -82,6 +87,19 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
 
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
+
+// What of an operator is in the user's checkpoint.
+struct OfCheckpoint {
+  std::string op;
+  std::vector<LinearKind> kinds;  // in the order of the words of its key `module`, if it has one
+  Layer (*layer)(const Case&);
+  // Sets the shape's keys at the case's tp_size, of a linear of this kind, `width` being that
+  // between up and down projection. Says why it cannot be cut, in one sentence.
+  std::optional<std::string> (*set_shape)(Case&, const ModelShape&, LinearKind, std::int64_t width);
+};
+// Operator::checkpoint_cases and Operator::check_checkpoint.
+CheckpointCases checkpoint_cases(const OfCheckpoint& of, int tp_size);
+void check_checkpoint(const OfCheckpoint& of);
 
 // Whether rules decide anything differently from the right ones in what these stages do, or do
 // anything different to these data.

@@ -56,6 +56,9 @@ struct Key {
   std::int64_t grain = 1;         // half of the drawn numbers are multiples of this
   bool of_model = false;          // an option that a model's config decides (Operator::adopt)
   bool is_size = false;           // halved where a drawn case would be too much work
+  // Decided by the user's checkpoint where the case runs on its tensors (on_checkpoint).
+  bool of_checkpoint = false;
+  bool is_drawn = true;  // false: only those cases have another value than the fallback
   // A field of Case shared by operators; without these two the key lives in Case::options.
   std::int64_t (*get_field)(const Case&) = nullptr;
   void (*set_field)(Case&, std::int64_t) = nullptr;

@@ -56,6 +56,11 @@ struct RunOptions {
   CaseTimes* times = nullptr;                     // if set: added to
 };
 
+struct CheckpointCases {
+  std::vector<Case> cases;  // legal ones
+  std::string left_out;     // why another one is none, in one sentence; empty: there are no others
+};
+
 struct Operator {
   std::string name;
   std::string what;
@@ -71,6 +76,12 @@ struct Operator {
   // Takes the keys that a model's config decides, beyond the shape, at the case's tp_size; empty:
   // there are none.
   std::function<void(Case&, const Model&)> adopt = {};
+  // Cases on the tensors of user_checkpoint(), each with the keys that the files decide; the others
+  // are at their defaults. Empty: the operator reads no checkpoint.
+  std::function<CheckpointCases(int tp_size)> checkpoint_cases = {};
+  // Whether these tensors are what they should be, in all layers, whatever it is that is drawn.
+  // Throws BadInput naming file, tensor and numbers.
+  std::function<void()> check_checkpoint = {};
   // Runs a legal case on all processes of the world and returns the same verdict on each of them.
   std::function<Verdict(World&, const Case&, const RunOptions&)> run;
 

@@ -220,4 +220,5 @@ def main():
     compare_mutated(files, program, random.Random(7))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,7 @@ struct Opened {
 std::mutex mutex;
 std::string wanted;
 std::unique_ptr<Opened> opened;
+std::uint64_t version = 0;
 
 const Opened* open_wanted() {
   const std::lock_guard lock(mutex);
@@ -35,6 +36,12 @@ void set_user_checkpoint(const std::string& directory) {
   const std::lock_guard lock(mutex);
   wanted = directory;
   opened.reset();
+  ++version;
+}
+
+std::uint64_t user_checkpoint_version() {
+  const std::lock_guard lock(mutex);
+  return version;
 }
 
 const Checkpoint* user_checkpoint() {

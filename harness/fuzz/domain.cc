@@ -50,6 +50,14 @@ void add_model(Domain& domain, const Model& model) {
   domain.models.push_back(model);
 }
 
+// The cases on the model's own tensors; nullptr: there are none.
+const std::vector<Case>* own_cases(const Domain& domain, const Model& model, std::size_t op,
+                                   int tp_size) {
+  if (model.checkpoint.empty() || domain.on_checkpoint.empty()) return nullptr;
+  const auto at = domain.on_checkpoint[op].find(tp_size);
+  return at == domain.on_checkpoint[op].end() ? nullptr : &at->second;
+}
+
 void check_models_fit(const Domain& domain) {
   std::string reason;
   for (const Model& model : domain.models) {
@@ -118,6 +126,30 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
   return domain;
 }
 
+bool on_checkpoint(const Case& c) {
+  const auto layer = c.options.find("layer");
+  return layer != c.options.end() && layer->second > 0;
+}
+
+std::vector<std::string> add_checkpoint_cases(Domain& domain) {
+  std::vector<std::string> without;
+  domain.on_checkpoint.assign(domain.ops.size(), {});
+  for (std::size_t i = 0; i < domain.ops.size(); ++i) {
+    const Operator& op = *domain.ops[i];
+    if (!op.checkpoint_cases) continue;
+    op.check_checkpoint();
+    std::string why;
+    for (const int tp : domain.tp_sizes) {
+      CheckpointCases at = op.checkpoint_cases(tp);
+      if (why.empty()) why = at.left_out;
+      if (!at.cases.empty()) domain.on_checkpoint[i].emplace(tp, std::move(at.cases));
+    }
+    if (domain.on_checkpoint[i].empty())
+      without.push_back(fmt::format("{} runs on none of its tensors: {}", op.name, why));
+  }
+  return without;
+}
+
 void set_model(Case& c, const Model& model) {
   Case source;
   source.model = model.shape;
@@ -142,8 +174,13 @@ EachPair each_pair(const Domain& domain) {
         continue;
       }
       ++each.legal;
-      for (const Operator* op : domain.ops) {
-        Case c = op->blank();
+      for (std::size_t i = 0; i < domain.ops.size(); ++i) {
+        if (const std::vector<Case>* own = own_cases(domain, model, i, tp)) {
+          // Another layer for each pair.
+          each.cases.push_back((*own)[std::size_t(each.legal) % own->size()]);
+          continue;
+        }
+        Case c = domain.ops[i]->blank();
         c.tp_size = tp;
         set_model(c, model);
         each.cases.push_back(c);

@@ -1,6 +1,7 @@
 #pragma once
 // Where a fuzz job looks: operators, sizes of the group, models. And what is legal there.
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -40,6 +41,8 @@ struct Domain {
   bool models_only = false;  // else half of the cases are random shapes
   std::string mutant;        // id; empty: none
   std::string checkpoint;    // of the one model that has one (Model::checkpoint); empty: none
+  // Of each of ops its cases on the checkpoint's own tensors, by tp_size; empty: there are none.
+  std::vector<std::map<int, std::vector<Case>>> on_checkpoint = {};
 };
 
 // Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, where
@@ -47,6 +50,14 @@ struct Domain {
 // checkpoints.
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
                    const std::vector<std::string>& models, const std::string& mutant);
+
+// Whether the case runs on tensors of the user's checkpoint.
+bool on_checkpoint(const Case& c);
+
+// Adds the cases on the tensors of user_checkpoint() to the domain. Of operators that read
+// checkpoints and have none it returns a sentence each. Throws BadInput where the tensors that they
+// would read are not what they should be.
+std::vector<std::string> add_checkpoint_cases(Domain& domain);
 
 // The operator's keys that a model decides at the case's tp_size, set from it; the others stay as
 // they are.

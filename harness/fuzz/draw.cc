@@ -29,6 +29,8 @@ constexpr double kLeastShare = 1.0 / 4;
 // Large cases get 6 to 20 times as much: long contexts, many tiles, many tokens.
 constexpr double kLargeCases = 0.04;
 constexpr double kLargeShare = 6, kMaxLargeShare = 20;
+// Of an operator that reads the user's checkpoint; the others are drawn as ever.
+constexpr double kOnCheckpoint = 0.8;
 
 // How often num_kv_heads is single, below, equal, above (the order of Relation). Replicated KV
 // heads, those below tp_size, are where the bugs are; a single rank has nothing to shard.
@@ -265,7 +267,8 @@ void share_out(Dice& dice, const Operator& op, Case& c, const std::vector<const 
 // The keys that are not of the shape.
 void draw_others(Dice& dice, const Operator& op, Case& c, bool large) {
   for (const Key& key : op.keys) {
-    if (is_model_key(key) || key.name == "tp_size") continue;
+    if (is_model_key(key) || key.name == "tp_size" || !key.is_drawn) continue;
+    if (key.of_checkpoint && on_checkpoint(c)) continue;
     Key limited = key;
     if (key.name == "num_tokens" && !op.work) {
       limited.draw_max =
@@ -279,15 +282,18 @@ void draw_others(Dice& dice, const Operator& op, Case& c, bool large) {
 // default: the shape was drawn with care, and stays. One option alone, if that is enough.
 Case with_legal_options(const Operator& op, Case c) {
   if (!op.refuse(c)) return c;
+  const auto gives_way = [&](const Key& key) {
+    return !key.get_field && !(key.of_checkpoint && on_checkpoint(c));
+  };
   for (const Key& key : op.keys) {
-    if (key.get_field) continue;
+    if (!gives_way(key)) continue;
     Case other = c;
     key.set(other, key.fallback);
     if (!op.refuse(other)) return other;
   }
   for (const Key& key : op.keys) {
     if (!op.refuse(c)) break;
-    if (!key.get_field) key.set(c, key.fallback);
+    if (gives_way(key)) key.set(c, key.fallback);
   }
   return c;
 }
@@ -308,23 +314,8 @@ std::vector<const Key*> sizes_in_order(Dice& dice, const Operator& op, bool of_s
   return sizes;
 }
 
-Case draw_case(Dice& dice, const Domain& domain, const std::vector<Choices>& choices) {
-  const auto which = std::size_t(dice.below(std::int64_t(domain.ops.size())));
-  const Operator& op = *domain.ops[which];
-  const bool large = op.work && dice.unit() < kLargeCases;
-  Case c = op.blank();
-  draw_shape(dice, domain, choices[which], op, c, large);
-  draw_others(dice, op, c, large);
-  if (op.work) {
-    const double share =
-        large ? dice.log_between(kLargeShare, kMaxLargeShare) : dice.log_between(kLeastShare, 1);
-    share_out(dice, op, c, sizes_in_order(dice, op, true, large), share * kMaxWork);
-  }
-  return with_legal_options(op, c);
-}
-
-// As draw_case, of a shape that stays as it is: the least work that this is, twice over, may be
-// more than others get.
+// A case whose shape stays as it is: the least work that this is, twice over, may be more than
+// others get.
 Case draw_rest(Dice& dice, Case c) {
   const Operator& op = find_operator(c.op);
   draw_others(dice, op, c, false);
@@ -333,6 +324,35 @@ Case draw_rest(Dice& dice, Case c) {
     Case least = c;
     for (const Key* key : sizes) key->set(least, key->min);
     share_out(dice, op, c, sizes, std::max(kMaxWork, 2 * op.work(least)));
+  }
+  return with_legal_options(op, c);
+}
+
+// One of the cases on the checkpoint's tensors: the tp_size as ever, then any layer.
+Case draw_own(Dice& dice, const std::map<int, std::vector<Case>>& own) {
+  std::vector<int> tp_sizes[4];
+  for (const auto& [tp, cases] : own) {
+    const bool heads = has_heads(find_operator(cases.front().op));
+    tp_sizes[heads ? int(relation_of(heads_of(cases.front()))) : 0].push_back(tp);
+  }
+  const Relation relation = draw_relation(dice, tp_sizes);
+  return draw_rest(dice, dice.one_of(own.at(dice.size_from(tp_sizes[int(relation)]))));
+}
+
+Case draw_case(Dice& dice, const Domain& domain, const std::vector<Choices>& choices) {
+  const auto which = std::size_t(dice.below(std::int64_t(domain.ops.size())));
+  const Operator& op = *domain.ops[which];
+  if (!domain.on_checkpoint.empty() && !domain.on_checkpoint[which].empty() &&
+      dice.unit() < kOnCheckpoint)
+    return draw_own(dice, domain.on_checkpoint[which]);
+  const bool large = op.work && dice.unit() < kLargeCases;
+  Case c = op.blank();
+  draw_shape(dice, domain, choices[which], op, c, large);
+  draw_others(dice, op, c, large);
+  if (op.work) {
+    const double share =
+        large ? dice.log_between(kLargeShare, kMaxLargeShare) : dice.log_between(kLeastShare, 1);
+    share_out(dice, op, c, sizes_in_order(dice, op, true, large), share * kMaxWork);
   }
   return with_legal_options(op, c);
 }

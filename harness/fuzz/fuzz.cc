@@ -116,6 +116,8 @@ class Fuzzer {
     // Of several jobs on one GPU nobody can say whose kernels took the time.
     if (where_.jobs > 1) answer.verdict.timing = {};
     const Verdict& v = answer.verdict;
+    // Cases are drawn legal: it is the checkpoint that has become another one.
+    if (v.outcome == Outcome::Refused && !where_.checkpoint.empty()) throw BadInput(v.detail);
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c, v.seconds);
     if (pairs_) {
@@ -227,17 +229,20 @@ int fuzz_main(World* world, const FuzzOptions& options) {
   }
   Domain domain;
   Where wanted = options.where;
+  std::vector<std::string> without_tensors;
   on_all_processes(world, [&] {
     domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
     wanted.checkpoint = domain.checkpoint;
     set_user_checkpoint(domain.checkpoint);
-    user_checkpoint();  // what is wrong with it is said before any job starts
+    // What is wrong with it is said before any job starts.
+    if (user_checkpoint() != nullptr) without_tensors = add_checkpoint_cases(domain);
   });
   const std::uint64_t seed = options.seed.value_or(random_seed());
   return with_runner(world, wanted, [&](Runner& runner, const Where& where) {
     const Artifacts artifacts(options.artifacts);  // what cannot be written is all there is to say
     fmt::print(stderr, "{}seed {}\n", header_text(runner.where(), options.poison), seed);
     if (!domain.checkpoint.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
+    for (const std::string& why : without_tensors) fmt::print(stderr, "{}\n", why);
     for (const Model& model : domain.models) {
       if (!model.note.empty()) fmt::print(stderr, "{}: {}\n", model.id, model.note);
     }

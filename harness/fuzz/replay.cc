@@ -178,6 +178,7 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
       const auto [v, cut_short] = run_once(request, failed + 1);
       std::fflush(stdout);
       ++done;
+      if (v.outcome == Outcome::Refused && !options.model.empty()) throw BadInput(v.detail);
       failed += v.finding();
       trusted += v.outcome < Outcome::Refused;
       if (cut_short) std::rethrow_exception(cut_short);

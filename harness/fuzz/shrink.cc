@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <map>
+#include <optional>
 #include <set>
 #include <tuple>
 
@@ -89,7 +91,8 @@ class Candidates {
     }
     return c;
   }
-  void add(const Case& c) {
+  void add(Case c) {
+    if (on_checkpoint(from_) && !keep_tensors(c)) return;
     if (c != from_ && !op_.refuse(c) && seen_.insert(to_line(c)).second) list_.push_back(c);
   }
   void add(Case c, const HeadTriple& t) {
@@ -108,6 +111,28 @@ class Candidates {
   std::vector<Case> list_;
 
  private:
+  // What the files decide is of the same tensors as it was, at the candidate's tp_size; false: they
+  // cannot be had there.
+  bool keep_tensors(Case& c) {
+    auto own = own_.find(c.tp_size);
+    if (own == own_.end()) own = own_.emplace(c.tp_size, same_tensors(c.tp_size)).first;
+    if (!own->second) return false;
+    for (const Key& key : op_.keys) {
+      if (key.of_checkpoint) key.set(c, key.get(*own->second));
+    }
+    return true;
+  }
+  std::optional<Case> same_tensors(int tp_size) const {
+    for (const Case& c : op_.checkpoint_cases(tp_size).cases) {
+      const bool same = std::all_of(op_.keys.begin(), op_.keys.end(), [&](const Key& key) {
+        return key.is_drawn || key.get(c) == key.get(from_);
+      });
+      if (same) return c;
+    }
+    return std::nullopt;
+  }
+
+  std::map<int, std::optional<Case>> own_;  // by tp_size
   std::set<std::string> seen_;
 };
 

@@ -280,9 +280,17 @@ Operator make_operator(OperatorSpec spec) {
               .what = spec.what,
               .keys = spec.keys,
               .mutants = spec.mutants,
-              .refuse = spec.refuse,
+              .refuse =
+                  [refuse = spec.refuse, laws = spec.laws](const Case& c) {
+                    auto reason = refuse(c);
+                    const std::int64_t law = c.options.at("law");
+                    if (reason || law == 0 || !laws[std::size_t(law - 1)].refuse) return reason;
+                    return laws[std::size_t(law - 1)].refuse(c);
+                  },
               .work = spec.work,
-              .adopt = spec.adopt};
+              .adopt = spec.adopt,
+              .checkpoint_cases = spec.checkpoint_cases,
+              .check_checkpoint = spec.check_checkpoint};
   Key law{.name = "law",
           .help = "a metamorphic law that is checked, too",
           .words = {"none"},

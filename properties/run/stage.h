@@ -153,6 +153,8 @@ struct Stage {
   std::vector<TensorSpec> outputs;  // global; gathered from the ranks
   // The inputs that come as a checkpoint, in the order in which their files hold them.
   std::vector<StoredInput> stored = {};
+  // That has them already, and outlives the stage; null: it is made of the inputs.
+  const Checkpoint* checkpoint = nullptr;
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
   std::function<Cost(int tp_rank)> cost;
@@ -195,6 +197,8 @@ struct LawRun {
   std::function<std::optional<Place>(const Case&, const Variation&, const TensorSpec& tensor,
                                      std::int64_t row, std::int64_t col)>
       twin = {};
+  // Why the law has nothing to say of a case, in one sentence; empty: it has of every case.
+  std::function<std::optional<std::string>(const Case&)> refuse = {};
 };
 
 struct OperatorSpec {
@@ -205,8 +209,10 @@ struct OperatorSpec {
   std::vector<LawRun> laws;
   std::vector<Mutant> mutants;
   std::function<std::optional<std::string>(const Case&)> refuse;
-  std::function<double(const Case&)> work = {};         // see Operator
-  std::function<void(Case&, const Model&)> adopt = {};  // see Operator
+  std::function<double(const Case&)> work = {};                       // see Operator
+  std::function<void(Case&, const Model&)> adopt = {};                // see Operator
+  std::function<CheckpointCases(int tp_size)> checkpoint_cases = {};  // see Operator
+  std::function<void()> check_checkpoint = {};                        // see Operator
   std::function<DataRegime(const Case&, const Variation&)> regime;
   std::function<std::vector<Stage>(const Case&, const ShardingRules&, const Variation&)> stages;
 };

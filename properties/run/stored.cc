@@ -58,6 +58,7 @@ std::string stored_word(DType t) {
 }  // namespace
 
 const Checkpoint& InputData::checkpoint(const Stage& stage) {
+  if (stage.checkpoint != nullptr) return *stage.checkpoint;
   if (const auto made = checkpoints_.find(stage.name); made != checkpoints_.end())
     return made->second;
   std::vector<std::vector<StoredTensor>> files;
