@@ -17,7 +17,7 @@ namespace {
 constexpr std::int64_t kNvfp4Group = 16;
 constexpr std::int64_t kPackedColumns = 8;  // of gptq's i32
 // Eight zero points 8: as GPTQ's second format stores them, and less one, as AutoGPTQ does.
-constexpr std::uint32_t kZeros = 0x88888888, kZerosLessOne = 0x77777777;
+constexpr std::uint32_t kZerosLessOne = 0x77777777;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -28,6 +28,8 @@ T element(const StoredTensor& t, std::int64_t i) {
   std::memcpy(&value, t.data + i * std::int64_t(sizeof(T)), sizeof(T));
   return value;
 }
+
+std::vector<std::int64_t> shape(std::int64_t rows, std::int64_t columns) { return {rows, columns}; }
 
 std::int64_t columns_of(const StoredTensor& t) {
   return t.shape.size() > 1 ? t.shape.back() : t.shape.empty() ? 1 : t.elements();
@@ -114,6 +116,24 @@ std::vector<WeightLoader::Run> WeightLoader::runs(const std::vector<Shard>& take
   return all;
 }
 
+// Calls f(run, the stored tensor that it is of, the rows of its matrices) for every run;
+// shape(rows): the one that the tensor must have.
+template <typename Shape, typename F>
+void WeightLoader::for_each_run(const std::vector<Run>& runs, const std::string& suffix, DType type,
+                                Shape shape, F f) const {
+  const StoredTensor* stored = nullptr;
+  std::size_t tensor = 0;
+  std::int64_t rows = 0;
+  for (const Run& run : runs) {
+    if (stored == nullptr || run.tensor != tensor) {
+      tensor = run.tensor;
+      rows = stored_rows(layer_, tensor).total();
+      stored = &checkpoint_.at(name(tensor, suffix), type, shape(rows));
+    }
+    f(run, *stored, rows);
+  }
+}
+
 std::string WeightLoader::name(std::size_t tensor, const std::string& suffix) const {
   return layer_.prefixes[tensor] + "." + suffix;
 }
@@ -144,12 +164,13 @@ void WeightLoader::require_rows(std::int64_t rows, const char* what) const {
                           what, layer_.prefixes.front(), rows)};
 }
 
-// Of dense rows.
-void WeightLoader::zero_rows(void* data, std::int64_t row_bytes) const {
+// Rows of so many bytes, `stride` bytes apart.
+void WeightLoader::zero_rows(void* data, std::int64_t row_bytes, std::int64_t stride) const {
+  const std::vector<std::byte> zeros(static_cast<std::size_t>(row_bytes));
   for (const Shard& run : padding_of(layer_)) {
-    const std::vector<std::byte> zeros(std::size_t(run.size * row_bytes));
-    from_host(stream_, static_cast<std::byte*>(data) + run.offset * row_bytes, zeros.data(),
-              zeros.size());
+    for (std::int64_t i = run.offset; i < run.end(); ++i) {
+      from_host(stream_, static_cast<std::byte*>(data) + i * stride, zeros.data(), zeros.size());
+    }
   }
 }
 
@@ -179,15 +200,16 @@ void WeightLoader::weight(View<T> out) const {
                                                 "room for {}",
                                                 columns.size, layer_.prefixes.front(), out.cols)};
   }
-  for (const Run& run : runs_) {
-    const FusedRows rows = stored_rows(layer_, run.tensor);
-    const StoredTensor& stored =
-        checkpoint_.at(name(run.tensor, names_.weight), dtype_of<T>::value,
-                       {rows.total(), ceil_div(layer_.in_features, packed)});
-    copy_block(stored, rows.total(), columns, sizeof(T), run,
-               reinterpret_cast<std::byte*>(out.data), out.row_stride * std::int64_t(sizeof(T)));
-  }
-  zero_rows(out.data, out.row_stride * std::int64_t(sizeof(T)));
+  constexpr auto kBytes = std::int64_t(sizeof(T));
+  const std::int64_t width = ceil_div(layer_.in_features, packed);
+  for_each_run(
+      runs_, names_.weight, dtype_of<T>::value,
+      [&](std::int64_t rows) { return shape(rows, width); },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        copy_block(stored, rows, columns, kBytes, run, reinterpret_cast<std::byte*>(out.data),
+                   out.row_stride * kBytes);
+      });
+  zero_rows(out.data, out.cols * kBytes, out.row_stride * kBytes);
 }
 
 void WeightLoader::packed_columns(View<std::int32_t> out) const {
@@ -198,32 +220,39 @@ void WeightLoader::packed_columns(View<std::int32_t> out) const {
                             own.end(), layer_.prefixes.front(), kPackedColumns)};
   }
   require_rows(out.cols, "rows");
-  for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
-    const StoredTensor& stored = checkpoint_.at(name(run.tensor, names_.weight), DType::i32,
-                                                {layer_.in_features / kPackedColumns, rows});
-    // What is a row elsewhere is a column here.
-    require_inside(stored, "rows", {run.stored, run.size}, rows);
-    for (std::int64_t i = 0; i < own.size / kPackedColumns; ++i) {
-      const std::int64_t from = (own.offset / kPackedColumns + i) * rows + run.stored;
-      copy(out.data + i * out.row_stride + run.local, stored.data + from * 4, run.size * 4);
-    }
-  }
+  const std::int64_t words = layer_.in_features / kPackedColumns;
+  for_each_run(
+      runs_, names_.weight, DType::i32, [&](std::int64_t rows) { return shape(words, rows); },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        // What is a row elsewhere is a column here.
+        require_inside(stored, "rows", {run.stored, run.size}, rows);
+        for (std::int64_t i = 0; i < own.size / kPackedColumns; ++i) {
+          const std::int64_t from = (own.offset / kPackedColumns + i) * rows + run.stored;
+          copy(out.data + i * out.row_stride + run.local, stored.data + from * 4, run.size * 4);
+        }
+      });
   zero_columns(out.data, out.rows, out.row_stride, 4);
 }
 
 template <typename T>
 void WeightLoader::bias(View<T> out) const {
   require_rows(out.cols, "elements of the bias");
-  for (const Run& run : runs(layer_.bias_taken)) {
-    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
-    const StoredTensor& stored =
-        checkpoint_.at(name(run.tensor, "bias"), dtype_of<T>::value, {rows});
-    require_inside(stored, "elements", {run.stored, run.size}, rows);
-    copy(out.data + run.local, stored.data + run.stored * std::int64_t(sizeof(T)),
-         run.size * std::int64_t(sizeof(T)));
-  }
+  constexpr auto kBytes = std::int64_t(sizeof(T));
+  for_each_run(
+      runs(layer_.bias_taken), "bias", dtype_of<T>::value,
+      [](std::int64_t rows) { return std::vector{rows}; },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        require_inside(stored, "elements", {run.stored, run.size}, rows);
+        copy(out.data + run.local, stored.data + run.stored * kBytes, run.size * kBytes);
+      });
   zero_columns(out.data, 1, out.cols, sizeof(T));
+}
+
+// Rows of scales that follow each other on both sides, or one.
+void WeightLoader::copy_scales(const StoredTensor& stored, Shard columns, std::int64_t width,
+                               const Run& run, View<float> out) const {
+  copy(out.data + run.local * out.row_stride,
+       stored.data + (run.stored * width + columns.offset) * 4, run.size * columns.size * 4);
 }
 
 void WeightLoader::row_scales(View<float> out) const {
@@ -239,31 +268,39 @@ void WeightLoader::row_scales(View<float> out) const {
                 fmt::format("{} blocks of columns of {} are loaded, but the rank has room for {}",
                             columns.size, layer_.prefixes.front(), out.cols)};
   }
+  const std::int64_t width = blocks ? ceil_div(layer_.in_features, block_cols) : 1;
+  const bool dense = columns.size == width && out.row_stride == width;
   for (std::size_t m = 0; m < layer_.taken.size(); ++m) {
     const std::size_t tensor = layer_.is_fused() ? 0 : m;
     const FusedRows rows = stored_rows(layer_, tensor);
-    const std::int64_t height = ceil_div(rows.total(), block_rows),
-                       width = blocks ? ceil_div(layer_.in_features, block_cols) : 1;
+    const std::int64_t height = ceil_div(rows.total(), block_rows);
     const std::string called = name(tensor, names_.scale);
     // One scale a row is stored as [rows, 1] or as [rows].
     const StoredTensor* scalars = blocks ? nullptr : checkpoint_.find(called);
     const StoredTensor& stored = scalars != nullptr && scalars->shape.size() == 1
                                      ? checkpoint_.at(called, DType::f32, {height})
                                      : checkpoint_.at(called, DType::f32, {height, width});
+    Run run{tensor, 0, layer_.first[m], 0};  // of scales
     for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
-      const std::int64_t local = layer_.first[m] + i;
       const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i, layer_.taken[m]);
-      const std::int64_t stored_row = rules_.loader.stored_row(rows, at);
-      const std::int64_t row = rules_.loader.scale_row(rows, at, stored_row, block_rows);
+      const std::int64_t row =
+          rules_.loader.scale_row(rows, at, rules_.loader.stored_row(rows, at), block_rows);
       require_inside(stored, "rows", {row, 1}, height);
       require_inside(stored, "columns", columns, width);
-      const std::int64_t from = row * width + columns.offset;
-      for (std::int64_t k = 0; k < columns.size; ++k)
-        check_scale(checkpoint_, stored, from + k, element<float>(stored, from + k), false);
-      copy(out.data + local * out.row_stride, stored.data + from * 4, columns.size * 4);
+      for (std::int64_t k = columns.offset; k < columns.end(); ++k) {
+        const float scale = element<float>(stored, row * width + k);
+        check_scale(checkpoint_, stored, row * width + k, scale, false);
+      }
+      if (run.size > 0 && dense && row == run.stored + run.size) {
+        ++run.size;
+        continue;
+      }
+      if (run.size > 0) copy_scales(stored, columns, width, run, out);
+      run = {tensor, row, layer_.first[m] + i, 1};
     }
+    if (run.size > 0) copy_scales(stored, columns, width, run, out);
   }
-  if (rules_.loader.pads_scales) zero_rows(out.data, out.row_stride * 4);
+  if (rules_.loader.pads_scales) zero_rows(out.data, out.cols * 4, out.row_stride * 4);
 }
 
 void WeightLoader::group_scales(View<e4m3> out) const {
@@ -275,21 +312,20 @@ void WeightLoader::group_scales(View<e4m3> out) const {
                 fmt::format("{} groups of columns of {} are loaded, but the rank has room for {}",
                             columns.size, layer_.prefixes.front(), out.cols)};
   }
-  for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(layer_, run.tensor).total(),
-                       width = ceil_div(layer_.in_features, kNvfp4Group);
-    const StoredTensor& stored =
-        checkpoint_.at(name(run.tensor, names_.scale), DType::e4m3, {rows, width});
-    copy_block(stored, rows, columns, 1, run, reinterpret_cast<std::byte*>(out.data),
-               out.row_stride);
-    for (std::int64_t i = 0; i < run.size; ++i) {
-      for (std::int64_t k = 0; k < columns.size; ++k) {
-        const std::int64_t at = (run.stored + i) * width + columns.offset + k;
-        check_scale(checkpoint_, stored, at, to_float(element<e4m3>(stored, at)), true);
-      }
-    }
-  }
-  if (rules_.loader.pads_scales) zero_rows(out.data, out.row_stride);
+  const std::int64_t width = ceil_div(layer_.in_features, kNvfp4Group);
+  for_each_run(
+      runs_, names_.scale, DType::e4m3, [&](std::int64_t rows) { return shape(rows, width); },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        copy_block(stored, rows, columns, 1, run, reinterpret_cast<std::byte*>(out.data),
+                   out.row_stride);
+        for (std::int64_t i = 0; i < run.size; ++i) {
+          for (std::int64_t k = 0; k < columns.size; ++k) {
+            const std::int64_t at = (run.stored + i) * width + columns.offset + k;
+            check_scale(checkpoint_, stored, at, to_float(element<e4m3>(stored, at)), true);
+          }
+        }
+      });
+  if (rules_.loader.pads_scales) zero_rows(out.data, out.cols, out.row_stride);
 }
 
 void WeightLoader::group_scales(View<f16> out) const {
@@ -302,48 +338,46 @@ void WeightLoader::group_scales(View<f16> out) const {
                             layer_.prefixes.front(), out.rows)};
   }
   check_zeros(loaded, groups);
-  for (const Run& run : runs_) {
-    const std::int64_t rows = stored_rows(layer_, run.tensor).total();
-    const StoredTensor& stored =
-        checkpoint_.at(name(run.tensor, names_.scale), DType::f16, {groups, rows});
-    require_inside(stored, "rows", loaded, groups);
-    require_inside(stored, "columns", {run.stored, run.size}, rows);
-    for (std::int64_t i = 0; i < loaded.size; ++i) {
-      const std::int64_t from = (loaded.offset + i) * rows + run.stored;
-      copy(out.data + i * out.row_stride + run.local, stored.data + from * 2, run.size * 2);
-      for (std::int64_t k = 0; k < run.size; ++k)
-        check_scale(checkpoint_, stored, from + k, to_float(element<f16>(stored, from + k)), false);
-    }
-  }
+  for_each_run(
+      runs_, names_.scale, DType::f16, [&](std::int64_t rows) { return shape(groups, rows); },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        require_inside(stored, "rows", loaded, groups);
+        require_inside(stored, "columns", {run.stored, run.size}, rows);
+        for (std::int64_t i = 0; i < loaded.size; ++i) {
+          const std::int64_t from = (loaded.offset + i) * rows + run.stored;
+          copy(out.data + i * out.row_stride + run.local, stored.data + from * 2, run.size * 2);
+          for (std::int64_t k = 0; k < run.size; ++k) {
+            const float scale = to_float(element<f16>(stored, from + k));
+            check_scale(checkpoint_, stored, from + k, scale, false);
+          }
+        }
+      });
   if (rules_.loader.pads_scales) zero_columns(out.data, out.rows, out.row_stride, 2);
 }
 
 // The zero points of the rank's rows in these groups, eight to a word: the product takes them for
 // the middle of int4.
 void WeightLoader::check_zeros(Shard loaded, std::int64_t groups) const {
-  std::optional<std::uint32_t> all;
-  for (const Run& run : runs_) {
-    const std::int64_t words = ceil_div(stored_rows(layer_, run.tensor).total(), kPackedColumns);
-    const StoredTensor& stored =
-        checkpoint_.at(name(run.tensor, names_.zeros), DType::i32, {groups, words});
-    const std::int64_t first = run.stored / kPackedColumns,
-                       end = ceil_div(run.stored + run.size, kPackedColumns);
-    require_inside(stored, "rows", loaded, groups);
-    require_inside(stored, "words", {first, end - first}, words);
-    for (std::int64_t i = loaded.offset; i < loaded.end(); ++i) {
-      for (std::int64_t k = first; k < end; ++k) {
-        const auto word = element<std::uint32_t>(stored, i * words + k);
-        if ((word == kZerosLessOne || word == kZeros) && word == all.value_or(word)) {
-          all = word;
-          continue;
+  const auto words_of = [](std::int64_t rows) { return ceil_div(rows, kPackedColumns); };
+  for_each_run(
+      runs_, names_.zeros, DType::i32,
+      [&](std::int64_t rows) { return shape(groups, words_of(rows)); },
+      [&](const Run& run, const StoredTensor& stored, std::int64_t rows) {
+        const std::int64_t words = words_of(rows), first = run.stored / kPackedColumns,
+                           end = words_of(run.stored + run.size);
+        require_inside(stored, "rows", loaded, groups);
+        require_inside(stored, "words", {first, end - first}, words);
+        for (std::int64_t i = loaded.offset; i < loaded.end(); ++i) {
+          for (std::int64_t k = first; k < end; ++k) {
+            const auto word = element<std::uint32_t>(stored, i * words + k);
+            if (word == kZerosLessOne) continue;
+            throw BadInput(fmt::format(
+                "{}: {}, element {} is {:#010x}, but only symmetric codes "
+                "are supported, whose zero points are all {:#010x}",
+                checkpoint_.path_of(stored), stored.name, i * words + k, word, kZerosLessOne));
+          }
         }
-        throw BadInput(fmt::format(
-            "{}: {}, element {} is {:#010x}, but only symmetric codes are supported: "
-            "all zero points {:#010x}, or all {:#010x}",
-            checkpoint_.path_of(stored), stored.name, i * words + k, word, kZerosLessOne, kZeros));
-      }
-    }
-  }
+      });
 }
 
 void WeightLoader::groups(View<std::int32_t> out) const {
@@ -355,15 +389,29 @@ void WeightLoader::groups(View<std::int32_t> out) const {
                                                 "rank has room for {}",
                                                 own.size, layer_.prefixes.front(), out.cols)};
   }
+  const auto order = [&](std::size_t tensor) -> const StoredTensor& {
+    return checkpoint_.at(name(tensor, names_.group_of_column), DType::i32, {layer_.in_features});
+  };
   // Matrices that are multiplied with one input have one order of its columns.
-  const StoredTensor& stored =
-      checkpoint_.at(name(0, names_.group_of_column), DType::i32, {layer_.in_features});
+  const StoredTensor& stored = order(0);
+  for (std::size_t tensor = 1; tensor < layer_.prefixes.size(); ++tensor) {
+    const StoredTensor& other = order(tensor);
+    if (std::memcmp(stored.data, other.data, stored.bytes) == 0) continue;
+    throw BadInput(
+        fmt::format("{}: {} has other groups than {}, but both are multiplied with one "
+                    "input",
+                    checkpoint_.path_of(other), other.name, stored.name));
+  }
   std::vector<std::int32_t> local;
   for (std::int64_t k = own.offset; k < own.end(); ++k) {
     const std::int64_t of = element<std::int32_t>(stored, k);
     if (of < 0 || of >= count) {
       throw BadInput(fmt::format("{}: {}, element {} is {}, but there are {} groups",
                                  checkpoint_.path_of(stored), stored.name, k, of, count));
+    }
+    if (!layer_.act_order && of != k / group) {
+      throw BadInput(fmt::format("{}: {}, element {} is group {}, but without act-order it is {}",
+                                 checkpoint_.path_of(stored), stored.name, k, of, k / group));
     }
     const std::int64_t row = rules_.loader.loaded_group(of, loaded, layer_.columns);
     require_inside(stored, "groups", {row, 1}, loaded.size);

@@ -82,19 +82,24 @@ class WeightLoader {
   };
   std::string name(std::size_t tensor, const std::string& suffix) const;
   std::vector<Run> runs(const std::vector<Shard>& taken) const;
+  template <typename Shape, typename F>
+  void for_each_run(const std::vector<Run>& runs, const std::string& suffix, DType type,
+                    Shape shape, F f) const;
+  void copy_scales(const StoredTensor& stored, Shard columns, std::int64_t width, const Run& run,
+                   View<float> out) const;
   void copy(void* to, const std::byte* from, std::int64_t bytes) const;
   void copy_block(const StoredTensor& from, std::int64_t rows, Shard columns, std::int64_t element,
                   const Run& run, std::byte* to, std::int64_t stride) const;
   void require_rows(std::int64_t rows, const char* what) const;
-  void zero_rows(void* data, std::int64_t row_bytes) const;
+  void zero_rows(void* data, std::int64_t row_bytes, std::int64_t stride) const;
   void zero_columns(void* data, std::int64_t rows, std::int64_t row_stride,
                     std::int64_t element) const;
   void check_zeros(Shard loaded, std::int64_t groups) const;
   void fill_slots(const std::string& suffix, bool is_inverse, View<float> out) const;
 
   const Checkpoint& checkpoint_;
-  const StoredLinear& layer_;
-  const ShardingRules& rules_;
+  const StoredLinear layer_;
+  const ShardingRules rules_;
   Stream& stream_;
   TensorNames names_;
   std::vector<Run> runs_;

@@ -84,8 +84,10 @@ double drawn_code(const DataRegime& g, std::uint32_t bits, std::int64_t, std::in
     const double magnitude = double(1 + (bits & 0xFF) % linear::kLargestWeight);
     return bits >> 31 ? -magnitude : magnitude;
   }
-  // Of seven binades around 1, so that no element is lost beside another one.
-  return to_float(e4m3{std::uint8_t((bits & 0x80) | (0x20 + (bits >> 8) % 0x38))});
+  // One in eight is any of them: zeros, subnormal ones, the largest. The others are of seven
+  // binades around 1, so that no element is lost beside another one.
+  const std::uint32_t any = (bits >> 8) % 0x7F, usual = 0x20 + (bits >> 8) % 0x38;
+  return to_float(e4m3{std::uint8_t((bits & 0x80) | (bits >> 29 == 0 ? any : usual))});
 }
 
 // Two e2m1 that are not zero.
@@ -103,6 +105,8 @@ double drawn_group_scale(const DataRegime& g, std::uint32_t bits, std::int64_t r
                          std::int64_t col) {
   const int step = int((std::uint64_t(row + 2 * col) + g.seed) % 4);
   if (g.fill == Fill::exact) return power_of_two(step);
+  // A block of zeros, or of next to nothing, may have a scale of zero, or a subnormal one.
+  if (bits >> 26 == 0) return to_float(e4m3{std::uint8_t(bits & 7)});
   return to_float(e4m3{std::uint8_t(0x28 + 8 * step + (bits & 7))});
 }
 
@@ -260,10 +264,18 @@ std::vector<InFile> tensors_in_file(const Case& c, const Layer& layer, bool bias
 
 // ---- What a rank has.
 
-LocalColumns columns_of(const Case& c, const Layer& layer, int tp_rank,
-                        const ShardingRules& rules = sharding_rules()) {
-  const Shard all{0, layer.in_features};
-  return {layer.cuts_columns() ? layer.columns(rules, tp_rank) : all, c.tp_size, tp_rank};
+// Where a rank's columns are: plain arithmetic, and nothing that is under test.
+LocalColumns columns_of(const Case& c, const Layer& layer, int tp_rank) {
+  const std::int64_t size =
+      layer.cuts_columns() ? div_exact(layer.in_features, c.tp_size) : layer.in_features;
+  return {{layer.cuts_columns() ? tp_rank * size : 0, size}, c.tp_size, tp_rank};
+}
+// Those that it loads under these rules.
+LocalColumns loaded_columns(const Case& c, const Layer& layer, int tp_rank,
+                            const ShardingRules& rules) {
+  LocalColumns columns = columns_of(c, layer, tp_rank);
+  if (layer.cuts_columns()) columns.own = layer.columns(rules, tp_rank);
+  return columns;
 }
 
 std::vector<Shard> own_rows(const Layer& layer, int tp_rank) {
@@ -487,7 +499,7 @@ StoredLinear stored_linear(const Case& c, const Layer& layer, const ShardingRule
           .first = places.first,
           .local_rows = places.rows,
           .in_features = layer.in_features,
-          .columns = columns_of(c, layer, tp_rank, rules),
+          .columns = loaded_columns(c, layer, tp_rank, rules),
           .act_order = is_gptq(c) && c.options.at("act_order") == 1};
 }
 
@@ -519,8 +531,12 @@ void run_load(RankRun& run, const Case& c, const Layer& layer, bool bias,
     if (has_slots(c)) loader.slots(run.view<float>("slots"));
     if (has_fixed_scale(c)) loader.input_slots(run.view<float>("input_slots"));
     if (bias) dispatch(c.dtype, [&]<typename T>(T) { loader.bias(run.view<T>("bias")); });
+    run.stream.synchronize();
+    run.checkpoint().check_unchanged();  // while it was read
   } catch (const BadInput& e) {
-    throw Fault{Outcome::Refused, e.what(), run.group.tp_rank()};
+    // A file that was made for the case is legal, so it is the loader that is wrong.
+    const bool is_users = c.options.at("layer") > 0;
+    throw Fault{is_users ? Outcome::Refused : Outcome::BadLaunch, e.what(), run.group.tp_rank()};
   }
 }
 
@@ -851,16 +867,12 @@ void put(const Budget& part, std::int64_t first, Budget& whole) {
   }
 }
 
-// The factors of a rank's activations: of its part of x_scale, or the one that was known.
-struct XFactors {
-  Matrix values;
-  reference::Factors factors;
-};
 Matrix matrix_of(const Budget& b) {
   Matrix m(b.rows, b.cols);
   m.values = b.r;
   return m;
 }
+// The factors of a rank's activations: of its part of x_scale, or the one that was known.
 reference::Factors x_factors(const Case& c, const Layer& layer, const Matrix& values, int tp_rank) {
   const QuantFormat f = format_of(c);
   if (f.activations != Activations::token_groups) return {.values = &values};
@@ -934,6 +946,42 @@ struct Dequantised {
 
 }  // namespace
 
+namespace {
+
+// What is drawn beside the keys before: else the rarer formats would hardly ever be.
+bool quant_fits(const Case& c, std::int64_t scheme) {
+  const bool is_packed = Scheme(scheme) == Scheme::nvfp4 || Scheme(scheme) == Scheme::gptq;
+  return scheme == 0 || (is_loaded(c) && !(is_packed && c.dtype == DType::f32));
+}
+QuantFormat drawn_format(const Case& c, Dialect dialect, Activations activations) {
+  const auto scheme = Scheme(c.options.at("quant"));
+  return {.scheme = scheme,
+          .dialect = dialect,
+          .activations = activations,
+          .block_cols = scheme == Scheme::nvfp4 ? kNvfp4Group : 128};
+}
+bool dialect_fits(const Case& c, std::int64_t dialect) {
+  if (c.options.at("quant") == 0) return dialect == 0;
+  return !illegal(drawn_format(c, Dialect(dialect), Activations::plain));
+}
+bool activations_fit(const Case& c, std::int64_t activations) {
+  const QuantFormat f = drawn_format(c, Dialect(c.options.at("dialect")), Activations(activations));
+  const bool is_plain = f.activations == Activations::plain;
+  if (f.scheme == Scheme::none || f.scheme == Scheme::nvfp4) return is_plain;
+  return !illegal(f) && !(is_plain && c.dtype == DType::f32);
+}
+bool act_order_fits(const Case& c, std::int64_t on) {
+  return on == 0 || Scheme(c.options.at("quant")) == Scheme::gptq;
+}
+bool gather_fits(const Case& c, std::int64_t on) {
+  const auto a = Activations(c.options.at("activations"));
+  return on == 0 ||
+         ((a == Activations::tensor || a == Activations::token) && c.num_tokens % c.tp_size == 0);
+}
+bool files_fit(const Case& c, std::int64_t files) { return files == 1 || is_loaded(c); }
+
+}  // namespace
+
 std::vector<Key> keys(bool can_be_fused) {
   Key weights{.name = "weights",
               .help =
@@ -942,13 +990,7 @@ std::vector<Key> keys(bool can_be_fused) {
               .min = 0,
               .max = 1,
               .words = {"given", "split"},
-              .weights = {25, 75}};
-  Key gather{.name = "gather",
-             .help = "1: ranks have a share of the tokens each, and gather the codes of them",
-             .min = 0,
-             .max = 1,
-             .words = {"0", "1"},
-             .weights = {40, 60}};
+              .weights = {20, 80}};
   if (can_be_fused) {
     weights.help += ", fused one below the other, or fused in stripes";
     weights.max = 3;
@@ -956,23 +998,34 @@ std::vector<Key> keys(bool can_be_fused) {
     weights.weights = {20, 25, 30, 25};
   }
   std::vector<Key> all = {
+      weights,
+      {.name = "quant",
+       .help = "how the weights are quantised",
+       .min = 0,
+       .max = 5,
+       .words = words(kSchemeWords, std::size(kSchemeWords)),
+       .weights = {15, 22, 14, 19, 17, 13},
+       .fits = quant_fits},
       {.name = "dialect",
        .help = "whose names, shapes and senses the quantised tensors have",
        .min = 0,
        .max = 2,
-       .words = words(kDialectWords, std::size(kDialectWords))},
+       .words = words(kDialectWords, std::size(kDialectWords)),
+       .fits = dialect_fits},
       {.name = "activations",
        .help = "what is multiplied with quantised weights: activations as they are, or codes and a "
                "scale that is known, or made of the call, of each token, of each block of it",
        .min = 0,
        .max = 4,
        .words = words(kActivationsWords, std::size(kActivationsWords)),
-       .weights = {25, 20, 25, 15, 15}},
+       .weights = {20, 20, 25, 15, 20},
+       .fits = activations_fit},
       {.name = "act_order",
        .help = "1: gptq's groups of columns are in any order",
        .min = 0,
        .max = 1,
-       .words = {"0", "1"}},
+       .words = {"0", "1"},
+       .fits = act_order_fits},
       {.name = "block",
        .help = "rows and columns of a block of fp8_block, columns of a group of gptq",
        .min = 0,
@@ -984,23 +1037,26 @@ std::vector<Key> keys(bool can_be_fused) {
        .help = "files that a checkpoint is spread over",
        .min = 1,
        .max = 4,
-       .fallback = 1},
+       .fallback = 1,
+       .words = {"1", "2", "3", "4"},
+       .fits = files_fit},
       {.name = "layer",
        .help =
            "0: tensors made from the seed; k: those of layer k-1 of the checkpoint that the run "
            "was given (--model DIR)",
        .min = 0,
        .max = 1 << 16,
-       .is_drawn = false},
-      {.name = "quant",
-       .help = "how the weights are quantised",
-       .min = 0,
-       .max = 5,
-       .words = words(kSchemeWords, std::size(kSchemeWords)),
-       .weights = {20, 22, 14, 18, 14, 12}},
-      weights};
+       .is_drawn = false}};
   // Row-parallel layers have all tokens on each rank.
-  if (can_be_fused) all.insert(all.begin(), gather);
+  if (can_be_fused) {
+    all.push_back({.name = "gather",
+                   .help = "1: ranks have a share of the tokens each, and gather the codes of them",
+                   .min = 0,
+                   .max = 1,
+                   .words = {"0", "1"},
+                   .weights = {40, 60},
+                   .fits = gather_fits});
+  }
   return all;
 }
 
@@ -1335,9 +1391,6 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer) {
   if (f.scheme == Scheme::nvfp4) {
     if (f.activations != Activations::plain)
       return "nvfp4 weights are dequantised here: their activations stay plain";
-    if (in % kNvfp4Group != 0)
-      return fmt::format("nvfp4 needs columns in whole groups of {}, and in_features is {}",
-                         kNvfp4Group, in);
     if (width % 2 != 0)
       return fmt::format("nvfp4 has two columns a byte, and a rank {} of them", width);
   }
@@ -1520,8 +1573,10 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
     scales = reference::columns(in["x_scale"], mine.offset, mine.size);
   }
   if (quantises(c)) of_x = x_factors(c, layer, scales, tp_rank);
+  const std::int64_t longest =
+      f.scheme == Scheme::fp8_block ? std::min<std::int64_t>(own.size, f.block_cols) : own.size;
   return reference::scaled_product(x, of_x, w.values, w.factors, {0, own.size}, bias,
-                                   scaled_accumulation(x_type, own.size), is_last);
+                                   scaled_accumulation(x_type, longest), is_last);
 }
 
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {

@@ -166,6 +166,11 @@ std::int64_t draw_value(Dice& dice, const Key& key, const Case& c, bool large) {
     for (std::size_t i = 0; key.name == "law" && i < weights.size(); ++i) {
       if (is_idle_law(key.words[i], c)) weights[i] = 0;
     }
+    for (std::size_t i = 0; key.fits && i < weights.size(); ++i) {
+      if (!key.fits(c, key.min + std::int64_t(i))) weights[i] = 0;
+    }
+    if (std::all_of(weights.begin(), weights.end(), [](double w) { return w == 0; }))
+      return key.fallback;
     return key.min + std::int64_t(dice.weighted(weights));
   }
   const std::int64_t max = key.draw_max > 0 ? key.draw_max : key.max;

@@ -105,12 +105,13 @@ bool is_new(const RankMemory& memory, const LocalBuffer& local) {
   return !memory.latest.contains(local.name);
 }
 
-// Runs a stage with its new inputs as `images` say, the recorded way if there is a recording.
+// Runs a stage with its inputs as `images` say, the new ones or all of them, the recorded way if
+// there is a recording.
 void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const RankMemory& memory,
                   const Checkpoint* checkpoint, const std::vector<Image>& images, bool whole,
                   Recording* recording) {
   for (const Image& image : images) {
-    if (image.local.use == Use::input && is_new(memory, image.local))
+    if (image.local.use == Use::input && (recording != nullptr || is_new(memory, image.local)))
       upload(stream, image, memory.buffers.at(image.local.name).buffer, whole);
   }
   RankRun run(group, stream, memory.buffers, checkpoint);
@@ -119,11 +120,40 @@ void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const Rank
   if (recording != nullptr) stream.end_recording();
 }
 
+// The same elements in another order, and half of an only one: other data that are as good. Not of
+// whole numbers, which may be places in other buffers.
+void disorder(Image& image) {
+  const DType t = image.local.dtype;
+  if (t == DType::i32 || !image.local.content.empty()) return;
+  if (image.bytes.size() == sizeof(float) && t == DType::f32) {
+    store(t, image.bytes.data(), 0, load(t, image.bytes.data(), 0) / 2);
+    return;
+  }
+  for (const Piece& piece : image.local.pieces) {
+    const Shard rows = local_rows(image.local, piece);
+    const std::int64_t width = piece.cols.size * size_of(t);
+    for (std::int64_t i = rows.offset; i < rows.end(); ++i) {
+      std::byte* row = image.bytes.data() + (i * image.local.cols + piece.at) * size_of(t);
+      std::rotate(row, row + size_of(t), row + width);
+    }
+    for (std::int64_t i = 0; i < rows.size / 2; ++i) {
+      std::byte* row = image.bytes.data() + piece.at * size_of(t);
+      const std::int64_t stride = image.local.cols * size_of(t);
+      std::swap_ranges(row + (rows.offset + i) * stride, row + (rows.offset + i) * stride + width,
+                       row + (rows.end() - 1 - i) * stride);
+    }
+  }
+}
+
 // Other data for the same buffers: what is recorded over them must not stick to it.
 std::vector<Image> decoys(const Stage& stage, std::vector<Image> images, InputData& data,
                           const RankMemory& memory) {
   for (Image& image : images) {
-    if (image.local.use != Use::input || !is_new(memory, image.local)) continue;
+    if (image.local.use != Use::input) continue;
+    if (!is_new(memory, image.local)) {
+      disorder(image);
+      continue;
+    }
     for (const Piece& piece : image.local.pieces)
       place(data.block(tensor_of(stage, piece.tensor), rows_of(stage, piece), piece.cols), image,
             piece);

@@ -38,23 +38,6 @@ class MemoryFile {
   int fd_;
 };
 
-std::string stored_word(DType t) {
-  switch (t) {
-    case DType::f32:
-      return "F32";
-    case DType::f16:
-      return "F16";
-    case DType::bf16:
-      return "BF16";
-    case DType::e4m3:
-      return "F8_E4M3";
-    case DType::u8:
-      return "U8";
-    default:
-      return "I32";
-  }
-}
-
 }  // namespace
 
 const Checkpoint& InputData::checkpoint(const Stage& stage) {
@@ -67,7 +50,7 @@ const Checkpoint& InputData::checkpoint(const Stage& stage) {
     const std::vector<std::byte>& bytes = block(t, {0, t.rows}, {0, t.cols});
     files.resize(std::max(files.size(), std::size_t(input.file) + 1));
     files[std::size_t(input.file)].push_back(
-        {t.name, stored_word(t.dtype), input.shape, bytes.data(), bytes.size()});
+        {t.name, std::string(safetensors_word(t.dtype)), input.shape, bytes.data(), bytes.size()});
   }
   std::vector<std::unique_ptr<MemoryFile>> open;
   std::vector<std::string> paths;
