@@ -99,11 +99,12 @@ tp_test(budget_test LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
-          properties/merged_linear_test.cc properties/blocks_test.cc)
+          properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases")
 
 tp_test(attention_test SOURCES properties/attention_test.cc kernels/attention_testing.cu LIBRARIES tp_kernels)
 tp_test(quantise_test SOURCES properties/quantise_test.cc LIBRARIES tp_kernels)
+tp_test(weight_loader_test SOURCES kernels/weight_loader_test.cc LIBRARIES tp_kernels)
 tp_test(share_test SOURCES properties/run/share_test.cc LIBRARIES tp_run)
 tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)
 target_compile_definitions(sample_test PRIVATE TP_SAMPLE="${CMAKE_SOURCE_DIR}/properties/sample.cases")

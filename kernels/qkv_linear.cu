@@ -5,8 +5,8 @@
 namespace tp {
 
 std::int64_t qkv_width(const ModelShape& model, const RankShape& rank) {
-  return (rank.heads.size + rank.kv_heads.size) * model.head_dim +
-         rank.kv_heads.size * model.value_head_dim();
+  return rank.heads.size * model.query_dim() +
+         rank.kv_heads.size * (model.head_dim + model.value_head_dim());
 }
 
 template <typename T>

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <optional>
 
 #include "harness/base/check.h"
 #include "harness/device/buffer.h"
@@ -15,6 +16,8 @@ namespace {
 
 constexpr std::int64_t kNvfp4Group = 16;
 constexpr std::int64_t kPackedColumns = 8;  // of gptq's i32
+// Eight zero points 8: as GPTQ's second format stores them, and less one, as AutoGPTQ does.
+constexpr std::uint32_t kZeros = 0x88888888, kZerosLessOne = 0x77777777;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -298,6 +301,7 @@ void WeightLoader::group_scales(View<f16> out) const {
                 fmt::format("{} groups of {} are loaded, but the rank has room for {}", loaded.size,
                             layer_.prefixes.front(), out.rows)};
   }
+  check_zeros(loaded, groups);
   for (const Run& run : runs_) {
     const std::int64_t rows = stored_rows(layer_, run.tensor).total();
     const StoredTensor& stored =
@@ -312,6 +316,34 @@ void WeightLoader::group_scales(View<f16> out) const {
     }
   }
   if (rules_.loader.pads_scales) zero_columns(out.data, out.rows, out.row_stride, 2);
+}
+
+// The zero points of the rank's rows in these groups, eight to a word: the product takes them for
+// the middle of int4.
+void WeightLoader::check_zeros(Shard loaded, std::int64_t groups) const {
+  std::optional<std::uint32_t> all;
+  for (const Run& run : runs_) {
+    const std::int64_t words = ceil_div(stored_rows(layer_, run.tensor).total(), kPackedColumns);
+    const StoredTensor& stored =
+        checkpoint_.at(name(run.tensor, names_.zeros), DType::i32, {groups, words});
+    const std::int64_t first = run.stored / kPackedColumns,
+                       end = ceil_div(run.stored + run.size, kPackedColumns);
+    require_inside(stored, "rows", loaded, groups);
+    require_inside(stored, "words", {first, end - first}, words);
+    for (std::int64_t i = loaded.offset; i < loaded.end(); ++i) {
+      for (std::int64_t k = first; k < end; ++k) {
+        const auto word = element<std::uint32_t>(stored, i * words + k);
+        if ((word == kZerosLessOne || word == kZeros) && word == all.value_or(word)) {
+          all = word;
+          continue;
+        }
+        throw BadInput(fmt::format(
+            "{}: {}, element {} is {:#010x}, but only symmetric codes are supported: "
+            "all zero points {:#010x}, or all {:#010x}",
+            checkpoint_.path_of(stored), stored.name, i * words + k, word, kZerosLessOne, kZeros));
+      }
+    }
+  }
 }
 
 void WeightLoader::groups(View<std::int32_t> out) const {
@@ -367,6 +399,24 @@ void WeightLoader::fill_slots(const std::string& suffix, bool is_inverse, View<f
   }
 }
 
+template <typename T>
+void load_vector(const Checkpoint& checkpoint, const std::string& name, Shard taken, View<T> out,
+                 Stream& stream) {
+  const StoredTensor& found = checkpoint.at(name);
+  const StoredTensor& stored = checkpoint.at(name, dtype_of<T>::value, {found.elements()});
+  require_inside(stored, "elements", taken, stored.elements());
+  if (out.cols != taken.size) {
+    throw Fault{Outcome::BadLaunch,
+                fmt::format("{} elements of {} are loaded, but the rank has room for {}",
+                            taken.size, name, out.cols)};
+  }
+  from_host_when_reached(stream, out.data, stored.data + taken.offset * std::int64_t(sizeof(T)),
+                         std::size_t(taken.size) * sizeof(T));
+}
+
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<float>, Stream&);
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<f16>, Stream&);
+template void load_vector(const Checkpoint&, const std::string&, Shard, View<bf16>, Stream&);
 template void WeightLoader::weight(View<float>) const;
 template void WeightLoader::weight(View<f16>) const;
 template void WeightLoader::weight(View<bf16>) const;

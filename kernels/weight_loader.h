@@ -22,8 +22,8 @@ struct StoredLinear {
   // The prefixes of its tensors ("model.layers.0.self_attn.qkv_proj"): of one that all matrices are
   // fused in, or of one for each matrix.
   std::vector<std::string> prefixes;
-  FusedRows rows;            // of the matrices; the stripes count where they are fused
-  std::vector<Shard> taken;  // rows of each matrix that the rank has
+  FusedRows rows;                 // of the matrices; the stripes count where they are fused
+  std::vector<Shard> taken;       // rows of each matrix that the rank has
   std::vector<Shard> bias_taken;  // as many elements of each bias
   // Where they begin in the rank's weight, of so many rows. The rows of no matrix are zeros.
   std::vector<std::int64_t> first;
@@ -45,9 +45,9 @@ std::vector<Shard> padding_of(const StoredLinear& layer);
 
 // Everything is a copy on the stream, which reads the checkpoint when it gets there: that must
 // outlive the stream's work. Throws BadInput naming file, tensor and numbers where the checkpoint
-// lacks a tensor, has it in another type or shape, or has a scale that is none (zero, negative, not
-// finite); Fault(BadLaunch) where the rank's memory does not fit what it takes, Fault(OutOfBounds)
-// where it takes rows or columns that a tensor does not have.
+// lacks a tensor, has it in another type or shape, has a scale that is none (zero, negative, not
+// finite) or zero points that are not symmetric; Fault(BadLaunch) where the rank's memory does not
+// fit what it takes, Fault(OutOfBounds) where it takes rows or columns that a tensor does not have.
 class WeightLoader {
  public:
   WeightLoader(const Checkpoint& checkpoint, const StoredLinear& layer, const ShardingRules& rules,
@@ -89,6 +89,7 @@ class WeightLoader {
   void zero_rows(void* data, std::int64_t row_bytes) const;
   void zero_columns(void* data, std::int64_t rows, std::int64_t row_stride,
                     std::int64_t element) const;
+  void check_zeros(Shard loaded, std::int64_t groups) const;
   void fill_slots(const std::string& suffix, bool is_inverse, View<float> out) const;
 
   const Checkpoint& checkpoint_;
@@ -98,6 +99,12 @@ class WeightLoader {
   TensorNames names_;
   std::vector<Run> runs_;
 };
+
+// Elements `taken` of a stored vector, such as the weight of a norm, to out [1, as many]; the copy
+// is as those of WeightLoader, and so are the errors.
+template <typename T>
+void load_vector(const Checkpoint& checkpoint, const std::string& name, Shard taken, View<T> out,
+                 Stream& stream);
 
 // The blocks of `group` columns that a rank's columns touch: how many scales a row of it has.
 std::int64_t groups_touched(const LocalColumns& columns, std::int64_t group,

@@ -149,6 +149,8 @@ const Planted kPlanted[] = {
             Outcome::BadLaunch, kQkvLinear},
     Planted{"own:qkv-v-rows-of-head-dim", "num_heads=2 num_kv_heads=2 tp_size=2 v_head_dim=4",
             Outcome::BadLaunch, kQkvLinear},
+    Planted{"output-gate-not-sliced:offset",
+            "num_heads=2 num_kv_heads=1 tp_size=2 output_gate=1", Outcome::WrongValue, kQkvLinear},
     Planted{"own:qkv-bias-of-rank-0", "num_heads=2 num_kv_heads=1 tp_size=2 bias=yes",
             Outcome::WrongValue, kQkvLinear},
     Planted{"own:qkv-bias-kv-head-modulo", "num_heads=4 num_kv_heads=2 tp_size=4 bias=yes",

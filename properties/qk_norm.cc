@@ -8,9 +8,11 @@
 
 #include <algorithm>
 
+#include "kernels/weight_loader.h"
 #include "properties/norm.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
+#include "reference/checkpoint.h"
 #include "reference/qk_norm.h"
 
 namespace tp {
@@ -325,7 +327,7 @@ Stage head_norm_stage(const Case& c, const ShardingRules& rules, double eps, Sta
   return stage;
 }
 
-std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+Stage norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const ModelShape& m = c.model;
   const std::int64_t tokens = c.num_tokens, pad = c.options.at("pad"), dim = m.head_dim,
                      v_dim = m.value_head_dim();
@@ -389,13 +391,68 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
           },
   };
   if (!is_full_width(c)) stage = head_norm_stage(c, rules, eps, std::move(stage));
-  return {std::move(stage)};
+  return stage;
+}
+
+bool is_stored(const Case& c) { return c.options.at("weights") == 1; }
+
+// What a checkpoint calls the weight of q, of k.
+std::string stored_name(const std::string& weight) {
+  return fmt::format("model.layers.0.self_attn.{}_norm.weight", weight[0]);
+}
+
+// Loads the weights that `norm` takes, from wherever its rules say, to where the right ones do.
+Stage load_stage(const Case& c, const Stage& norm, const Stage& right) {
+  const auto is_weight = [](const std::string& name) {
+    return name == "q_weight" || name == "k_weight";
+  };
+  Stage stage{.name = "load"};
+  for (const TensorSpec& t : right.inputs) {
+    if (!is_weight(t.name)) continue;
+    stage.outputs.push_back(t);
+    stage.inputs.push_back(t);
+    stage.inputs.back().name = stored_name(t.name);
+    stage.stored.push_back({stored_name(t.name), {t.cols}});
+  }
+  stage.buffers = [=, buffers = right.buffers](int tp_rank) {
+    std::vector<LocalBuffer> all = buffers(tp_rank);
+    std::erase_if(all, [&](const LocalBuffer& b) { return !is_weight(b.name); });
+    for (LocalBuffer& b : all) b.use = Use::output;
+    return all;
+  };
+  stage.run = [=, buffers = norm.buffers](RankRun& run) {
+    for (const LocalBuffer& b : buffers(run.group.tp_rank())) {
+      if (!is_weight(b.name)) continue;
+      const Piece& taken = b.pieces.front();
+      dispatch(c.dtype, [&]<typename T>(T) {
+        load_vector<T>(run.checkpoint(), stored_name(taken.tensor), taken.cols, run.view<T>(b.name),
+                       run.stream);
+      });
+    }
+  };
+  stage.reference = [names = stage.stored](const WholeInputs& in) {
+    std::vector<Budget> all;
+    for (const StoredInput& t : names) all.push_back(reference::exactly(in[t.tensor]));
+    return all;
+  };
+  return stage;
+}
+
+std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  Stage norm = norm_stage(c, rules, variation);
+  if (!is_stored(c)) return {std::move(norm)};
+  // What was loaded is what the rank has room for.
+  const Stage right = norm_stage(c, sharding_rules(), variation);
+  Stage load = load_stage(c, norm, right);
+  norm.buffers = right.buffers;
+  norm.blind_to = {};  // weights that were loaded are compared themselves
+  return {std::move(load), std::move(norm)};
 }
 
 }  // namespace
 
 Stage qk_norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  return stages(c, rules, variation).front();
+  return norm_stage(c, rules, variation);
 }
 
 Operator make_qk_norm() {
@@ -403,17 +460,32 @@ Operator make_qk_norm() {
       .name = "qk_norm",
       .what = "RMSNorm over all q heads and over all KV heads of a token, or over each, sharded by "
               "head",
-      .keys = {shared_key("num_heads"), shared_key("num_kv_heads"), shared_key("head_dim"),
-               shared_key("v_head_dim"), shared_key("tp_size"), shared_key("num_tokens"),
-               shared_key("dtype"), shared_key("fill"), shared_key("seed"), norm::eps_key(),
+      .keys = {shared_key("num_heads"),
+               shared_key("num_kv_heads"),
+               shared_key("head_dim"),
+               shared_key("v_head_dim"),
+               shared_key("tp_size"),
+               shared_key("num_tokens"),
+               shared_key("dtype"),
+               shared_key("fill"),
+               shared_key("seed"),
+               norm::eps_key(),
                pad_key("qkv and of the outputs"),
                norm::head_norm_key("style", "what a mean spans and what it is multiplied with",
-                                   "full_width", 58)},
+                                   "full_width", 58),
+               {.name = "weights",
+                .help = "where the weights come from: they are there, or a checkpoint has them",
+                .min = 0,
+                .max = 1,
+                .words = {"given", "stored"},
+                .weights = {70, 30}}},
       .laws = {law_tp1(), law_scale(), law_tokens()},
       .mutants = mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
+            if (is_stored(c) && !is_full_width(c) && !norm::has_head_weight(c.options.at("style")))
+              return std::optional<std::string>("weights=stored, but this norm has none");
             return too_large(c.num_tokens, widest_qkv(c));
           },
       .regime = norm::regime,

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 
+#include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
@@ -20,6 +21,13 @@ namespace {
 
 using RowsRule = QkvRows (*)(const ModelShape&, int, int);
 
+// The case's model, with the gate of its attention if the queries have one.
+ModelShape shape_of(const Case& c) {
+  ModelShape m = c.model;
+  m.attn_output_gate = c.options.at("output_gate") == 1;
+  return m;
+}
+
 // The mistake in the weight and in its bias, which one loader loads; in the bias alone.
 Mutant mutant(std::string id, std::string what, std::string upstream, RowsRule weight,
               RowsRule bias) {
@@ -29,11 +37,11 @@ Mutant mutant(std::string id, std::string what, std::string upstream, RowsRule w
   m.decides = [rules = m.rules](const Case& c) {
     const ShardingRules& right = sharding_rules();
     for (int rank = 0; rank < c.tp_size; ++rank) {
-      if (rules.linear.qkv_weight_rows(c.model, c.tp_size, rank) !=
-          right.linear.qkv_weight_rows(c.model, c.tp_size, rank))
+      if (rules.linear.qkv_weight_rows(shape_of(c), c.tp_size, rank) !=
+          right.linear.qkv_weight_rows(shape_of(c), c.tp_size, rank))
         return true;
-      if (linear::has_bias(c) && rules.linear.qkv_bias_rows(c.model, c.tp_size, rank) !=
-                                     right.linear.qkv_bias_rows(c.model, c.tp_size, rank))
+      if (linear::has_bias(c) && rules.linear.qkv_bias_rows(shape_of(c), c.tp_size, rank) !=
+                                     right.linear.qkv_bias_rows(shape_of(c), c.tp_size, rank))
         return true;
     }
     return false;
@@ -59,7 +67,7 @@ QkvRows kv_heads_modulo(const ModelShape& m, int tp_size, int tp_rank) {
 
 // Rows [first, end) of q_proj, k_proj and v_proj, one below the other.
 QkvRows contiguous_cut(const ModelShape& m, int tp_size, int tp_rank) {
-  const std::int64_t q = std::int64_t{m.num_heads} * m.head_dim,
+  const std::int64_t q = std::int64_t{m.num_heads} * m.query_dim(),
                      k = std::int64_t{m.num_kv_heads} * m.head_dim,
                      v = std::int64_t{m.num_kv_heads} * m.value_head_dim();
   const std::int64_t size = (q + k + v) / tp_size, first = tp_rank * size;
@@ -79,6 +87,12 @@ QkvRows values_by_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
 QkvRows values_of_head_dim(const ModelShape& m, int tp_size, int tp_rank) {
   QkvRows rows = sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank);
   rows.v = rows.k;
+  return rows;
+}
+
+QkvRows queries_without_gate(const ModelShape& m, int tp_size, int tp_rank) {
+  QkvRows rows = sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank);
+  rows.q.offset = partition(m, tp_size, tp_rank).heads.offset * m.head_dim;
   return rows;
 }
 
@@ -102,6 +116,9 @@ const std::vector<Mutant>& mutants() {
       mutant("own:qkv-v-rows-of-head-dim",
              "the v rows of heads of head_dim, as many as k has, though v_head_dim is another", "-",
              values_of_head_dim, values_of_head_dim),
+      mutant("output-gate-not-sliced:offset",
+             "the q rows of a rank begin where those of heads without a gate would",
+             "radixark/miles#972", queries_without_gate, queries_without_gate),
       mutant("own:qkv-bias-of-rank-0", "every rank adds the bias of rank 0's rows", "-", nullptr,
              of_rank_0),
       mutant("own:qkv-bias-kv-head-modulo",
@@ -153,10 +170,11 @@ std::optional<std::string> blind_to(const Case& c, const Projections& p) {
     if (!m.shows(c)) continue;
     bool shown = false;
     for (int rank = 0; rank < c.tp_size && !shown; ++rank) {
-      const QkvRows weight = m.rules.linear.qkv_weight_rows(c.model, c.tp_size, rank);
-      shown = shows(
-          p, sharding_rules().linear.qkv_weight_rows(c.model, c.tp_size, rank), weight,
-          linear::has_bias(c) ? m.rules.linear.qkv_bias_rows(c.model, c.tp_size, rank) : weight);
+      const QkvRows weight = m.rules.linear.qkv_weight_rows(shape_of(c), c.tp_size, rank);
+      shown =
+          shows(p, sharding_rules().linear.qkv_weight_rows(shape_of(c), c.tp_size, rank), weight,
+                linear::has_bias(c) ? m.rules.linear.qkv_bias_rows(shape_of(c), c.tp_size, rank)
+                                    : weight);
     }
     if (!shown) return m.id;
   }
@@ -166,7 +184,8 @@ std::optional<std::string> blind_to(const Case& c, const Projections& p) {
 // Of q, k and v on all ranks together.
 double output_columns(const Case& c) {
   const double kv_heads = std::max(c.model.num_kv_heads, c.tp_size);
-  return (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * c.model.value_head_dim();
+  return c.model.num_heads * double(shape_of(c).query_dim()) +
+         kv_heads * (c.model.head_dim + c.model.value_head_dim());
 }
 
 struct Part {
@@ -174,7 +193,7 @@ struct Part {
   std::int64_t rows;
 };
 std::array<Part, 3> parts_of(const ModelShape& m) {
-  return {{{"q", "q_proj", "q_bias", std::int64_t{m.num_heads} * m.head_dim},
+  return {{{"q", "q_proj", "q_bias", std::int64_t{m.num_heads} * m.query_dim()},
            {"k", "k_proj", "k_bias", std::int64_t{m.num_kv_heads} * m.head_dim},
            {"v", "v_proj", "v_bias", std::int64_t{m.num_kv_heads} * m.value_head_dim()}}};
 }
@@ -188,16 +207,17 @@ stored_linear::Layer layer_of(const Case& c) {
                              .kind = LinearKind::qkv,
                              .stripes = c.model.num_kv_heads,
                              .in_features = c.model.hidden_size};
-  for (const Part& p : parts_of(c.model)) {
+  for (const Part& p : parts_of(shape_of(c))) {
     layer.parts.push_back(p.weight);
     layer.biases.push_back(p.bias);
     layer.rows.push_back(p.rows);
   }
-  layer.taken = [m = c.model, tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
+  layer.taken = [m = shape_of(c), tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
     const auto rows = shards(rules.linear.qkv_weight_rows(m, tp_size, tp_rank));
     return std::vector(rows.begin(), rows.end());
   };
-  layer.bias_taken = [m = c.model, tp_size = c.tp_size](const ShardingRules& rules, int tp_rank) {
+  layer.bias_taken = [m = shape_of(c), tp_size = c.tp_size](const ShardingRules& rules,
+                                                            int tp_rank) {
     const auto rows = shards(rules.linear.qkv_bias_rows(m, tp_size, tp_rank));
     return std::vector(rows.begin(), rows.end());
   };
@@ -211,7 +231,7 @@ TensorSpec x_of(const Case& c) {
 
 std::vector<TensorSpec> biases_of(const Case& c) {
   std::vector<TensorSpec> all;
-  for (const Part& p : parts_of(c.model)) {
+  for (const Part& p : parts_of(shape_of(c))) {
     if (linear::has_bias(c))
       all.push_back(linear::tensor(c, p.bias, 1, p.rows, Role::weight, linear::kLargestBias));
   }
@@ -220,7 +240,7 @@ std::vector<TensorSpec> biases_of(const Case& c) {
 
 // The product of weights that are not quantised: they are there, or were loaded.
 Stage plain_product(const Case& c, const ShardingRules& rules) {
-  const ModelShape& m = c.model;
+  const ModelShape m = shape_of(c);
   const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
   const bool bias = linear::has_bias(c);
   const auto parts = parts_of(m);
@@ -288,7 +308,7 @@ Stage plain_product(const Case& c, const ShardingRules& rules) {
 }
 
 Stage quantised_product_stage(const Case& c, const ShardingRules& rules) {
-  const ModelShape& m = c.model;
+  const ModelShape m = shape_of(c);
   const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
   const bool bias = linear::has_bias(c);
   const auto parts = parts_of(m);
@@ -373,6 +393,13 @@ std::vector<Key> keys() {
                           shared_key("fill"),
                           shared_key("seed"),
                           linear::bias_key(),
+                          {.name = "output_gate",
+                           .help = "1: q_proj has a gate for each head, behind its query",
+                           .min = 0,
+                           .max = 1,
+                           .words = {"0", "1"},
+                           .weights = {75, 25},
+                           .of_model = true},
                           pad_key("x and of the fused row")};
   for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
   stored_linear::mark_keys_of_checkpoint(all);
@@ -401,11 +428,16 @@ Operator make_qkv_linear() {
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
             if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;
-            const std::int64_t width = widest_qkv(c);
+            const std::int64_t width =
+                widest_qkv(c) + std::int64_t{c.model.num_heads} * c.model.head_dim;
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
           },
       .work = [](const Case& c) { return linear::work(c, output_columns(c), c.model.hidden_size); },
+      .adopt =
+          [](Case& c, const Model& model) {
+            c.options.at("output_gate") = model.shape.attn_output_gate;
+          },
       .checkpoint_cases =
           [](int tp_size) { return stored_linear::checkpoint_cases(of_checkpoint(), tp_size); },
       .check_checkpoint = [] { stored_linear::check_checkpoint(of_checkpoint()); },

@@ -1565,7 +1565,9 @@ bool other_columns(const Case& c, const Layer& of, const StoredLinear& layer,
   if (layer.format.scheme == Scheme::fp8_block || layer.format.scheme == Scheme::nvfp4) {
     const auto mine = rules.loader.first_group(layer.columns, group),
                theirs = good.loader.first_group(layer.columns, group);
-    return mine.group != theirs.group || mine.column != theirs.column;
+    // Columns that are all of one group have its scale wherever in it they begin.
+    const std::int64_t last = std::max(mine.column, theirs.column) + layer.columns.own.size - 1;
+    return mine.group != theirs.group || (mine.column != theirs.column && last >= group);
   }
   if (layer.format.scheme != Scheme::gptq) return false;
   const std::int64_t groups = ceil_div(layer.in_features, group);

@@ -16,7 +16,7 @@ struct QkvRows {
 
 inline QkvRows rows_of_own_heads(const ModelShape& model, int tp_size, int tp_rank) {
   const RankShape rank = partition(model, tp_size, tp_rank);
-  return {rank.heads.times(model.head_dim), rank.kv_heads.times(model.head_dim),
+  return {rank.heads.times(model.query_dim()), rank.kv_heads.times(model.head_dim),
           rank.kv_heads.times(model.value_head_dim())};
 }
 

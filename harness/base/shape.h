@@ -20,6 +20,8 @@ struct ModelShape {
   bool attn_output_gate = false;
 
   int value_head_dim() const { return v_head_dim > 0 ? v_head_dim : head_dim; }
+  // Rows of q_proj that a head has: its query, and then its gate if there is one.
+  int query_dim() const { return attn_output_gate ? 2 * head_dim : head_dim; }
   bool operator==(const ModelShape&) const = default;
 };
 

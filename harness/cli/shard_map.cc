@@ -4,16 +4,12 @@ namespace tp {
 
 namespace {
 
-std::int64_t q_rows_per_head(const ModelShape& model) {
-  return std::int64_t{model.head_dim} * (model.attn_output_gate ? 2 : 1);
-}
-
 Shard moved(Shard shard, std::int64_t by) { return {shard.offset + by, shard.size}; }
 
 }  // namespace
 
 ProjectionRows projection_rows(const ModelShape& model) {
-  return {.q = model.num_heads * q_rows_per_head(model),
+  return {.q = std::int64_t{model.num_heads} * model.query_dim(),
           .k = std::int64_t{model.num_kv_heads} * model.head_dim,
           .v = std::int64_t{model.num_kv_heads} * model.value_head_dim()};
 }
@@ -21,7 +17,7 @@ ProjectionRows projection_rows(const ModelShape& model) {
 ShardMap shard_map(const ModelShape& model, int tp_size, int tp_rank) {
   ShardMap map;
   map.rank = partition(model, tp_size, tp_rank);
-  map.q_proj = map.rank.heads.times(q_rows_per_head(model));
+  map.q_proj = map.rank.heads.times(model.query_dim());
   map.k_proj = map.rank.kv_heads.times(model.head_dim);
   map.v_proj = map.rank.kv_heads.times(model.value_head_dim());
   const ProjectionRows whole = projection_rows(model);
