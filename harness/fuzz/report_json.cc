@@ -51,6 +51,7 @@ std::string to_json(const FuzzResult& result) {
               {"seconds", s.seconds},
               {"cases", s.ran()},
               {"cases_per_second", s.cases_per_second()},
+              {"on_checkpoint", s.on_checkpoint},
               {"emulated_threads", s.threads},
               {"emulated_threads_per_second", s.seconds > 0 ? double(s.threads) / s.seconds : 0.0},
               {"interrupted", result.interrupted},

@@ -87,6 +87,7 @@ void Summary::add(const Case& c, const Verdict& verdict) {
   }
   const Operator& op = find_operator(c.op);
   ++ops[c.op];
+  on_checkpoint += tp::on_checkpoint(c);
   if (has_heads(op)) ++relations[relation_of(heads_of(c))];
   if (op.key("dtype")) ++dtypes[c.dtype];
   if (op.key("fill")) ++fills[c.fill];
@@ -145,6 +146,10 @@ std::string summary_text(const Summary& s) {
   text +=
       fmt::format("              {}; {}\n", counts(s.dtypes, [](DType t) { return name_of(t); }),
                   counts(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; }));
+  if (s.on_checkpoint > 0) {
+    text +=
+        fmt::format("  checkpoint  {} of {} cases ran on its tensors\n", s.on_checkpoint, s.ran());
+  }
   text += fmt::format("  outcomes    {}", counts(s.outcomes, [](Outcome o) { return name_of(o); }));
   if (s.count(Outcome::Mistrusted) > 0) text += " (Mistrusted: drawn again, no pass)";
   if (s.repeated > 0) text += fmt::format("; {} like an earlier finding", s.repeated);

@@ -51,8 +51,9 @@ struct Summary {
   std::map<std::pair<std::string, DType>, double> scores;  // largest error/budget of passing cases
   std::map<std::string, FloorRatios> ratios;  // by operator; empty where nothing was measured
   std::uint64_t threads = 0;
-  int unstable = 0;      // failures their own replay did not show
-  int repeated = 0;      // findings with the signature of an earlier one
+  std::int64_t on_checkpoint = 0;  // cases that ran on tensors of the user's checkpoint
+  int unstable = 0;                // failures their own replay did not show
+  int repeated = 0;                // findings with the signature of an earlier one
   int not_replayed = 0;  // failures whose replay did not come to an end: Ctrl-C, or no worker left
   int pairs_legal = -1;  // with --each: pairs of model and tp_size; else -1
   int pairs_refused = -1;
