@@ -169,18 +169,19 @@ def nvfp4(dialect):
 
 
 def vision(dtype):
-    """Not quantised, in a decoder that is nested beside a vision tower of as many layers."""
+    """Not quantised, each query with a gate behind it; nested beside a vision tower of as many layers."""
     tensors = Tensors("vision")
     for i in range(2):
         decoder, tower = f"model.language_model.layers.{i}", f"model.visual.blocks.{i}"
-        for module, rows, cols in (("self_attn.q_proj", 128, 128), ("self_attn.k_proj", 32, 128),
+        for module, rows, cols in (("self_attn.q_proj", 256, 128), ("self_attn.k_proj", 32, 128),
                                    ("self_attn.v_proj", 32, 128), ("self_attn.o_proj", 128, 128),
                                    ("mlp.gate_proj", 256, 128), ("mlp.up_proj", 256, 128),
                                    ("mlp.down_proj", 128, 256)):
             tensors.reals(f"{decoder}.{module}.weight", dtype, (rows, cols), lambda: tensors.random.gauss(0, 0.05))
         for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
             tensors.bf16(f"{tower}.self_attn.{module}.weight", 48, 48)
-    return tensors, {"config.json": {"model_type": "qwen3_vl", "text_config": config(model_type="qwen3_vl_text")}}
+    return tensors, {"config.json": {"model_type": "qwen3_5", "text_config": config(
+        model_type="qwen3_5_text", attn_output_gate=True)}}
 
 
 def gptq(act_order):

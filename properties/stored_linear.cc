@@ -1022,7 +1022,8 @@ void mark_keys_of_checkpoint(std::vector<Key>& keys) {
                                               "layer",
                                               "module",
                                               "quant",
-                                              "weights"};
+                                              "weights",
+                                              "output_gate"};
   for (Key& key : keys) key.of_checkpoint = names.contains(key.name);
 }
 
@@ -1267,10 +1268,7 @@ FileCase case_of(const OfCheckpoint& of, std::size_t kind, int number, const Fil
 }
 
 // Where a fused q, k and v is something else, too.
-bool is_other_attention(LinearKind kind) {
-  const Model& model = *user_model();
-  return kind == LinearKind::qkv && (model.mla || model.shape.attn_output_gate);
-}
+bool is_other_attention(LinearKind kind) { return kind == LinearKind::qkv && user_model()->mla; }
 
 }  // namespace
 
