@@ -267,6 +267,18 @@ def found(tpcheck, model, mutant, ops=OPS):
     print(f"{model.name}: {mutant} found: {replay[1]}")
 
 
+def refused_line(tpcheck, model, changes, words):
+    """A case that is not what the files have."""
+    line = {"hidden_size": 128, "num_heads": 16, "num_kv_heads": 4, "head_dim": 8, "tp_size": 2, "num_tokens": 1,
+            "dtype": "bf16", "fill": "dense", "seed": 1, "dialect": "native", "activations": "fixed",
+            "weights": "fused", "quant": "fp8_tensor", "layer": 1}
+    text = "v1 qkv_linear " + " ".join(f"{key}={value}" for key, value in (line | changes).items())
+    code = 0 if not words else 2
+    _, err = tpcheck.expect(code, "replay", text, "--model", model)
+    for word in words:
+        assert word in err, f"no '{word}' in {tpcheck.said}"
+
+
 def refused(tpcheck, folder, tensors, texts, words):
     write_model(folder, tensors, texts)
     _, err = tpcheck.expect(2, *fuzz(folder))
@@ -306,6 +318,21 @@ def main():
     found(tpcheck, folder / "gptq-act-order", "actorder-scale-inverted:table-cut")
     found(tpcheck, folder / "nvfp4-modelopt", "own:gated-up-of-next-rank", "merged_linear")
     found(tpcheck, folder / "minimax", "group-straddles-rank:floor", "row_linear")
+
+    for changes, words in (
+            ({}, []),
+            ({"activations": "plain"}, []),
+            ({"layer": 3}, ["layer=3", "has no q_proj, k_proj and v_proj in its layer 2"]),
+            ({"hidden_size": 64}, ["layer=1", "qkv_proj.weight", "is F8_E4M3 [192, 128], not F8_E4M3 [192, 64]"]),
+            ({"num_heads": 8}, ["is F8_E4M3 [192, 128], not F8_E4M3 [128, 128]"]),
+            ({"weights": "split"}, ["which weights=split is not"]),
+            ({"quant": "none", "activations": "plain"}, ["qkv_proj is fp8_tensor, and the case has quant=none"]),
+            ({"dialect": "modelopt"}, ["qkv_proj is native, and the case has dialect=modelopt"]),
+            ({"activations": "token"}, ["activations fixed, and the case has activations=token"]),
+            ({"bias": "yes"}, ['there is no tensor "model.layers.0.self_attn.qkv_proj.bias"']),
+            ({"files": 2}, ["files=1"]),
+            ({"law": "files"}, ["law=files"])):
+        refused_line(tpcheck, folder / "phi3-fp8", changes, words)
 
     bad, nothing = folder / "bad", lambda dtype, shape, data: (dtype, shape, bytes(len(data)))
     tensors, texts = models["phi3-fp8"]
