@@ -348,6 +348,12 @@ def main():
         dtype, shape, data[:-4] + struct.pack("<f", float("nan")))), texts, [name, "element 2 is nan"])
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
     refused(tpcheck, bad, damaged(tensors, name, None), texts, [f'there is no tensor "{name}"'])
+    tensors, texts = models["gptq"]
+    name = "transformer.h.1.mlp.up_proj.g_idx"
+    refused(tpcheck, bad, damaged(tensors, name, lambda dtype, shape, data: (
+        dtype, shape, data[-4:] + data[4:])), texts, [name, "element 0 is 3, and of"])
+    name = "transformer.h.0.attention.dense.qzeros"
+    refused(tpcheck, bad, damaged(tensors, name, nothing), texts, [name, "element 0 is 0, but known is"])
 
 
 main()

@@ -1181,6 +1181,17 @@ void check_integers(const InFile& t, std::int64_t least, std::int64_t most) {
   }
 }
 
+// Matrices that are multiplied with one input have one order of its columns: that of the first.
+void check_order(const InFile& t, const Layer& layer, const std::string& first) {
+  const StoredTensor &mine = stored_as(t), &theirs = user_checkpoint()->at(first);
+  for (std::int64_t k = 0; k < layer.in_features; ++k) {
+    const double a = element(mine, DType::i32, k), b = element(theirs, DType::i32, k);
+    if (a == b) continue;
+    throw BadInput(fmt::format("{}: {}, element {} is {}, and of {} it is {}",
+                               user_checkpoint()->path_of(mine), mine.name, k, a, first, b));
+  }
+}
+
 // All values of the layer but codes and biases.
 void check_values(const Case& c, const Layer& layer) {
   const QuantFormat f = format_of(c);
@@ -1190,8 +1201,9 @@ void check_values(const Case& c, const Layer& layer) {
     const std::string suffix = t.spec.name.substr(t.spec.name.rfind('.') + 1);
     if (scales.contains(suffix)) check_scales(t);
     if (suffix == names.zeros) check_integers(t, 0x77777777, 0x77777777);
-    if (suffix == names.group_of_column)
-      check_integers(t, 0, ceil_div(layer.in_features, f.block_cols) - 1);
+    if (suffix != names.group_of_column) continue;
+    check_integers(t, 0, ceil_div(layer.in_features, f.block_cols) - 1);
+    check_order(t, layer, prefixes(c, layer).front() + "." + suffix);
   }
 }
 
