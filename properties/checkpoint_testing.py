@@ -169,18 +169,19 @@ def nvfp4(dialect):
 
 
 def vision(dtype):
-    """Not quantised, in a decoder that is nested beside a vision tower of as many layers."""
+    """Not quantised, each query with a gate behind it; nested beside a vision tower of as many layers."""
     tensors = Tensors("vision")
     for i in range(2):
         decoder, tower = f"model.language_model.layers.{i}", f"model.visual.blocks.{i}"
-        for module, rows, cols in (("self_attn.q_proj", 128, 128), ("self_attn.k_proj", 32, 128),
+        for module, rows, cols in (("self_attn.q_proj", 256, 128), ("self_attn.k_proj", 32, 128),
                                    ("self_attn.v_proj", 32, 128), ("self_attn.o_proj", 128, 128),
                                    ("mlp.gate_proj", 256, 128), ("mlp.up_proj", 256, 128),
                                    ("mlp.down_proj", 128, 256)):
             tensors.reals(f"{decoder}.{module}.weight", dtype, (rows, cols), lambda: tensors.random.gauss(0, 0.05))
         for module in ("q_proj", "k_proj", "v_proj", "o_proj"):
             tensors.bf16(f"{tower}.self_attn.{module}.weight", 48, 48)
-    return tensors, {"config.json": {"model_type": "qwen3_vl", "text_config": config(model_type="qwen3_vl_text")}}
+    return tensors, {"config.json": {"model_type": "qwen3_5", "text_config": config(
+        model_type="qwen3_5_text", attn_output_gate=True)}}
 
 
 def gptq(act_order):
@@ -266,6 +267,18 @@ def found(tpcheck, model, mutant, ops=OPS):
     print(f"{model.name}: {mutant} found: {replay[1]}")
 
 
+def refused_line(tpcheck, model, changes, words):
+    """A case that is not what the files have."""
+    line = {"hidden_size": 128, "num_heads": 16, "num_kv_heads": 4, "head_dim": 8, "tp_size": 2, "num_tokens": 1,
+            "dtype": "bf16", "fill": "dense", "seed": 1, "dialect": "native", "activations": "fixed",
+            "weights": "fused", "quant": "fp8_tensor", "layer": 1}
+    text = "v1 qkv_linear " + " ".join(f"{key}={value}" for key, value in (line | changes).items())
+    code = 0 if not words else 2
+    _, err = tpcheck.expect(code, "replay", text, "--model", model)
+    for word in words:
+        assert word in err, f"no '{word}' in {tpcheck.said}"
+
+
 def refused(tpcheck, folder, tensors, texts, words):
     write_model(folder, tensors, texts)
     _, err = tpcheck.expect(2, *fuzz(folder))
@@ -306,6 +319,21 @@ def main():
     found(tpcheck, folder / "nvfp4-modelopt", "own:gated-up-of-next-rank", "merged_linear")
     found(tpcheck, folder / "minimax", "group-straddles-rank:floor", "row_linear")
 
+    for changes, words in (
+            ({}, []),
+            ({"activations": "plain"}, []),
+            ({"layer": 3}, ["layer=3", "has no q_proj, k_proj and v_proj in its layer 2"]),
+            ({"hidden_size": 64}, ["layer=1", "qkv_proj.weight", "is F8_E4M3 [192, 128], not F8_E4M3 [192, 64]"]),
+            ({"num_heads": 8}, ["is F8_E4M3 [192, 128], not F8_E4M3 [128, 128]"]),
+            ({"weights": "split"}, ["which weights=split is not"]),
+            ({"quant": "none", "activations": "plain"}, ["qkv_proj is fp8_tensor, and the case has quant=none"]),
+            ({"dialect": "modelopt"}, ["qkv_proj is native, and the case has dialect=modelopt"]),
+            ({"activations": "token"}, ["activations fixed, and the case has activations=token"]),
+            ({"bias": "yes"}, ['there is no tensor "model.layers.0.self_attn.qkv_proj.bias"']),
+            ({"files": 2}, ["files=1"]),
+            ({"law": "files"}, ["law=files"])):
+        refused_line(tpcheck, folder / "phi3-fp8", changes, words)
+
     bad, nothing = folder / "bad", lambda dtype, shape, data: (dtype, shape, bytes(len(data)))
     tensors, texts = models["phi3-fp8"]
     name = "model.layers.1.self_attn.qkv_proj.weight_scale"
@@ -320,6 +348,12 @@ def main():
         dtype, shape, data[:-4] + struct.pack("<f", float("nan")))), texts, [name, "element 2 is nan"])
     name = "model.layers.1.block_sparse_moe.experts.0.w3.weight"
     refused(tpcheck, bad, damaged(tensors, name, None), texts, [f'there is no tensor "{name}"'])
+    tensors, texts = models["gptq"]
+    name = "transformer.h.1.mlp.up_proj.g_idx"
+    refused(tpcheck, bad, damaged(tensors, name, lambda dtype, shape, data: (
+        dtype, shape, data[-4:] + data[4:])), texts, [name, "element 0 is 3, and of"])
+    name = "transformer.h.0.attention.dense.qzeros"
+    refused(tpcheck, bad, damaged(tensors, name, nothing), texts, [name, "element 0 is 0, but known is"])
 
 
 main()

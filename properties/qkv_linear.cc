@@ -377,6 +377,8 @@ stored_linear::OfCheckpoint of_checkpoint() {
           .layer = layer_of,
           .set_shape = [](Case& c, const ModelShape& model, LinearKind, std::int64_t) {
             c.model = model;
+            c.model.attn_output_gate = false;  // a key of its own
+            c.options.at("output_gate") = model.attn_output_gate;
             return partitionable(c.model, c.tp_size);
           }};
 }

@@ -1078,7 +1078,8 @@ void mark_keys_of_checkpoint(std::vector<Key>& keys) {
                                               "layer",
                                               "module",
                                               "quant",
-                                              "weights"};
+                                              "weights",
+                                              "output_gate"};
   for (Key& key : keys) key.of_checkpoint = names.contains(key.name);
 }
 
@@ -1236,6 +1237,17 @@ void check_integers(const InFile& t, std::int64_t least, std::int64_t most) {
   }
 }
 
+// Matrices that are multiplied with one input have one order of its columns: that of the first.
+void check_order(const InFile& t, const Layer& layer, const std::string& first) {
+  const StoredTensor &mine = stored_as(t), &theirs = user_checkpoint()->at(first);
+  for (std::int64_t k = 0; k < layer.in_features; ++k) {
+    const double a = element(mine, DType::i32, k), b = element(theirs, DType::i32, k);
+    if (a == b) continue;
+    throw BadInput(fmt::format("{}: {}, element {} is {}, and of {} it is {}",
+                               user_checkpoint()->path_of(mine), mine.name, k, a, first, b));
+  }
+}
+
 // All values of the layer but codes and biases.
 void check_values(const Case& c, const Layer& layer) {
   const QuantFormat f = format_of(c);
@@ -1245,8 +1257,9 @@ void check_values(const Case& c, const Layer& layer) {
     const std::string suffix = t.spec.name.substr(t.spec.name.rfind('.') + 1);
     if (scales.contains(suffix)) check_scales(t);
     if (suffix == names.zeros) check_integers(t, 0x77777777, 0x77777777);
-    if (suffix == names.group_of_column)
-      check_integers(t, 0, ceil_div(layer.in_features, f.block_cols) - 1);
+    if (suffix != names.group_of_column) continue;
+    check_integers(t, 0, ceil_div(layer.in_features, f.block_cols) - 1);
+    check_order(t, layer, prefixes(c, layer).front() + "." + suffix);
   }
 }
 
@@ -1323,10 +1336,7 @@ FileCase case_of(const OfCheckpoint& of, std::size_t kind, int number, const Fil
 }
 
 // Where a fused q, k and v is something else, too.
-bool is_other_attention(LinearKind kind) {
-  const Model& model = *user_model();
-  return kind == LinearKind::qkv && (model.mla || model.shape.attn_output_gate);
-}
+bool is_other_attention(LinearKind kind) { return kind == LinearKind::qkv && user_model()->mla; }
 
 }  // namespace
 
