@@ -23,6 +23,17 @@ constexpr int kMaxBlock = 1 << 20;
 // std::regex recurses as deep as they are long.
 constexpr std::size_t kMaxPattern = 1000, kMaxName = 1000;
 
+// \1 and the like, which the polynomial matcher does not have, and whose numbers libstdc++ lets
+// overflow.
+bool has_back_reference(std::string_view regex) {
+  for (std::size_t i = 0; i + 1 < regex.size(); ++i) {
+    if (regex[i] != '\\') continue;
+    ++i;  // what is escaped escapes nothing
+    if (regex[i] >= '0' && regex[i] <= '9') return true;
+  }
+  return false;
+}
+
 // nullptr for a pattern that std::regex does not know (Python's have more), or that could take
 // without end: {1,999} becomes as many states. Matching takes polynomial time (libstdc++'s flag),
 // whatever somebody wrote. Compiled once: thousands of modules are asked about.
@@ -34,7 +45,8 @@ const std::regex* regex_of(std::string_view pattern) {
   if (compiled.size() >= kKept) compiled.clear();
   std::optional<std::regex>& made = compiled[std::string(pattern)];
   const std::string_view regex = pattern.substr(kRegex.size());
-  if (regex.size() > kMaxPattern || regex.find('{') != regex.npos) return nullptr;
+  if (regex.size() > kMaxPattern || regex.find('{') != regex.npos || has_back_reference(regex))
+    return nullptr;
   try {
     made.emplace(regex.begin(), regex.end(),
                  std::regex::ECMAScript | std::regex_constants::__polynomial);

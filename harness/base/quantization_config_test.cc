@@ -197,6 +197,8 @@ TEST(QuantizationConfig, PatternsOfModules) {
       {"re:(?!.*self_attn).*", "model.layers.1.self_attn.q_proj", false},
       {"re:.*experts\\.\\d+\\.up_proj", "model.layers.1.mlp.experts.17.up_proj", true},
       {"re:(", "(", false},
+      {"re:(x)\\1", "xx", false},
+      {"re:(x)\\77777777777777777777", "xx", false},
   };
   for (const auto& row : table)
     EXPECT_EQ(matches_module(row.pattern, row.module), row.matches)
