@@ -75,6 +75,7 @@ __global__ void quantise_groups_kernel(View<const T> x, std::int64_t block_cols,
 __global__ void reduce_slots_kernel(const float* slots, std::int64_t count, SlotReduction how,
                                     float* scale) {
   float result = slots[0];
+  double sum = slots[0];  // equal slots have that mean
   for (std::int64_t i = 1; i < count; ++i) {
     const float slot = slots[i];
     switch (how) {
@@ -90,11 +91,11 @@ __global__ void reduce_slots_kernel(const float* slots, std::int64_t count, Slot
         result = slot;
         break;
       case SlotReduction::mean:
-        result += slot;
+        sum += slot;
         break;
     }
   }
-  *scale = how == SlotReduction::mean ? result / float(count) : result;
+  *scale = how == SlotReduction::mean ? float(sum / double(count)) : result;
 }
 
 // One block a row.

@@ -47,7 +47,7 @@ template <typename T>
 void quantise_token_groups(View<const T> x, std::int64_t block_cols, std::int64_t first_col,
                            View<e4m3> codes, View<float> scales, Stream& stream);
 
-// *scale = slots[0..count) reduced; the mean is a sum in ascending order, divided by count.
+// *scale = slots[0..count) reduced; the mean is made in double.
 void reduce_slots(const float* slots, std::int64_t count, SlotReduction how, float* scale,
                   Stream& stream);
 

@@ -394,14 +394,6 @@ void WeightLoader::groups(View<std::int32_t> out) const {
   };
   // Matrices that are multiplied with one input have one order of its columns.
   const StoredTensor& stored = order(0);
-  for (std::size_t tensor = 1; tensor < layer_.prefixes.size(); ++tensor) {
-    const StoredTensor& other = order(tensor);
-    if (std::memcmp(stored.data, other.data, stored.bytes) == 0) continue;
-    throw BadInput(
-        fmt::format("{}: {} has other groups than {}, but both are multiplied with one "
-                    "input",
-                    checkpoint_.path_of(other), other.name, stored.name));
-  }
   std::vector<std::int32_t> local;
   for (std::int64_t k = own.offset; k < own.end(); ++k) {
     const std::int64_t of = element<std::int32_t>(stored, k);
@@ -416,6 +408,14 @@ void WeightLoader::groups(View<std::int32_t> out) const {
     const std::int64_t row = rules_.loader.loaded_group(of, loaded, layer_.columns);
     require_inside(stored, "groups", {row, 1}, loaded.size);
     local.push_back(std::int32_t(row));
+  }
+  for (std::size_t tensor = 1; tensor < layer_.prefixes.size(); ++tensor) {
+    const StoredTensor& other = order(tensor);
+    if (std::memcmp(stored.data, other.data, stored.bytes) == 0) continue;
+    throw BadInput(
+        fmt::format("{}: {} has other groups than {}, but both are multiplied with one "
+                    "input",
+                    checkpoint_.path_of(other), other.name, stored.name));
   }
   from_host(stream_, out.data, local.data(), local.size() * sizeof(local[0]));
 }

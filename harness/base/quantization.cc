@@ -32,7 +32,8 @@ std::string why_not(Scheme scheme, Activations activations) {
   switch (scheme) {
     case Scheme::none:
     case Scheme::gptq:
-      return fmt::format("{} weights are multiplied with activations as they are, not scaled ({})",
+      return fmt::format("weights of quant={} are multiplied with activations as they are, not with "
+                         "activations={}",
                          word(scheme), word(activations));
     case Scheme::fp8_tensor:
     case Scheme::fp8_channel:
