@@ -336,7 +336,7 @@ Stage loaded_gate_up_stage(const Case& c, const ShardingRules& rules) {
   }
   stage.outputs = gate_up_outputs(c, layout);
   stage.buffers = [=](int tp_rank) {
-    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, x_of(c), tp_rank);
+    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, tp_rank);
     all.push_back(written_row(c, layout, tp_rank));
     if (bias) all.push_back(stored_linear::bias_buffer(c, layer, tp_rank));
     return all;

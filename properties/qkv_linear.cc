@@ -318,7 +318,7 @@ Stage quantised_product_stage(const Case& c, const ShardingRules& rules) {
   for (const TensorSpec& b : biases_of(c)) stage.inputs.push_back(b);
   for (const Part& p : parts) stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});
   stage.buffers = [=](int tp_rank) {
-    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, x_of(c), tp_rank);
+    std::vector<LocalBuffer> all = stored_linear::product_buffers(c, layer, tp_rank);
     LocalBuffer biases{"bias", Use::input, c.dtype, 1, 0},
         qkv{"qkv", Use::output, c.dtype, tokens, 0};
     const auto own = shards(rows_of_own_heads(m, c.tp_size, tp_rank));

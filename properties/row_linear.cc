@@ -231,7 +231,7 @@ Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& 
     std::vector<LocalBuffer> all = {
         {"sums", Use::workspace, sums_type, scatters ? share * c.tp_size : tokens, hidden}, out};
     if (quantised) {
-      for (LocalBuffer& b : stored_linear::product_buffers(c, layer, x, tp_rank))
+      for (LocalBuffer& b : stored_linear::product_buffers(c, layer, tp_rank))
         all.push_back(std::move(b));
     } else {
       all.push_back({"x", Use::input, c.dtype, tokens, width + pad, {{"x", own}}});

@@ -3,11 +3,13 @@
 // product (load, prepare, quantise), what the product's own stage finds, and its reference.
 //
 //   load      a file's tensors become each rank's weights, scales, slots of scales and biases,
-//   which
-//             are compared themselves, rank by rank and bit by bit
-//   prepare   what engines make of these before the first call: one scale of several slots, weights
-//             quantised anew to it, factors of rows, packed columns turned into rows
+//             which are compared themselves, rank by rank and bit by bit
+//   prepare   what engines make of these before the first call: one scale of several slots,
+//             weights quantised anew to it, factors of rows, packed columns turned into rows
 //   quantise  activations become codes and scales
+//
+// Of these functions, stored_keys.cc has those about keys, stored_checkpoint.cc those about the
+// user's checkpoint, stored_differs.cc differs(), and stored_linear.cc the others.
 
 #include <cstdint>
 #include <functional>
@@ -16,8 +18,6 @@
 #include <vector>
 
 #include "harness/base/quantization.h"
-#include "kernels/quantised_linear.h"
-#include "kernels/weight_loader.h"
 #include "properties/file_linears.h"
 #include "properties/linear.h"
 #include "properties/run/stage.h"
@@ -71,8 +71,7 @@ std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x
 
 // What the stage of the product reads, beside what only it knows: x, or its codes, and the weight.
 std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x);
-std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, const TensorSpec& x,
-                                         int tp_rank);
+std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, int tp_rank);
 std::vector<TensorSpec> bias_inputs(const Case& c, const Layer& layer);
 LocalBuffer bias_buffer(const Case& c, const Layer& layer, int tp_rank);
 // out [tokens, rows of the rank] = x weight^T + bias, of quantised weights.
@@ -84,7 +83,6 @@ void product(RankRun& run, const Case& c, const Layer& layer, View<const T> bias
 // a layer that does not cut columns make the same. `is_last`: see scaled_product.
 Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& in, std::size_t part,
                          int tp_rank, const Matrix* bias, bool is_last);
-
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
 

@@ -235,9 +235,8 @@ inline void store(DType t, void* data, std::int64_t i, double x) {
   }
 }
 
-// Calls f with a value of the C++ type of t, a type of activations: dispatch(t, [&]<typename T>(T)
-// {
-// ... }).
+// Calls f with a value of the C++ type of t, a type of activations:
+//   dispatch(t, [&]<typename T>(T) { ... });
 template <typename F>
 decltype(auto) dispatch(DType t, F&& f) {
   switch (t) {

@@ -9,8 +9,8 @@
 //                                   by copy_async or at once
 // A scaling has
 //   kInBlocks                       whether the sums of blocks of columns are scaled
-//   border(k)                       where the block of column k ends; beyond the last column is
-//   fine x_factor(row, k), w_factor(col, k)
+//   border(k)                       where the block of column k ends: maybe beyond the last column
+//   x_factor(row, k), w_factor(col, k)
 
 #include <cstdint>
 #include <limits>
