@@ -281,16 +281,18 @@ void WeightLoader::row_scales(View<float> out) const {
                                      ? checkpoint_.at(called, DType::f32, {height})
                                      : checkpoint_.at(called, DType::f32, {height, width});
     Run run{tensor, 0, layer_.first[m], 0};  // of scales
+    std::int64_t checked = -1;
     for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
       const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i, layer_.taken[m]);
       const std::int64_t row =
           rules_.loader.scale_row(rows, at, rules_.loader.stored_row(rows, at), block_rows);
       require_inside(stored, "rows", {row, 1}, height);
       require_inside(stored, "columns", columns, width);
-      for (std::int64_t k = columns.offset; k < columns.end(); ++k) {
+      for (std::int64_t k = columns.offset; k < columns.end() && row != checked; ++k) {
         const float scale = element<float>(stored, row * width + k);
         check_scale(checkpoint_, stored, row * width + k, scale, false);
       }
+      checked = row;  // so are those of the next row, if it is of the same block
       if (run.size > 0 && dense && row == run.stored + run.size) {
         ++run.size;
         continue;

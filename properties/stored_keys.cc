@@ -61,7 +61,6 @@ bool gather_fits(const Case& c, std::int64_t on) {
   return on == 0 ||
          ((a == Activations::tensor || a == Activations::token) && c.num_tokens % c.tp_size == 0);
 }
-bool files_fit(const Case& c, std::int64_t files) { return files == 1 || is_loaded(c); }
 
 }  // namespace
 
@@ -120,9 +119,7 @@ std::vector<Key> keys(bool can_be_fused) {
        .help = "files that a checkpoint is spread over",
        .min = 1,
        .max = 4,
-       .fallback = 1,
-       .words = {"1", "2", "3", "4"},
-       .fits = files_fit},
+       .fallback = 1},
       {.name = "layer",
        .help =
            "0: tensors made from the seed; k: those of layer k-1 of the checkpoint that the run "
