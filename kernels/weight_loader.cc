@@ -248,13 +248,6 @@ void WeightLoader::bias(View<T> out) const {
   zero_columns(out.data, 1, out.cols, sizeof(T));
 }
 
-// Rows of scales that follow each other on both sides, or one.
-void WeightLoader::copy_scales(const StoredTensor& stored, Shard columns, std::int64_t width,
-                               const Run& run, View<float> out) const {
-  copy(out.data + run.local * out.row_stride,
-       stored.data + (run.stored * width + columns.offset) * 4, run.size * columns.size * 4);
-}
-
 void WeightLoader::row_scales(View<float> out) const {
   require_rows(out.rows, "rows of scales");
   const bool blocks = layer_.format.scheme == Scheme::fp8_block;
@@ -269,7 +262,6 @@ void WeightLoader::row_scales(View<float> out) const {
                             columns.size, layer_.prefixes.front(), out.cols)};
   }
   const std::int64_t width = blocks ? ceil_div(layer_.in_features, block_cols) : 1;
-  const bool dense = columns.size == width && out.row_stride == width;
   for (std::size_t m = 0; m < layer_.taken.size(); ++m) {
     const std::size_t tensor = layer_.is_fused() ? 0 : m;
     const FusedRows rows = stored_rows(layer_, tensor);
@@ -280,27 +272,29 @@ void WeightLoader::row_scales(View<float> out) const {
     const StoredTensor& stored = scalars != nullptr && scalars->shape.size() == 1
                                      ? checkpoint_.at(called, DType::f32, {height})
                                      : checkpoint_.at(called, DType::f32, {height, width});
-    Run run{tensor, 0, layer_.first[m], 0};  // of scales
+    // A row for each row of the weight, many of them the same: put together here, for one copy.
+    const std::int64_t count = layer_.taken[m].size;
+    std::vector<float> scales(std::size_t(count * columns.size));
     std::int64_t checked = -1;
-    for (std::int64_t i = 0; i < layer_.taken[m].size; ++i) {
+    for (std::int64_t i = 0; i < count; ++i) {
       const LocalRow at = local_row(layer_, m, layer_.taken[m].offset + i, layer_.taken[m]);
       const std::int64_t row =
           rules_.loader.scale_row(rows, at, rules_.loader.stored_row(rows, at), block_rows);
       require_inside(stored, "rows", {row, 1}, height);
       require_inside(stored, "columns", columns, width);
-      for (std::int64_t k = columns.offset; k < columns.end() && row != checked; ++k) {
-        const float scale = element<float>(stored, row * width + k);
-        check_scale(checkpoint_, stored, row * width + k, scale, false);
-      }
-      checked = row;  // so are those of the next row, if it is of the same block
-      if (run.size > 0 && dense && row == run.stored + run.size) {
-        ++run.size;
-        continue;
-      }
-      if (run.size > 0) copy_scales(stored, columns, width, run, out);
-      run = {tensor, row, layer_.first[m] + i, 1};
+      float* mine = scales.data() + i * columns.size;
+      std::memcpy(mine, stored.data + (row * width + columns.offset) * 4,
+                  std::size_t(columns.size) * 4);
+      for (std::int64_t k = 0; k < columns.size && row != checked; ++k)
+        check_scale(checkpoint_, stored, row * width + columns.offset + k, mine[k], false);
+      checked = row;  // and so are the scales of the next row, if it is of the same block
     }
-    if (run.size > 0) copy_scales(stored, columns, width, run, out);
+    const bool dense = out.row_stride == columns.size;
+    for (std::int64_t i = 0; i < count; i += dense ? count : 1) {
+      from_host(stream_, out.data + (layer_.first[m] + i) * out.row_stride,
+                scales.data() + i * columns.size,
+                std::size_t((dense ? count : 1) * columns.size) * 4);
+    }
   }
   if (rules_.loader.pads_scales) zero_rows(out.data, out.cols * 4, out.row_stride * 4);
 }

@@ -85,8 +85,6 @@ class WeightLoader {
   template <typename Shape, typename F>
   void for_each_run(const std::vector<Run>& runs, const std::string& suffix, DType type,
                     Shape shape, F f) const;
-  void copy_scales(const StoredTensor& stored, Shard columns, std::int64_t width, const Run& run,
-                   View<float> out) const;
   void copy(void* to, const std::byte* from, std::int64_t bytes) const;
   void copy_block(const StoredTensor& from, std::int64_t rows, Shard columns, std::int64_t element,
                   const Run& run, std::byte* to, std::int64_t stride) const;
