@@ -4,7 +4,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <optional>
 
 #include "harness/base/check.h"
 #include "harness/device/buffer.h"
@@ -16,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kNvfp4Group = 16;
 constexpr std::int64_t kPackedColumns = 8;  // of gptq's i32
-// Eight zero points 8: as GPTQ's second format stores them, and less one, as AutoGPTQ does.
+// Eight zero points 8, less one as AutoGPTQ stores them.
 constexpr std::uint32_t kZerosLessOne = 0x77777777;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -52,10 +52,10 @@ bool other_columns(const Case& c, const Layer& of, const StoredLinear& layer,
   const Shard loaded = rules.loader.groups_loaded(layer.columns, group, groups, layer.act_order);
   if (loaded != good.loader.groups_loaded(layer.columns, group, groups, layer.act_order))
     return true;
+  const std::vector<std::int64_t> group_of = groups_of_columns(c, of);
   for (std::int64_t k = layer.columns.own.offset; k < layer.columns.own.end(); ++k) {
-    const std::int64_t group_of_k = group_of_column(c, of, k);
-    if (rules.loader.loaded_group(group_of_k, loaded, layer.columns) !=
-        good.loader.loaded_group(group_of_k, loaded, layer.columns))
+    if (rules.loader.loaded_group(group_of[std::size_t(k)], loaded, layer.columns) !=
+        good.loader.loaded_group(group_of[std::size_t(k)], loaded, layer.columns))
       return true;
   }
   return false;

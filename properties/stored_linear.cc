@@ -26,15 +26,26 @@ std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x
   return all;
 }
 
+namespace {
+
+// What the product reads of each part: the weight as it was loaded, unless codes were made of it,
+// and the scales that go with it.
+std::vector<Kind> product_kinds(const Case& c, const Layer& layer, int tp_rank) {
+  std::vector<Kind> all;
+  const auto prepared = prepared_kind(c, layer, tp_rank);
+  if (!prepared || prepared->buffer != "codes") all.push_back(weight_kind(c, layer, tp_rank));
+  if (prepared) all.push_back(*prepared);
+  if (const auto kind = scales_kind(c, layer, tp_rank)) all.push_back(*kind);
+  return all;
+}
+
+}  // namespace
+
 std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const TensorSpec& x) {
   std::vector<TensorSpec> all = {quantises(c) ? codes_spec(x) : x};
-  const auto add = [&](const Kind& kind) {
+  for (const Kind& kind : product_kinds(c, layer, 0)) {
     for (TensorSpec& t : tensors(c, layer, kind)) all.push_back(std::move(t));
-  };
-  const auto prepared = prepared_kind(c, layer, 0);
-  if (!prepared || prepared->buffer != "codes") add(weight_kind(c, layer, 0));
-  if (prepared) add(*prepared);
-  if (const auto kind = scales_kind(c, layer, 0)) add(*kind);
+  }
   if (has_weight_scale(c)) all.push_back(shared("weight_scale", 1));
   if (has_fixed_scale(c)) all.push_back(shared("input_scale", 1));
   if (makes_scales(c)) all.push_back(x_scale_spec(c, layer));
@@ -45,13 +56,8 @@ std::vector<TensorSpec> product_inputs(const Case& c, const Layer& layer, const 
 std::vector<LocalBuffer> product_buffers(const Case& c, const Layer& layer, int tp_rank) {
   std::vector<LocalBuffer> all = {quantises(c) ? codes_buffer(c, layer, Use::input, tp_rank)
                                                : x_buffer(c, layer, tp_rank)};
-  const auto add = [&](const Kind& kind) {
+  for (const Kind& kind : product_kinds(c, layer, tp_rank))
     all.push_back(buffer(layer, kind, Use::input, tp_rank));
-  };
-  const auto prepared = prepared_kind(c, layer, tp_rank);
-  if (!prepared || prepared->buffer != "codes") add(weight_kind(c, layer, tp_rank));
-  if (prepared) add(*prepared);
-  if (const auto kind = scales_kind(c, layer, tp_rank)) add(*kind);
   if (has_weight_scale(c)) all.push_back(shared_buffer("weight_scale", 1, Use::input));
   if (has_fixed_scale(c)) all.push_back(shared_buffer("input_scale", 1, Use::input));
   if (makes_scales(c)) all.push_back(x_scale_buffer(c, layer, Use::input, tp_rank));
@@ -177,8 +183,10 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
       // Which scale a column has, as the checkpoint has it: the rank's own count of groups was
       // judged where it was loaded.
       Matrix scales(layer.rows[part], layer.in_features);
+      const Matrix& table = in[name + ".scales"];
+      const std::vector<std::int64_t> group_of = groups_of_columns(c, layer);
       for (std::int64_t k = 0; k < layer.in_features; ++k) {
-        const double* of_rows = in[name + ".scales"].row(group_of_column(c, layer, k));
+        const double* of_rows = table.row(group_of[std::size_t(k)]);
         for (std::int64_t j = 0; j < scales.rows; ++j) scales.row(j)[k] = of_rows[j];
       }
       w.values = cut(reference::dequantised(c.dtype, codes, {.values = &scales, .cols_per = 1}));

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 
+#include "properties/stored_tensors.h"
+
 namespace tp::stored_linear {
 
 namespace {
-
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 using FirstGroup = LoaderRules::FirstGroup;
 

@@ -37,15 +37,29 @@ double element(const StoredTensor& t, DType type, std::int64_t i) {
   return load(type, copy, 0);
 }
 
-std::int64_t group_of_column(const Case& c, const Layer& layer, std::int64_t k) {
-  const std::int64_t group = format_of(c).block_cols, groups = ceil_div(layer.in_features, group);
+namespace {
+
+// Of a tensor that is made.
+std::int64_t made_group(const Case& c, std::int64_t in_features, std::int64_t k) {
+  const std::int64_t group = format_of(c).block_cols, groups = ceil_div(in_features, group);
   if (c.options.at("act_order") == 0) return k / group;
-  if (layer_in_file(c)) {
-    const std::string name =
-        prefixes(c, layer).front() + "." + tensor_names(format_of(c)).group_of_column;
-    return std::int64_t(element(user_checkpoint()->at(name), DType::i32, k));
-  }
   return std::int64_t((std::uint64_t(k) * 7 + c.seed % 1024) % std::uint64_t(groups));
+}
+
+}  // namespace
+
+std::vector<std::int64_t> groups_of_columns(const Case& c, const Layer& layer) {
+  const StoredTensor* order = nullptr;
+  if (layer_in_file(c) && c.options.at("act_order") == 1) {
+    order = &user_checkpoint()->at(prefixes(c, layer).front() + "." +
+                                   tensor_names(format_of(c)).group_of_column);
+  }
+  std::vector<std::int64_t> groups;
+  for (std::int64_t k = 0; k < layer.in_features; ++k) {
+    groups.push_back(order != nullptr ? std::int64_t(element(*order, DType::i32, k))
+                                      : made_group(c, layer.in_features, k));
+  }
+  return groups;
 }
 
 namespace {
@@ -160,8 +174,8 @@ std::vector<InFile> tensors_of(const Case& c, const Layer& layer, const std::str
                return double(0x77777777);
              });
       TensorSpec order{named(names.group_of_column), DType::i32, 1, in, Role::weight};
-      order.value = [c, layer](const DataRegime&, std::int64_t, std::int64_t k) {
-        return double(group_of_column(c, layer, k));
+      order.value = [c, in](const DataRegime&, std::int64_t, std::int64_t k) {
+        return double(made_group(c, in, k));
       };
       add(std::move(order), {in});
       break;

@@ -42,7 +42,7 @@ const StoredTensor& stored_as(const InFile& t);
 
 // Element `i` of a tensor, which a file may hold at any address.
 double element(const StoredTensor& t, DType type, std::int64_t i);
-// The group of gptq's column k: in act-order, anywhere.
-std::int64_t group_of_column(const Case& c, const Layer& layer, std::int64_t k);
+// The group of each of gptq's columns: in act-order, anywhere.
+std::vector<std::int64_t> groups_of_columns(const Case& c, const Layer& layer);
 
 }  // namespace tp::stored_linear
