@@ -6,11 +6,9 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cmath>
 #include <cstring>
-#include <filesystem>
 #include <functional>
 #include <limits>
 #include <map>
@@ -19,13 +17,12 @@
 #include <vector>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 #include "harness/device/buffer.h"
 #include "harness/device/testing.h"
 
 namespace tp {
 namespace {
-
-namespace fs = std::filesystem;
 
 // ---- Checkpoints.
 
@@ -98,19 +95,17 @@ void add(Tensors& to, const QuantFormat& f, const std::string& prefix, std::int6
 
 class File {
  public:
-  explicit File(const Tensors& tensors)
-      : path_(
-            (fs::path(::testing::TempDir()) / fmt::format("weight_loader.{}", getpid())).string()) {
+  explicit File(const Tensors& tensors) {
     std::vector<StoredTensor> stored;
     for (const auto& [name, t] : tensors)
       stored.push_back({name, t.dtype, t.shape, t.data.data(), t.data.size()});
     write_safetensors(path_, stored);
   }
-  ~File() { fs::remove(path_); }
   const std::string& path() const { return path_; }
 
  private:
-  std::string path_;
+  TempFolder folder_;
+  std::string path_ = folder_.at("model.safetensors");
 };
 
 // ---- Layers.
@@ -332,7 +327,8 @@ const Bad kBad[] = {
     {"group of a column negative", kGptq, with("m.gate_proj.g_idx", 4, std::int32_t{-1}),
      "m.gate_proj.g_idx, element 4 is -1, but there are 2 groups"},
     {"zero points", kGptq, with("m.up_proj.qzeros", 1, std::uint32_t{0x77777677}),
-     "m.up_proj.qzeros, element 1 is 0x77777677, but only symmetric codes are supported, whose zero "
+     "m.up_proj.qzeros, element 1 is 0x77777677, but only symmetric codes are supported, whose "
+     "zero "
      "points are all 0x77777777"},
     {"zero points of GPTQ's second format", kGptq,
      with("m.gate_proj.qzeros", 4, std::uint32_t{0x88888888}),

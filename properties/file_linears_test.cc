@@ -2,9 +2,8 @@
 
 #include <gtest/gtest.h>
 
-#include <filesystem>
-
 #include "harness/base/safetensors.h"
+#include "harness/base/temp_folder_testing.h"
 
 namespace tp {
 namespace {
@@ -12,8 +11,6 @@ namespace {
 // A checkpoint of tensors that are called this, all of whose bytes are zero.
 class FileLinears : public testing::Test {
  protected:
-  void SetUp() override { std::filesystem::create_directories(folder_); }
-  void TearDown() override { std::filesystem::remove_all(folder_); }
   void add(const std::string& name, std::int64_t rows = 8, std::int64_t cols = 8) {
     tensors_.push_back({.name = name,
                         .dtype = "U8",
@@ -22,7 +19,7 @@ class FileLinears : public testing::Test {
                         .bytes = std::size_t(rows * cols)});
   }
   std::map<int, FileLinear> found(LinearKind kind) const {
-    const std::string path = (folder_ / "a.safetensors").string();
+    const std::string path = folder_.at("a.safetensors");
     write_safetensors(path, tensors_);
     return linears_of(Checkpoint(path), kind, 8);
   }
@@ -30,8 +27,7 @@ class FileLinears : public testing::Test {
 
   std::vector<std::byte> zeros_ = std::vector<std::byte>(4096);
   std::vector<StoredTensor> tensors_;
-  const std::filesystem::path folder_ =
-      std::filesystem::path(testing::TempDir()) / "file_linears_test";
+  const TempFolder folder_;
 };
 
 TEST_F(FileLinears, AreNamedAsTheirLayersHaveThem) {

@@ -2,13 +2,13 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <array>
 #include <filesystem>
 #include <fstream>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 
 namespace tp {
 namespace {
@@ -17,13 +17,7 @@ namespace fs = std::filesystem;
 
 class CheckpointTest : public testing::Test {
  protected:
-  CheckpointTest()
-      : folder_(fs::path(testing::TempDir()) / fmt::format("checkpoint.{}", getpid())) {
-    fs::create_directories(folder_);
-  }
-  ~CheckpointTest() override { fs::remove_all(folder_); }
-
-  std::string at(const std::string& name) const { return (folder_ / name).string(); }
+  std::string at(const std::string& name) const { return folder_.at(name); }
 
   // A file of bf16 tensors of shape [2, 2] with these names.
   std::string put(const std::string& file, const std::vector<std::string>& names) const {
@@ -48,7 +42,7 @@ class CheckpointTest : public testing::Test {
     return "";
   }
 
-  fs::path folder_;
+  TempFolder folder_;
   std::array<std::byte, 8> bytes_ = {};
 };
 
@@ -68,7 +62,7 @@ TEST_F(CheckpointTest, IsEverySafetensorsFileOfAFolder) {
   put("a.safetensors", {"a"});
   put("c.safetensors.tmp", {"a"});
   std::ofstream(at("config.json")) << "{}";
-  const Checkpoint checkpoint(folder_.string());
+  const Checkpoint checkpoint(folder_.path().string());
   ASSERT_EQ(checkpoint.files().size(), 2u);
   EXPECT_EQ(checkpoint.files()[0].path(), at("a.safetensors"));
   EXPECT_EQ(checkpoint.files()[1].path(), at("b.safetensors"));
@@ -82,7 +76,7 @@ TEST_F(CheckpointTest, IsTheFilesOfAnIndexAndNoOthers) {
   put_index(R"({"metadata": {"total_size": 16},
                 "weight_map": {"b": "model-00002-of-00002.safetensors",
                                "a": "model-00001-of-00002.safetensors"}})");
-  const Checkpoint checkpoint(folder_.string());
+  const Checkpoint checkpoint(folder_.path().string());
   EXPECT_EQ(checkpoint.files().size(), 2u);
   EXPECT_EQ(checkpoint.path_of(checkpoint.at("a")), at("model-00001-of-00002.safetensors"));
   EXPECT_EQ(checkpoint.path_of(checkpoint.at("b")), at("model-00002-of-00002.safetensors"));
@@ -100,12 +94,12 @@ TEST_F(CheckpointTest, IsAListOfFiles) {
 
 TEST_F(CheckpointTest, WhatIsNoneIsRefused) {
   EXPECT_EQ(refusal(at("none")), at("none") + ": No such file or directory");
-  EXPECT_EQ(refusal(folder_.string()),
-            folder_.string() +
+  EXPECT_EQ(refusal(folder_.path().string()),
+            folder_.path().string() +
                 ": there is neither model.safetensors.index.json nor any *.safetensors in it");
   EXPECT_EQ(refusal(std::vector<std::string>{}), "a checkpoint of no files");
   std::ofstream(at("half.safetensors")) << "{}";
-  EXPECT_EQ(refusal(folder_.string()),
+  EXPECT_EQ(refusal(folder_.path().string()),
             at("half.safetensors") +
                 ": it has 2 bytes, and a safetensors file begins with 8 of header length");
 }
@@ -113,10 +107,10 @@ TEST_F(CheckpointTest, WhatIsNoneIsRefused) {
 TEST_F(CheckpointTest, ATensorInTwoFilesIsRefused) {
   const std::string a = put("a.safetensors", {"w", "a"}), b = put("b.safetensors", {"b", "w"});
   const std::string sentence = fmt::format("tensor \"w\" is in two files, {} and {}", a, b);
-  EXPECT_EQ(refusal(folder_.string()), sentence);
+  EXPECT_EQ(refusal(folder_.path().string()), sentence);
   EXPECT_EQ(refusal(std::vector<std::string>{a, b}), sentence);
   put_index(R"({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}})");
-  EXPECT_EQ(refusal(folder_.string()), sentence);
+  EXPECT_EQ(refusal(folder_.path().string()), sentence);
 }
 
 TEST_F(CheckpointTest, AnIndexThatIsWrongIsRefused) {
@@ -155,7 +149,7 @@ TEST_F(CheckpointTest, AnIndexThatIsWrongIsRefused) {
   };
   for (const auto& row : table) {
     put_index(row.text);
-    EXPECT_EQ(refusal(folder_.string()), index + ": " + row.sentence) << row.text;
+    EXPECT_EQ(refusal(folder_.path().string()), index + ": " + row.sentence) << row.text;
   }
 }
 
@@ -220,7 +214,7 @@ TEST_F(CheckpointTest, AScalarMayHaveOneOrTwoDimensions) {
 TEST_F(CheckpointTest, AFileThatChangesIsSeen) {
   put("a.safetensors", {"a"});
   const std::string path = put("b.safetensors", {"b"});
-  const Checkpoint checkpoint(folder_.string());
+  const Checkpoint checkpoint(folder_.path().string());
   EXPECT_NO_THROW(checkpoint.check_unchanged());
   std::ofstream(path, std::ios::app) << "x";
   EXPECT_THROW(checkpoint.check_unchanged(), BadInput);

@@ -9,6 +9,8 @@
 #include <set>
 #include <string>
 
+#include "harness/base/temp_folder_testing.h"
+
 namespace {
 
 namespace fs = std::filesystem;
@@ -74,7 +76,8 @@ TEST(Layering, ArrowsPointDownOnly) {
 }
 
 TEST(Layering, AWrongArrowIsSeen) {
-  const fs::path root = fs::path(testing::TempDir()) / "layering";
+  const tp::TempFolder folder;
+  const fs::path& root = folder.path();
   for (const char* top : {"harness/base", "kernels", "reference", "properties", "benches"}) {
     fs::create_directories(root / top);
   }
@@ -82,7 +85,6 @@ TEST(Layering, AWrongArrowIsSeen) {
       << "#include \"harness/base/shape.h\"\n#include \"kernels/norm.h\"\n";
   EXPECT_EQ(wrong_arrows(root),
             std::vector<std::string>{"reference/norm.h includes kernels/norm.h"});
-  fs::remove_all(root);
 }
 
 }  // namespace

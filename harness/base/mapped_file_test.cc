@@ -15,6 +15,7 @@
 #include <memory>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 
 namespace tp {
 namespace {
@@ -23,13 +24,6 @@ namespace fs = std::filesystem;
 
 class MappedFileTest : public testing::Test {
  protected:
-  MappedFileTest()
-      : folder_(fs::path(testing::TempDir()) / fmt::format("mapped_file.{}", getpid())),
-        path_((folder_ / "f").string()) {
-    fs::create_directories(folder_);
-  }
-  ~MappedFileTest() override { fs::remove_all(folder_); }
-
   void fill(std::size_t size, char c = 'x') const {
     std::ofstream(path_, std::ios::binary) << std::string(size, c);
   }
@@ -50,8 +44,8 @@ class MappedFileTest : public testing::Test {
     return "";
   }
 
-  fs::path folder_;
-  std::string path_;
+  TempFolder folder_;
+  std::string path_ = folder_.at("f");
 };
 using MappedFileDeathTest = MappedFileTest;
 
@@ -73,7 +67,7 @@ TEST_F(MappedFileTest, AnEmptyFileHasNoBytes) {
 
 TEST_F(MappedFileTest, WhatIsNoRegularFileIsRefused) {
   EXPECT_EQ(refusal(path_), path_ + ": No such file or directory");
-  EXPECT_EQ(refusal(folder_.string()), folder_.string() + ": not a regular file");
+  EXPECT_EQ(refusal(folder_.path().string()), folder_.path().string() + ": not a regular file");
   EXPECT_EQ(refusal("/dev/zero"), "/dev/zero: not a regular file");
   ASSERT_EQ(mkfifo(path_.c_str(), 0600), 0);
   EXPECT_EQ(refusal(path_), path_ + ": not a regular file");  // and nobody waits for a writer
@@ -124,10 +118,10 @@ TEST_F(MappedFileDeathTest, AFileThatIsCutWhileItIsReadEndsInOneSentence) {
   GTEST_FLAG_SET(death_test_style, "threadsafe");
   fill(100'000);
   const auto read_what_is_gone = [&] {
-    const MappedFile other(folder_ / "." / "f");
+    const MappedFile other(folder_.path() / "." / "f");
     const MappedFile file(path_);
     fs::resize_file(path_, 10);
-    fs::remove_all(folder_);  // this process will not live to do it later
+    fs::remove_all(folder_.path());  // this process will not live to do it later
     volatile std::byte last = file.bytes()[99'999];
     (void)last;
   };
@@ -147,7 +141,7 @@ TEST_F(MappedFileDeathTest, OtherBusErrorsGoWhereTheyWent) {
     const MappedFile file(path_);
     std::ofstream(path_ + "2") << "x";
     const int fd = open((path_ + "2").c_str(), O_RDONLY);
-    fs::remove_all(folder_);
+    fs::remove_all(folder_.path());
     volatile const char* lost =
         static_cast<const char*>(mmap(nullptr, 8192, PROT_READ, MAP_PRIVATE, fd, 0));
     volatile char last = lost[8191];
@@ -157,7 +151,7 @@ TEST_F(MappedFileDeathTest, OtherBusErrorsGoWhereTheyWent) {
   const auto send = [&] {
     signal(SIGBUS, SIG_DFL);  // whatever the sanitizers have set up
     const MappedFile file(path_);
-    fs::remove_all(folder_);
+    fs::remove_all(folder_.path());
     raise(SIGBUS);
   };
   EXPECT_EXIT(send(), testing::KilledBySignal(SIGBUS), "^$");

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 #include "harness/base/text.h"
 
 namespace tp {
@@ -100,7 +101,8 @@ TEST(Models, RefusedWithCandidates) {
 }
 
 TEST(Models, FoundByPath) {
-  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "models_test";
+  const TempFolder folder;
+  const std::filesystem::path& dir = folder.path();
   std::filesystem::create_directories(dir / "empty");
   std::ofstream(dir / "config.json") << R"({"hidden_size": 64, "num_attention_heads": 4})";
   const ModelShape expected{64, 4, 4, 16, 0, false};
@@ -113,12 +115,11 @@ TEST(Models, FoundByPath) {
   std::ofstream(dir / "large.json").close();
   std::filesystem::resize_file(dir / "large.json", std::uintmax_t{1} << 33);
   EXPECT_NE(refusal((dir / "large.json").string()).find("larger than 16 MiB"), std::string::npos);
-  std::filesystem::remove_all(dir);
 }
 
 TEST(Models, WithACheckpointBesideTheConfig) {
-  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "models_test_ckpt";
-  std::filesystem::create_directories(dir);
+  const TempFolder folder;
+  const std::filesystem::path& dir = folder.path();
   std::ofstream(dir / "config.json") << R"({"hidden_size": 64, "num_attention_heads": 4})";
   EXPECT_EQ(find_model(dir.string()).checkpoint, "");
   for (const char* name : {"model.safetensors.index.json", "model-00001-of-00002.safetensors"}) {
@@ -133,7 +134,6 @@ TEST(Models, WithACheckpointBesideTheConfig) {
   EXPECT_EQ(find_model(dir.string()).quantization.format.scheme, Scheme::fp8_tensor);
   std::ofstream(dir / "hf_quant_config.json") << "{";
   EXPECT_NE(refusal(dir.string()).find("hf_quant_config.json: "), std::string::npos);
-  std::filesystem::remove_all(dir);
 }
 
 }  // namespace

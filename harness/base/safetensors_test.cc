@@ -10,6 +10,7 @@
 #include <fstream>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 
 namespace tp {
 namespace {
@@ -60,20 +61,10 @@ std::string refusal(const std::string& file) {
   return "";
 }
 
-class Folder {
- public:
-  Folder() : path_(fs::path(testing::TempDir()) / fmt::format("safetensors.{}", getpid())) {
-    fs::create_directories(path_);
-  }
-  ~Folder() { fs::remove_all(path_); }
-  std::string at(const std::string& name) const { return (path_ / name).string(); }
-  std::size_t files() const {
-    return std::size_t(std::distance(fs::directory_iterator(path_), fs::directory_iterator()));
-  }
-
- private:
-  fs::path path_;
-};
+std::size_t files(const TempFolder& folder) {
+  return std::size_t(
+      std::distance(fs::directory_iterator(folder.path()), fs::directory_iterator()));
+}
 
 StoredTensor tensor(const std::string& name, const std::string& dtype,
                     const std::vector<std::int64_t>& shape, const std::vector<std::byte>& data) {
@@ -261,7 +252,7 @@ TEST(Safetensors, EveryDtypeOfTheFormatHasItsSize) {
 }
 
 TEST(Safetensors, WhatIsWrittenIsRead) {
-  const Folder folder;
+  const TempFolder folder;
   const std::string path = folder.at("f.safetensors");
   const auto bytes = as_bytes("0123456789ab");
   const std::vector<std::byte> three(bytes.begin(), bytes.begin() + 3), last = {bytes.back()};
@@ -273,7 +264,7 @@ TEST(Safetensors, WhatIsWrittenIsRead) {
       tensor("", "F8_E4M3", {}, last),
   };
   write_safetensors(path, tensors, metadata);
-  EXPECT_EQ(folder.files(), 1u);  // nothing is left beside it
+  EXPECT_EQ(files(folder), 1u);  // nothing is left beside it
 
   const Safetensors file(path);
   EXPECT_EQ(file.path(), path);
@@ -296,7 +287,7 @@ TEST(Safetensors, WhatIsWrittenIsRead) {
 }
 
 TEST(Safetensors, TheWriterRefusesWhatNobodyCouldRead) {
-  const Folder folder;
+  const TempFolder folder;
   const auto four = as_bytes("abcd");
   const struct {
     std::vector<StoredTensor> tensors;
@@ -327,11 +318,11 @@ TEST(Safetensors, TheWriterRefusesWhatNobodyCouldRead) {
     }
     EXPECT_THROW(safetensors_bytes(row.tensors, row.metadata), BadInput);
   }
-  EXPECT_EQ(folder.files(), 0u);
+  EXPECT_EQ(files(folder), 0u);
 }
 
 TEST(Safetensors, AFileThatCannotBeWrittenLeavesTheOldOneAlone) {
-  const Folder folder;
+  const TempFolder folder;
   const auto four = as_bytes("abcd");
   try {
     write_safetensors(folder.at("none/f"), {tensor("w", "U8", {4}, four)});
@@ -347,7 +338,7 @@ TEST(Safetensors, AFileThatCannotBeWrittenLeavesTheOldOneAlone) {
   } catch (const BadInput& e) {
     EXPECT_EQ(e.what(), folder.at("f") + ": cannot be written: Is a directory");
   }
-  EXPECT_EQ(folder.files(), 1u);
+  EXPECT_EQ(files(folder), 1u);
 }
 
 TEST(Safetensors, AMemfdIsAFileToo) {
@@ -364,7 +355,7 @@ TEST(Safetensors, AMemfdIsAFileToo) {
 }
 
 TEST(Safetensors, MovedFilesKeepTheirTensors) {
-  const Folder folder;
+  const TempFolder folder;
   const auto w = as_bytes("wxyz");
   write_safetensors(folder.at("f"), {tensor("w", "F32", {1}, w)});
   Safetensors first(folder.at("f"));

@@ -9,6 +9,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/safetensors.h"
+#include "harness/base/temp_folder_testing.h"
 #include "harness/base/text.h"
 
 namespace tp {
@@ -21,13 +22,9 @@ constexpr const char* kConfig = R"({"hidden_size": 64, "num_attention_heads": 4,
 
 class UserCheckpointTest : public testing::Test {
  protected:
-  void SetUp() override { fs::create_directories(folder_); }
-  void TearDown() override {
-    set_user_checkpoint("");
-    fs::remove_all(folder_);
-  }
+  void TearDown() override { set_user_checkpoint(""); }
   void write(const char* name, const std::string& text) const {
-    std::ofstream(folder_ / name) << text;
+    std::ofstream(folder_.at(name)) << text;
   }
   void write_tensors(const char* name, const std::vector<std::string>& tensors) const {
     static constexpr std::array<float, 2> kData = {1, 2};
@@ -39,7 +36,7 @@ class UserCheckpointTest : public testing::Test {
                         .data = reinterpret_cast<const std::byte*>(kData.data()),
                         .bytes = sizeof(kData)});
     }
-    write_safetensors((folder_ / name).string(), stored);
+    write_safetensors(folder_.at(name), stored);
   }
   static std::string refusal(const std::function<void()>& f) {
     try {
@@ -50,7 +47,7 @@ class UserCheckpointTest : public testing::Test {
     }
   }
 
-  const fs::path folder_ = fs::path(testing::TempDir()) / "user_checkpoint_test";
+  const TempFolder folder_;
 };
 
 TEST_F(UserCheckpointTest, NoneUntilOneIsSet) {
@@ -62,7 +59,7 @@ TEST_F(UserCheckpointTest, OpenedOnceWithItsModel) {
   write("config.json", kConfig);
   write_tensors("a.safetensors", {"q.weight", "k.weight"});
   write_tensors("b.safetensors", {"v.weight"});
-  set_user_checkpoint(folder_.string());
+  set_user_checkpoint(folder_.path().string());
   const Checkpoint* checkpoint = user_checkpoint();
   ASSERT_NE(checkpoint, nullptr);
   EXPECT_NE(checkpoint->find("v.weight"), nullptr);
@@ -71,8 +68,9 @@ TEST_F(UserCheckpointTest, OpenedOnceWithItsModel) {
   ASSERT_NE(user_model(), nullptr);
   EXPECT_EQ(user_model()->shape.num_heads, 4);
   EXPECT_EQ(user_model()->quantization.format.scheme, Scheme::fp8_tensor);
-  EXPECT_EQ(user_checkpoint_text(),
-            folder_.string() + ": 2 files, 3 tensors, fp8_tensor (native, activations fixed)");
+  EXPECT_EQ(
+      user_checkpoint_text(),
+      folder_.path().string() + ": 2 files, 3 tensors, fp8_tensor (native, activations fixed)");
   set_user_checkpoint("");
   EXPECT_EQ(user_checkpoint(), nullptr);
 }
@@ -84,18 +82,18 @@ TEST_F(UserCheckpointTest, WhatCannotBeOpenedIsRefusedEveryTime) {
     EXPECT_EQ(refusal([] { user_model(); }), first);
     return first;
   };
-  EXPECT_NE(said((folder_ / "nowhere").string()).find("is no directory"), std::string::npos);
+  EXPECT_NE(said(folder_.at("nowhere")).find("is no directory"), std::string::npos);
   EXPECT_NE(said("MiniMax-M2.5").find("is no directory"), std::string::npos);
-  EXPECT_NE(said(folder_.string()).find("config.json"), std::string::npos);
+  EXPECT_NE(said(folder_.path().string()).find("config.json"), std::string::npos);
   write("config.json", kConfig);
-  EXPECT_NE(said(folder_.string()).find("has no safetensors"), std::string::npos);
+  EXPECT_NE(said(folder_.path().string()).find("has no safetensors"), std::string::npos);
   write("a.safetensors", "not at all");
-  EXPECT_NE(said(folder_.string()).find("a.safetensors"), std::string::npos);
+  EXPECT_NE(said(folder_.path().string()).find("a.safetensors"), std::string::npos);
   write_tensors("a.safetensors", {"q.weight"});
-  EXPECT_EQ(said(folder_.string()), "");
+  EXPECT_EQ(said(folder_.path().string()), "");
   write("config.json", R"({"hidden_size": 64, "num_attention_heads": 4,
                            "quantization_config": {"quant_method": "awq", "bits": 4}})");
-  EXPECT_NE(said(folder_.string()).find("quant_method=\"awq\""), std::string::npos);
+  EXPECT_NE(said(folder_.path().string()).find("quant_method=\"awq\""), std::string::npos);
 }
 
 TEST(Text, ShellQuoted) {

@@ -19,6 +19,8 @@
 #include <string>
 #include <thread>
 
+#include "harness/base/temp_folder_testing.h"
+
 namespace tp {
 
 namespace fs = std::filesystem;
@@ -50,13 +52,6 @@ struct Ran {
 // Runs a shell command in an empty folder.
 class CommandsTest : public testing::Test {
  protected:
-  void SetUp() override {
-    std::string path = "/tmp/tpcheck-test-XXXXXX";
-    ASSERT_NE(mkdtemp(path.data()), nullptr);
-    folder_ = path;
-  }
-  void TearDown() override { fs::remove_all(folder_); }
-
   Ran shell(const std::string& command) const {
     Ran ran;
     std::FILE* pipe = popen(fmt::format("cd {} && {}", folder_.string(), command).c_str(), "r");
@@ -120,7 +115,8 @@ class CommandsTest : public testing::Test {
                : "";
   }
 
-  fs::path folder_;
+  const TempFolder temp_;
+  const fs::path folder_ = temp_.path();
   std::string environment_;  // NAME=VALUE ... of what interrupt() starts
 };
 

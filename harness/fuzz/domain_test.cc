@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "harness/base/check.h"
+#include "harness/base/temp_folder_testing.h"
 #include "harness/fuzz/canary_testing.h"
 
 namespace tp {
@@ -57,7 +58,8 @@ TEST_F(DomainTest, AllIsAllHoweverManyAreNamedBesides) {
 }
 
 TEST_F(DomainTest, ModelsOfTheUsersOwn) {
-  const std::filesystem::path folder = std::filesystem::path(testing::TempDir()) / "domain_test";
+  const TempFolder temp;
+  const std::filesystem::path& folder = temp.path();
   const auto model = [&](const std::string& name, const std::string& more) {
     std::filesystem::create_directories(folder / name);
     std::ofstream(folder / name / "config.json")
@@ -88,7 +90,6 @@ TEST_F(DomainTest, ModelsOfTheUsersOwn) {
     EXPECT_NE(std::string(e.what()).find("quant_method=\"awq\""), std::string::npos) << e.what();
     EXPECT_NE(std::string(e.what()).find("config.json"), std::string::npos) << e.what();
   }
-  std::filesystem::remove_all(folder);
 }
 
 TEST_F(DomainTest, EachPairHasEveryLegalPairOfTheModels) {

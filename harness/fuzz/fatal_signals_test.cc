@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
-#include <unistd.h>
 
 #include <csignal>
 #include <filesystem>
@@ -10,6 +9,7 @@
 #include <memory>
 
 #include "harness/base/mapped_file.h"
+#include "harness/base/temp_folder_testing.h"
 
 namespace tp {
 namespace {
@@ -18,24 +18,22 @@ namespace fs = std::filesystem;
 
 void say_last(int) { say_in_flight("last words"); }
 
-// A file in TempDir that is gone with the test.
 class FatalSignalsDeathTest : public testing::Test {
  protected:
-  FatalSignalsDeathTest()
-      : path_((fs::path(testing::TempDir()) / fmt::format("fatal_signals.{}", getpid())).string()) {
+  FatalSignalsDeathTest() {
     GTEST_FLAG_SET(death_test_style, "threadsafe");
     std::ofstream(path_) << std::string(100'000, 'x');
   }
-  ~FatalSignalsDeathTest() override { fs::remove(path_); }
 
   void read_what_is_gone(const MappedFile& file) const {
     fs::resize_file(path_, 10);
-    fs::remove(path_);  // this process will not live to do it later
+    fs::remove_all(folder_.path());  // this process will not live to do it later
     volatile std::byte last = file.bytes()[99'999];
     (void)last;
   }
 
-  const std::string path_;
+  const TempFolder folder_;
+  const std::string path_ = folder_.at("f");
   static constexpr const char* kSentence =
       "^tpcheck: .*: it was cut to 10 bytes while it was read; it had 100000 when it was opened\n$";
 };
@@ -66,7 +64,7 @@ TEST_F(FatalSignalsDeathTest, AnotherBusErrorStillIs) {
     set_in_flight("v1 canary");
     on_fatal_signal(say_last);
     if (!first) file = std::make_unique<MappedFile>(path_);
-    fs::remove(path_);
+    fs::remove_all(folder_.path());
     raise(SIGBUS);
   };
   EXPECT_EXIT(mapped_first(true), testing::KilledBySignal(SIGBUS), "^last words: v1 canary\n$");
