@@ -7,6 +7,7 @@
 #include "harness/base/gated_rules.h"
 #include "harness/base/linear_rules.h"
 #include "harness/base/loader_rules.h"
+#include "harness/base/lora_rules.h"
 #include "harness/base/norm_rules.h"
 #include "harness/base/quant_rules.h"
 #include "harness/base/rope_rules.h"
@@ -20,6 +21,7 @@ struct ShardingRules {
   LoaderRules loader;
   QuantRules quant;
   GatedRules gated;
+  LoraRules lora;
   AttentionRules attention;
 };
 

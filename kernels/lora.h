@@ -1,0 +1,87 @@
+#pragma once
+// LoRA over a linear layer on one rank, for a batch of tokens that use several adapters of
+// different ranks, or none (S-LoRA, Punica; vLLM's lora_shrink and lora_expand): two kernels, which
+// know slots only. What is in them is lora_slots.h's; which collective stands between the two, the
+// layer's.
+
+#include <cstdint>
+#include <vector>
+
+#include "harness/base/compare.h"
+#include "harness/base/tensor.h"
+#include "harness/device/stream.h"
+
+namespace tp {
+
+// Tokens of one slot, at most kLoraTile of them: places [first, first + count) of the order. Tokens
+// of no adapter have slot -1.
+struct LoraTile {
+  std::int32_t slot, first, count;
+};
+constexpr std::int32_t kLoraTile = 16;
+
+// Tokens sorted by slot (those of no adapter last), each slot's in ascending order, and cut into
+// tiles. Made on the host, once for all layers of a step.
+struct LoraPlan {
+  std::vector<std::int32_t> order;
+  std::vector<LoraTile> tiles;
+};
+// Throws Fault(BadLaunch) where a token's slot is not -1 .. slots-1.
+LoraPlan lora_plan(const std::vector<std::int32_t>& slot_of_token, std::int32_t slots);
+
+// The same in device memory, and what is known of each slot.
+struct LoraBatch {
+  const std::int32_t* order = nullptr;  // [tokens]
+  const LoraTile* tiles = nullptr;
+  std::int32_t num_tiles = 0;
+  // [slots][parts]: LoRA ranks, 0 of a matrix that the adapter does not change; and factors.
+  const std::int32_t* ranks = nullptr;
+  const float* scales = nullptr;
+  std::int32_t slots = 0;
+  std::int32_t parts = 0;  // matrices of the layer: 3 of q, k, v
+};
+
+// Shrunk activations: [parts][tokens][cols], any strides, so that what was gathered along the rank
+// dimension can be read as it lies.
+template <typename H>
+struct LoraIntermediate {
+  H* data = nullptr;
+  std::int64_t tokens = 0;
+  std::int64_t cols = 0;  // LoRA ranks of a slot (or of this rank's share of it)
+  std::int64_t part_stride = 0, token_stride = 0, col_stride = 1;
+};
+
+// h[p][t][j] = sum_k x[t][k] a[slot of t][p][j][k], added up in fp32, rounded to H (T or float).
+// x [tokens, in]; a [slots * parts * h.cols, in]. Row j of the slots' A is row first_col + j of the
+// adapters'; where that is not below the adapter's LoRA rank, and for tokens of no adapter, h is 0
+// and nothing is read. Any row strides; segments of any length: matrix steps where a tile has more
+// than two tokens and T is f16 or bf16. Throws Fault(BadLaunch) where the sizes do not fit.
+template <typename T, typename H>
+void lora_shrink(View<const T> x, View<const T> a, const LoraBatch& batch, std::int64_t first_col,
+                 LoraIntermediate<H> h, Stream& stream);
+
+// How the expanded deltas lie in the rows of y, and B's rows in a slot: those of the matrices one
+// after another.
+struct LoraColumns {
+  static constexpr int kMaxParts = 4;
+  std::int32_t parts = 0;
+  std::int64_t rows[kMaxParts] = {};  // of B in a slot; 0: there are none
+  std::int64_t at[kMaxParts] = {};    // the first column of y
+};
+
+// y[t][at[p] + n] = base[the same] + scale (sum_j h[p][t][j] b[slot of t][n of p][j] + bias[slot][n
+// of p]), j below the adapter's LoRA rank; h is rounded to T first, the sum is made in fp32, and so
+// are scaling and adding, with one rounding to Out (T or float) at the end. Tokens of no adapter,
+// and other columns of y that `columns` does not name, get base as it is. y may be base.
+// b [slots * rows of a slot, LoRA ranks of a slot]; bias [slots, rows of a slot], or no rows: none;
+// y, base [tokens, any]. Any row strides. Throws Fault(BadLaunch) where the sizes do not fit.
+template <typename T, typename H, typename Out>
+void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bias,
+                 const LoraBatch& batch, const LoraColumns& columns, View<const Out> base,
+                 View<Out> y, Stream& stream);
+
+// How the two add up: over k columns of x, and over a LoRA rank. No path is less exact.
+Accumulation lora_shrink_accumulation(DType t, std::int64_t k);
+Accumulation lora_expand_accumulation(DType t, std::int64_t rank);
+
+}  // namespace tp
