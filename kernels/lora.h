@@ -60,6 +60,13 @@ template <typename T, typename H>
 void lora_shrink(View<const T> x, View<const T> a, const LoraBatch& batch, std::int64_t first_col,
                  LoraIntermediate<H> h, Stream& stream);
 
+// What ranks gathered, each its share of the LoRA ranks: gathered [tp_size][parts][tokens][cols],
+// dense, to `whole`, of tp_size * cols columns. They must not overlap. Throws Fault(BadLaunch)
+// where the columns do not divide.
+template <typename H>
+void lora_join(const H* gathered, int tp_size, std::int64_t parts, LoraIntermediate<H> whole,
+               Stream& stream);
+
 // How the expanded deltas lie in the rows of y, and B's rows in a slot: those of the matrices one
 // after another.
 struct LoraColumns {
@@ -72,7 +79,8 @@ struct LoraColumns {
 // y[t][at[p] + n] = base[the same] + scale (sum_j h[p][t][j] b[slot of t][n of p][j] + bias[slot][n
 // of p]), j below the adapter's LoRA rank; h is rounded to T first, the sum is made in fp32, and so
 // are scaling and adding, with one rounding to Out (T or float) at the end. Tokens of no adapter,
-// and other columns of y that `columns` does not name, get base as it is. y may be base.
+// matrices that the adapter does not change, and columns of y that `columns` does not name get base
+// as it is. y may be base. Matrix steps as above. `columns` may be in any order, but not overlap.
 // b [slots * rows of a slot, LoRA ranks of a slot]; bias [slots, rows of a slot], or no rows: none;
 // y, base [tokens, any]. Any row strides. Throws Fault(BadLaunch) where the sizes do not fit.
 template <typename T, typename H, typename Out>
@@ -80,7 +88,9 @@ void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bia
                  const LoraBatch& batch, const LoraColumns& columns, View<const Out> base,
                  View<Out> y, Stream& stream);
 
-// How the two add up: over k columns of x, and over a LoRA rank. No path is less exact.
+// How the two add up: over k columns of x, and over a LoRA rank. No path is less exact. An
+// element's bits depend on its token's row, its rows of A or B, the adapter's LoRA rank, and
+// whether its tile takes matrix steps: on nothing else of the batch.
 Accumulation lora_shrink_accumulation(DType t, std::int64_t k);
 Accumulation lora_expand_accumulation(DType t, std::int64_t rank);
 

@@ -50,10 +50,12 @@ class LoraSlots {
             Stream& stream);
 
   // Puts the layer's modules of `adapter` into the slot: rank r of max_rank in its first rows (A)
-  // and columns (B), zeros elsewhere. F32, F16 and BF16 are rounded to T; B, if the scale is merged
-  // into it, is rounded, multiplied in fp32 and rounded again (as vLLM does). The copies are on the
-  // stream; what is copied is kept until they are done. Throws BadInput naming file, tensor and
-  // numbers: a rank above max_rank, A or B that do not fit the base. An adapter that does not
+  // and columns (B), zeros elsewhere. F32, F16 and BF16 are rounded to T; B and its bias, if the
+  // scale is merged into them, are rounded, multiplied in fp32 and rounded again (as vLLM does).
+  // One A of a fused module is that of every matrix. The copies are on the stream; the adapter may
+  // go at once. Throws BadInput naming file, tensor and numbers: a rank above max_rank, A or B that
+  // do not fit the base, a bias for which there is no memory, both the fused module and one of its
+  // matrices' own. An adapter that does not
   // change the layer leaves zeros. Fault(OutOfBounds) where rows or columns are taken that a
   // tensor does not have, Fault(BadLaunch) where they are not as many as the slot has room for.
   LoraSlotState load(int slot, const PeftAdapter& adapter);
@@ -61,9 +63,12 @@ class LoraSlots {
   void unload(int slot);
 
  private:
+  void require_slot(int slot) const;
+
   LoraLayer layer_;
   ShardingRules rules_;
   View<T> a_, b_, bias_;
+  int slots_ = 0;
   Stream& stream_;
 };
 
