@@ -94,6 +94,7 @@ tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group
 tp_test(budget_test LIBRARIES tp_base
   SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc
           properties/product_budget_test.cc properties/quantise_budget_test.cc properties/merged_linear_budget_test.cc
+          properties/lora_budget_test.cc
           properties/attention_budget_test.cc
           properties/attention_data.cc)
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
