@@ -552,7 +552,7 @@ std::vector<Budget> expand_reference(const Case& c, const Layer& layer, DType ba
       for (std::int64_t slot = 0; slot < slots(c); ++slot) {
         const auto s = std::size_t(slot);
         const bool bias = adds_bias(c, layer, sharding_rules(), rank);
-        deltas.push_back({.b = &b[s],
+        deltas.push_back({.b = b[s].cols > 0 ? &b[s] : nullptr,
                           .bias = bias ? &biases[s] : nullptr,
                           .scale = float(in["lora_scales"].row(slot)[p])});
       }
