@@ -9,8 +9,7 @@ void lora_shrink_over_ranks(View<const T> x, View<const T> a, const LoraBatch& b
                             const LoraLayer& layer, DeltaJoins joins, const LoraScratch<H>& scratch,
                             LoraIntermediate<H> h, const ShardingRules& rules, TpGroup& group,
                             Stream& stream) {
-  const Shard rows =
-      rules.lora.a_rows(layer.max_rank, layer.shares_out_rank, group.tp_size(), group.tp_rank());
+  const Shard rows = lora_own_a(layer, rules);
   const ShrinkCollective collective =
       rules.lora.shrink_collective(layer.base.cuts_columns, layer.shares_out_rank, joins);
   const std::int64_t ranks = collective == ShrinkCollective::gather ? group.tp_size() : 1;

@@ -16,11 +16,6 @@ namespace {
 
 int parts_of(const LoraLayer& layer) { return int(layer.base.rows.size()); }
 
-Shard a_rows_of(const LoraLayer& layer, const ShardingRules& rules) {
-  const bool is_shared_out = layer.shares_out_rank && !layer.base.cuts_columns;
-  return rules.lora.a_rows(layer.max_rank, is_shared_out, layer.base.tp_size, layer.base.tp_rank);
-}
-
 // Host memory of a slot's rows, zeros at first.
 template <typename T>
 struct Staged {
@@ -107,8 +102,13 @@ std::vector<const PeftModule*> modules_of(const LoraLayer& layer, const PeftModu
 
 }  // namespace
 
+Shard lora_own_a(const LoraLayer& layer, const ShardingRules& rules) {
+  const bool is_shared_out = layer.shares_out_rank && !layer.base.cuts_columns;
+  return rules.lora.a_rows(layer.max_rank, is_shared_out, layer.base.tp_size, layer.base.tp_rank);
+}
+
 std::int64_t lora_a_rows(const LoraLayer& layer, const ShardingRules& rules) {
-  return a_rows_of(layer, rules).size;
+  return lora_own_a(layer, rules).size;
 }
 
 std::int64_t lora_b_rows(const LoraLayer& layer, const ShardingRules& rules) {
@@ -156,7 +156,7 @@ LoraSlotState LoraSlots<T>::load(int slot, const PeftAdapter& adapter) {
   const PeftModule* fused =
       layer_.fused.empty() ? nullptr : adapter.find(layer_.prefix + layer_.fused);
   const std::vector<const PeftModule*> modules = modules_of(layer_, fused, adapter);
-  const Shard a_rows = a_rows_of(layer_, rules_), a_cols = rules.a_columns(base);
+  const Shard a_rows = lora_own_a(layer_, rules_), a_cols = rules.a_columns(base);
   const int parts = parts_of(layer_);
   const std::int64_t b_rows = lora_b_rows(layer_, rules_);
 

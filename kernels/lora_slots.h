@@ -17,9 +17,10 @@ namespace tp {
 
 struct LoraLayer {
   LoraBase base;
-  std::int64_t max_rank = 0;       // of a slot
-  bool shares_out_rank = false;    // "fully sharded": ranks have a share each of A's rows where the
-                                   // base is column-parallel, of B's where it is row-parallel
+  std::int64_t max_rank = 0;  // of a slot
+  // "Fully sharded": ranks have a share each of A's rows where the base is column-parallel, of B's
+  // where it is row-parallel.
+  bool shares_out_rank = false;
   bool merges_scale = false;       // B is multiplied by the adapter's factor when it is loaded
   std::string prefix;              // of the modules' names: "model.layers.0.self_attn."
   std::vector<std::string> parts;  // "q_proj", "k_proj", "v_proj"
@@ -27,6 +28,7 @@ struct LoraLayer {
 };
 
 // Of a slot on this rank under these rules.
+Shard lora_own_a(const LoraLayer& layer, const ShardingRules& rules);          // of each matrix's A
 std::int64_t lora_a_rows(const LoraLayer& layer, const ShardingRules& rules);  // of each matrix's A
 std::int64_t lora_b_rows(const LoraLayer& layer, const ShardingRules& rules);  // of all B
 // Rows of B of each matrix, of an adapter that is stored like this.

@@ -249,7 +249,7 @@ LoraLayer lora_layer(const Case& c, const Layer& layer, int tp_rank) {
                        .tp_size = c.tp_size,
                        .tp_rank = tp_rank},
               .max_rank = max_rank(c, layer),
-              .shares_out_rank = shares_out_rank(c) && !layer.cuts_columns,
+              .shares_out_rank = shares_out_rank(c),
               .merges_scale = merges_scale(c),
               .prefix = layer.prefix,
               .parts = layer.parts,

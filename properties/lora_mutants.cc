@@ -117,14 +117,13 @@ bool any_token_uses(const Case& c, const Layer& layer) {
   });
 }
 
-bool slots_differ(const Case& c, const Layer& layer, const LoraRules& rules) {
-  const LoraRules& right = sharding_rules().lora;
+bool slots_differ(const Case& c, const Layer& layer, const ShardingRules& mine) {
+  const LoraRules &rules = mine.lora, &right = sharding_rules().lora;
   const std::vector<Adapter> all = own_adapters(c, layer);
   for (int rank = 0; rank < c.tp_size; ++rank) {
     const LoraLayer l = lora_layer(c, layer, rank);
     if (rules.slot_rows(l.base) != right.slot_rows(l.base) ||
-        rules.a_rows(l.max_rank, l.shares_out_rank, c.tp_size, rank) !=
-            right.a_rows(l.max_rank, l.shares_out_rank, c.tp_size, rank) ||
+        lora_own_a(l, mine) != lora_own_a(l, sharding_rules()) ||
         rules.a_columns(l.base) != right.a_columns(l.base))
       return true;
     for (const Adapter& adapter : all) {
@@ -173,7 +172,7 @@ bool leaves_former(const Case& c, const Layer& layer) {
 
 bool differs(const Case& c, const Layer& layer, const ShardingRules& rules) {
   const LoraRules &mine = rules.lora, &right = sharding_rules().lora;
-  if (slots_differ(c, layer, mine) || scales_differ(c, layer, mine)) return true;
+  if (slots_differ(c, layer, rules) || scales_differ(c, layer, mine)) return true;
   if (mine.zeroes_slots != right.zeroes_slots && leaves_former(c, layer)) return true;
   for (const std::int32_t slot : slot_of_token(c, 0)) {
     if (slot >= 0 && mine.slot_of_token(slot, std::int32_t(slots(c))) != slot) return true;

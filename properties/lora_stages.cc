@@ -74,7 +74,7 @@ double drawn_value(bool is_exact, std::uint32_t largest, std::uint32_t bits, std
   return sign * (0.25 + double(bits & 0xFFFFFF) * 0x1p-24) * of_row * of_col;
 }
 constexpr std::uint32_t kLargest = 3;
-constexpr std::string_view kA = "lora_A.weight";
+constexpr std::string_view kA = "lora_A.weight", kB = "lora_B.weight";
 
 // About the square root of n, and a power of two.
 double root(std::int64_t n) { return std::ldexp(1.0, std::ilogb(double(n)) / 2); }
@@ -107,7 +107,7 @@ std::vector<StoredSpec> stored_tensors(const Case& c, const Layer& layer, const 
       const auto add = [&](std::string_view what, std::vector<std::int64_t> shape) {
         const bool is_a = what == kA;
         double factor = c.fill == Fill::exact || !is_a ? 1 : 1 / root(layer.in_features);
-        if (v.law == "alpha" && is_a) factor /= 2;
+        if (v.law == "alpha" && what != kB) factor /= 2;
         if (v.law == "zero_b" && !is_a) factor = 0;
         TensorSpec t{stored_name(i, m.name, what), file_dtype(c), shape.size() == 1 ? 1 : shape[0],
                      shape.back(), Role::weight};
@@ -123,7 +123,7 @@ std::vector<StoredSpec> stored_tensors(const Case& c, const Layer& layer, const 
               .checkpoint = int(i)}});
       };
       add(kA, {rank, layer.in_features});
-      add("lora_B.weight", {m.rows, rank});
+      add(kB, {m.rows, rank});
       if (has_bias(c)) add("lora_B.bias", {m.rows});
     }
   }
@@ -169,8 +169,7 @@ std::vector<LocalBuffer> slot_buffers(const Case& c, const Layer& layer, const S
   const ShardingRules& right = sharding_rules();
   const std::int64_t n = slots(c), room = of_rank.max_rank,
                      parts = std::int64_t(layer.parts.size()), rows = total_rows(of_rank);
-  const Shard a_rows = right.lora.a_rows(room, of_rank.shares_out_rank, c.tp_size, tp_rank),
-              columns = right.lora.a_columns(of_rank.base);
+  const Shard a_rows = lora_own_a(of_rank, right), columns = right.lora.a_columns(of_rank.base);
   LocalBuffer a{"lora_a", use, c.dtype, n * parts * a_rows.size, columns.size},
       b{"lora_b", use, c.dtype, n * std::max(rows, rules.lora.slot_rows(of_rank.base)), room},
       bias{"lora_bias", use, c.dtype, n, rows};
@@ -701,7 +700,7 @@ LawRun law_tokens() {
 }
 
 LawRun law_alpha() {
-  return {.law = {"alpha", "twice the alpha and half of A give the same bits"},
+  return {.law = {"alpha", "twice the alpha and half of A (and of B's bias) give the same bits"},
           .vary =
               [](const Case& c) {
                 return std::pair{c, Variation{.law = "alpha"}};
