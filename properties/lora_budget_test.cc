@@ -312,7 +312,7 @@ TEST(LoraBudget, AcceptsCorrectKernelsInAnyOrder) {
       if (types.t == f32 && Fill(fill) == Fill::exact) {
         EXPECT_EQ(result.score, 0);
       } else if (Fill(fill) == Fill::dense) {
-        EXPECT_GT(result.score_y, 0.1) << name_of_types(types);
+        EXPECT_GT(result.score_y, 0.3) << name_of_types(types);
       }
     }
   }
@@ -423,6 +423,17 @@ TEST(LoraBudget, HasWhatIsScaledRoundedOrNot) {
     differ += rounded_twice != rounded_once;
   }
   EXPECT_GT(differ, 500);
+}
+
+// 257 + 2^-20 becomes 257 in fp32, and that 256 in bf16; rounded once it is 258.
+TEST(LoraBudget, HasASumThatIsRoundedTwice) {
+  const Budget b = one(256, 1 + 0x1p-20, 1, f32, bf16);
+  for (const double y : {256.0, 258.0}) {
+    std::byte bytes[2];
+    store(bf16, bytes, 0, y);
+    EXPECT_FALSE(compare(bf16, bytes, b).first.has_value()) << y;
+  }
+  EXPECT_EQ(one(256, 1 + 0x1p-20, 1, f32, f32).rho[0], 0);
 }
 
 // 257 lies between two numbers of bf16; which one is taken is no matter of order.
