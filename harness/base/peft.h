@@ -19,8 +19,8 @@ struct PeftConfig {
   std::int64_t rank = 8;
   double alpha = 8;
   bool use_rslora = false;
-  // Names of modules, or their last parts; or one pattern that all of a module's name has to match;
-  // "all-linear".
+  // Names of modules, or their ends after a dot; or one pattern that all of a module's name has to
+  // match, of which "all-linear" means every one.
   std::vector<std::string> target_modules;
   std::string target_pattern;
   std::vector<std::string> exclude_modules;
@@ -29,19 +29,22 @@ struct PeftConfig {
   // first that does.
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern;
   std::vector<std::pair<std::string, double>> alpha_pattern;
-  std::vector<std::int64_t> layers_to_transform;  // empty: all
+  // The layers in which the ends of target_modules count; empty: all. The layer is the first number
+  // behind one of these names, or, where there are none, behind any but the first part of a name.
+  std::vector<std::int64_t> layers_to_transform;
   std::vector<std::string> layers_pattern;
   bool lora_bias = false;  // B has a bias
   std::string base_model;  // base_model_name_or_path, for sentences
 };
 
 // Throws BadInput in one sentence naming `path`, the key and what is wrong with it: no JSON, wrong
-// types, rank 0, alpha NaN, a pattern that is no regular expression, and what is not served: DoRA,
-// modules_to_save, trained biases of the base (bias != "none"), fan_in_fan_out,
-// layer_replication, other peft_types.
+// types, rank 0, alpha NaN, a pattern that is not understood (peft_pattern.h), and what is not
+// served: DoRA and the like, modules_to_save, trained biases of the base (bias != "none"),
+// fan_in_fan_out, layer_replication, other peft_types. Keys that training alone needs are not
+// looked at.
 PeftConfig parse_peft_config(std::string_view text, const std::string& path);
 
-// The rank, and the factor alpha/r or alpha/sqrt(r), of a module ("model.layers.0.mlp.up_proj").
+// Of a module ("model.layers.0.mlp.up_proj"): LoraRules::scale makes a factor of them.
 struct LoraScale {
   std::int64_t rank = 0;
   double alpha = 0;
