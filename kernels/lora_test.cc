@@ -580,6 +580,23 @@ TEST(Lora, NaNStaysWithItsToken) {
   }
 }
 
+// What A has beyond the adapter's LoRA rank, and the rows of B's columns there, may not even exist:
+// AddressSanitizer and compute-sanitizer say so.
+TEST(Lora, ReadsNothingBeyondTheLoraRank) {
+  for (const int tokens : {2, 5}) {
+    OneShrink<f16, f16> shrink({{tokens, 0}, 8, {3}}, 24, 0, 8, 0, 0, Layout::dense,
+                               small_numbers(3));
+    shrink.a.values.resize(3 * 24);
+    shrink.go();
+    shrink.expect_exact();
+    OneExpand<f16, f16, f16> expand({{tokens, 0}, 40, {3}}, {1, {9}, {0}}, 9, false, true, 0, 0,
+                                    Layout::dense, small_numbers(4));
+    expand.b.values.resize(8 * 40 + 3);
+    expand.go();
+    expand.expect_exact();
+  }
+}
+
 // A second time, and in another order of blocks and threads.
 TEST(Lora, BitsAreTheSameInAnySchedule) {
   const auto results = [](std::uint64_t seed) {
