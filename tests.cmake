@@ -107,6 +107,8 @@ target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR
 tp_test(attention_test SOURCES properties/attention_test.cc kernels/attention_testing.cu LIBRARIES tp_kernels)
 tp_test(quantise_test SOURCES properties/quantise_test.cc LIBRARIES tp_kernels)
 tp_test(weight_loader_test SOURCES kernels/weight_loader_test.cc LIBRARIES tp_kernels)
+tp_test(lora_test SOURCES kernels/lora_test.cc LIBRARIES tp_kernels)
+tp_test(lora_slots_test SOURCES kernels/lora_slots_test.cc LIBRARIES tp_kernels)
 tp_test(share_test SOURCES properties/run/share_test.cc LIBRARIES tp_run)
 tp_test(file_linears_test SOURCES properties/file_linears_test.cc LIBRARIES tp_properties)
 tp_test(sample_test SOURCES properties/sample_test.cc LIBRARIES tp_properties)
