@@ -5,97 +5,28 @@
 
 #include "kernels/lora.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "harness/base/models.h"
-#include "kernels/row_linear.h"
 #include "properties/linear.h"
+#include "properties/lora_layers.h"
 #include "properties/lora_mutants.h"
 #include "properties/lora_stages.h"
-#include "reference/row_linear.h"
+#include "properties/stages.h"
 
 namespace tp {
 
 namespace {
 
-// Words of the key `module`.
-enum class Base : std::int64_t { qkv, gate_up, o_proj, down_proj };
+using lora::is_partial;
+using lora::layer_of;
 
-Base base_of(const Case& c) { return Base(c.options.at("module")); }
-bool is_attention(const Case& c) { return base_of(c) == Base::qkv || base_of(c) == Base::o_proj; }
-
-ModelShape shape_of(const Case& c) {
-  ModelShape m = c.model;
-  m.attn_output_gate = c.options.at("output_gate") == 1;
-  return m;
-}
-std::int64_t intermediate(const Case& c) {
-  return c.options.at("intermediate_per_rank") * c.tp_size;
-}
-bool is_partial(const Case& c) { return base_of(c) >= Base::o_proj && c.options.at("joins") == 0; }
 DType base_dtype(const Case& c) {
   return is_partial(c) && c.options.at("reduce_dtype") == 1 ? DType::f32 : c.dtype;
 }
 
 bool only_partial(const Case& c, std::int64_t word) { return word == 0 || is_partial(c); }
-
-lora::Layer layer_of(const Case& c) {
-  const ModelShape m = shape_of(c);
-  const int tp_size = c.tp_size;
-  switch (base_of(c)) {
-    case Base::qkv: {
-      const int replicas = partition(m, tp_size, 0).num_kv_head_replicas;
-      return {.prefix = "model.layers.0.self_attn.",
-              .parts = {"q_proj", "k_proj", "v_proj"},
-              .fused = "qkv_proj",
-              .rows = {std::int64_t{m.num_heads} * m.query_dim(),
-                       std::int64_t{m.num_kv_heads} * m.head_dim,
-                       std::int64_t{m.num_kv_heads} * m.value_head_dim()},
-              .in_features = m.hidden_size,
-              .outputs = {"q", "k", "v"},
-              .buffer = "qkv",
-              .own =
-                  [=](int tp_rank) {
-                    const QkvRows rows = rows_of_own_heads(m, tp_size, tp_rank);
-                    return std::vector<Shard>{rows.q, rows.k, rows.v};
-                  },
-              .replicas = {1, replicas, replicas}};
-    }
-    case Base::gate_up: {
-      const std::int64_t size = c.options.at("intermediate_per_rank");
-      return {.prefix = "model.layers.0.mlp.",
-              .parts = {"gate_proj", "up_proj"},
-              .fused = "gate_up_proj",
-              .rows = {intermediate(c), intermediate(c)},
-              .in_features = m.hidden_size,
-              .outputs = {"gate", "up"},
-              .buffer = "gate_up",
-              .own =
-                  [=](int tp_rank) {
-                    return std::vector<Shard>(2, {tp_rank * size, size});
-                  },
-              .replicas = {1, 1}};
-    }
-    default:
-      break;
-  }
-  const bool is_o = base_of(c) == Base::o_proj;
-  return {.prefix = is_o ? "model.layers.0.self_attn." : "model.layers.0.mlp.",
-          .parts = {is_o ? "o_proj" : "down_proj"},
-          .rows = {m.hidden_size},
-          .in_features = is_o ? std::int64_t{m.num_heads} * m.value_head_dim() : intermediate(c),
-          .cuts_columns = true,
-          .outputs = {is_partial(c) ? "partial" : "out"},
-          .buffer = is_partial(c) ? "partial" : "out",
-          .own =
-              [rows = m.hidden_size](int) {
-                return std::vector<Shard>{{0, rows}};
-              },
-          .replicas = {1}};
-}
 
 // Exact activations thin enough for the shrunk ones to be integers that the type holds.
 TensorSpec x_of(const Case& c) {
@@ -105,56 +36,20 @@ TensorSpec x_of(const Case& c) {
                         std::min(1.0, std::ldexp(1.0, 2 * p - 2) / double(in)));
 }
 
-// The parts of all ranks, base and delta, added up as the layer or its caller does it.
-Stage reduce_stage(const Case& c, const ShardingRules& rules) {
-  const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, pad = c.options.at("pad");
-  const DType type = base_dtype(c);
-  const bool reduces = c.options.at("reduce") == 0;
-  Stage stage{.name = "reduce"};
-  stage.inputs = {{"partial_lora", type, c.tp_size * tokens, hidden}};
-  stage.outputs = {{"sum", c.dtype, tokens, hidden}};
-  stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
-    return {{"partial_lora",
-             Use::input,
-             type,
-             tokens,
-             hidden,
-             {{"partial_lora", {0, hidden}, 0, Shard{tp_rank * tokens, tokens}}}},
-            {"sums", Use::workspace, type, tokens, hidden},
-            {"sum", Use::output, c.dtype, tokens, hidden + pad, {{"sum", {0, hidden}}}}};
-  };
-  stage.run = [=](RankRun& run) {
-    dispatch(c.dtype, [&]<typename T>(T) {
-      const auto reduce = [&]<typename R>(R) {
-        const View<R> sums = run.view<R>("sums");
-        store_sums<R, R>(run.view<R>("partial_lora"), sums, run.stream);
-        reduce_results(sums, reduces, rules, run.group, run.stream);
-        reduce_row_linear(sums, reduces, rules, run.group, run.stream);
-        store_sums<T, R>(sums, run.view<T>("sum").columns(0, hidden), run.stream);
-      };
-      if (type == c.dtype) {
-        reduce(T{});
-      } else {
-        reduce(float{});
-      }
-    });
-  };
-  stage.cost = [=](int) { return linear::cost(c, 2 * double(tokens * hidden), 0); };
-  stage.reference = [=](const WholeInputs& in) -> std::vector<Budget> {
-    std::vector<Budget> parts;
-    for (int rank = 0; rank < c.tp_size; ++rank) {
-      Budget part(tokens, hidden);
-      std::copy_n(in["partial_lora"].row(rank * tokens), tokens * hidden, part.r.begin());
-      parts.push_back(std::move(part));
-    }
-    return {reference::sum_of_runs(parts, {.partial = type, .out = c.dtype})};
-  };
-  return stage;
+// The row-parallel layer that adds the parts up.
+Case as_row_linear(const Case& c) {
+  Case row = c;
+  row.op = "row_linear";
+  row.options = find_operator(row.op).blank().options;
+  row.options.at("in_per_rank") = layer_of(c).in_features / c.tp_size;
+  row.options.at("reduce") = c.options.at("reduce") == 0 ? 0 : 2;
+  for (const char* key : {"reduce_dtype", "pad"}) row.options.at(key) = c.options.at(key);
+  return row;
 }
 
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   std::vector<Stage> all = lora::stages(c, layer_of(c), x_of(c), base_dtype(c), rules, variation);
-  if (is_partial(c)) all.push_back(reduce_stage(c, rules));
+  if (is_partial(c)) all.push_back(row_reduce_stage(as_row_linear(c), rules, "partial_lora"));
   return all;
 }
 
@@ -219,15 +114,15 @@ LawRun law_one_rank() {
     Case one = c;
     one.tp_size = 1;
     one.options["max_rank"] = lora::max_rank(c, layer_of(c));
-    one.options["intermediate_per_rank"] = intermediate(c);
+    one.options["intermediate_per_rank"] = lora::intermediate(c);
     return std::pair{one, Variation{.law = "tp1"}};
   };
   return law;
 }
 
 std::optional<std::string> refuse(const Case& c) {
-  if (is_attention(c)) {
-    if (auto reason = partitionable(shape_of(c), c.tp_size)) return reason;
+  if (lora::is_attention(c)) {
+    if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
   }
   const lora::Layer layer = layer_of(c);
   if (auto reason = lora::refuse(c, layer)) return reason;

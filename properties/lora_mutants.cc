@@ -22,7 +22,12 @@ Shard sliced(Shard s, std::int64_t rows) {
 Shard right_rows(const LoraBase& base, int part, bool is_fused) {
   return sharding_rules().lora.b_rows(base, part, is_fused);
 }
-std::int64_t even_rows(const LoraBase& base) { return base.total_rows() / base.tp_size; }
+// As if no row were on several ranks.
+std::int64_t even_rows(const LoraBase& base) {
+  const bool is_shared =
+      std::any_of(base.replicas.begin(), base.replicas.end(), [](int n) { return n > 1; });
+  return is_shared ? base.total_rows() / base.tp_size : sharding_rules().lora.slot_rows(base);
+}
 
 // Each block begins where the base layer's own sizes, which count replicas, put it.
 Shard after_replicas(const LoraBase& base, int part, bool is_fused) {
