@@ -87,9 +87,10 @@ inline Bounded sum_of_products(const double* a, const double* b, std::int64_t n,
   double raised = 0;
   for (k = 0; k < n && has_subnormal; ++k) raised += accumulation.raised(a[k], b[k]);
   if (adds_exactly(std::max(s, raised), q)) return {r, 0};
-  // The kernel's roundings; this very loop's; and what underflow can take at each step.
+  // The kernel's roundings; this very loop's; and what underflow can take at each step, of which
+  // there are as many as products where several chains meet.
   return {r, (accumulation.error() + double(n) * 0x1p-53) * s + accumulation.cut(raised) +
-                 double(accumulation.depth) * 0x1p-149};
+                 double(std::max(accumulation.depth, n)) * 0x1p-149};
 }
 
 // v + addend, added in fp32. `is_last`: this rounding is the output's own, which compare() knows.
