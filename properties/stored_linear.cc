@@ -242,10 +242,10 @@ LawRun law_files() {
       }};
 }
 
-LawRun without_local_scales(LawRun law) {
-  law.twin = [twin = law.twin](const Case& c, const Variation& v, const TensorSpec& t,
-                               std::int64_t row, std::int64_t col) -> std::optional<Place> {
-    if (t.name == "x_scale" || t.name == "groups") return std::nullopt;
+LawRun without_local_scales(LawRun law, const std::string& prefix) {
+  law.twin = [twin = law.twin, prefix](const Case& c, const Variation& v, const TensorSpec& t,
+                                       std::int64_t row, std::int64_t col) -> std::optional<Place> {
+    if (t.name == prefix + "x_scale" || t.name == prefix + "groups") return std::nullopt;
     if (twin) return twin(c, v, t, row, col);
     return Place{row, col};
   };

@@ -109,7 +109,8 @@ bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataR
 LawRun law_tokens();
 // The files of a checkpoint, and the tensors in them, in another order: the same bits.
 LawRun law_files();
-// What a law about the number of ranks must leave out: adds it to law.twin.
-LawRun without_local_scales(LawRun law);
+// What a law about the number of ranks must leave out: adds it to law.twin. `prefix`: what the
+// layer's tensors are called with, in an operator that has several.
+LawRun without_local_scales(LawRun law, const std::string& prefix = "");
 
 }  // namespace tp::stored_linear
