@@ -487,7 +487,7 @@ Operator make_attention_block() {
       .name = "attention_block",
       .what = "an attention layer from hidden states to hidden states, judged stage by stage",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank(), kOfOut)},
+      .laws = {stored_linear::without_local_scales(law_one_rank(), kOfOut, "out")},
       .mutants = mutants(),
       .refuse = refuse,
       .work = work,

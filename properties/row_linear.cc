@@ -437,8 +437,8 @@ Operator make_row_linear() {
       .name = "row_linear",
       .what = "row-parallel linear layer, and the sum over the ranks that it needs",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
-               law_other_reduce(), stored_linear::law_files()},
+      .laws = {stored_linear::without_local_scales(law_one_rank(), "", "out"),
+               stored_linear::law_tokens(), law_other_reduce(), stored_linear::law_files()},
       .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;

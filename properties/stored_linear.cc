@@ -242,10 +242,13 @@ LawRun law_files() {
       }};
 }
 
-LawRun without_local_scales(LawRun law, const std::string& prefix) {
-  law.twin = [twin = law.twin, prefix](const Case& c, const Variation& v, const TensorSpec& t,
-                                       std::int64_t row, std::int64_t col) -> std::optional<Place> {
+LawRun without_local_scales(LawRun law, const std::string& prefix, const std::string& output) {
+  law.twin = [twin = law.twin, prefix, output](const Case& c, const Variation& v,
+                                               const TensorSpec& t, std::int64_t row,
+                                               std::int64_t col) -> std::optional<Place> {
     if (t.name == prefix + "x_scale" || t.name == prefix + "groups") return std::nullopt;
+    const bool is_of_scales = t.name == prefix + "x_codes" || t.name == output;
+    if (!output.empty() && is_of_scales && makes_scales(c)) return std::nullopt;
     if (twin) return twin(c, v, t, row, col);
     return Place{row, col};
   };

@@ -110,7 +110,10 @@ LawRun law_tokens();
 // The files of a checkpoint, and the tensors in them, in another order: the same bits.
 LawRun law_files();
 // What a law about the number of ranks must leave out: adds it to law.twin. `prefix`: what the
-// layer's tensors are called with, in an operator that has several.
-LawRun without_local_scales(LawRun law, const std::string& prefix = "");
+// layer's tensors are called with, in an operator that has several. `output`: of a layer that cuts
+// columns, what its product makes. Scales that ranks make of their own columns are others on one
+// rank, and so are the codes, and whatever is made of these.
+LawRun without_local_scales(LawRun law, const std::string& prefix = "",
+                            const std::string& output = "");
 
 }  // namespace tp::stored_linear
