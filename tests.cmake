@@ -94,9 +94,11 @@ tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group
 tp_test(budget_test LIBRARIES tp_base
   SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc
           properties/product_budget_test.cc properties/quantise_budget_test.cc properties/merged_linear_budget_test.cc
+          properties/lora_budget_test.cc
           properties/attention_budget_test.cc
           properties/attention_data.cc)
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
+tp_mpi_test(stages_test SOURCES properties/stages_test.cc LIBRARIES tp_properties)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc)

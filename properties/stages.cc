@@ -35,6 +35,11 @@ Stage renamed(Stage stage, std::string name, const Names& names) {
     for (TensorSpec& t : *list) t.name = other_name(shared->tensors, t.name);
     std::erase_if(*list, [](const TensorSpec& t) { return t.name.empty(); });
   }
+  for (StoredInput& input : stage.stored) {
+    if (input.name.empty()) input.name = input.tensor;  // the loader still asks for that
+    input.tensor = other_name(shared->tensors, input.tensor);
+  }
+  std::erase_if(stage.stored, [](const StoredInput& input) { return input.tensor.empty(); });
   stage.buffers = [buffers = stage.buffers, shared](int tp_rank) {
     std::vector<LocalBuffer> all;
     for (LocalBuffer& buffer : buffers(tp_rank)) {

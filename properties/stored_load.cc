@@ -130,7 +130,7 @@ Stage load_stage(const Case& c, const Layer& layer, const std::vector<TensorSpec
   const bool other_order = variation.law == "files";
   const std::int64_t files = other_order ? 5 - c.options.at("files") : c.options.at("files");
   const bool from_file = layer_in_file(c).has_value();
-  if (from_file) stage.checkpoint = user_checkpoint();
+  if (from_file) stage.checkpoints = {user_checkpoint()};
   std::vector<InFile> all =
       from_file ? tensors_in_file(c, layer, bias) : checkpoint_of(c, layer, bias);
   if (other_order) std::reverse(all.begin(), all.end());

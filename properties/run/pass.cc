@@ -108,13 +108,13 @@ bool is_new(const RankMemory& memory, const LocalBuffer& local) {
 // Runs a stage with its inputs as `images` say, the new ones or all of them, the recorded way if
 // there is a recording.
 void launch_stage(const Stage& stage, TpGroup& group, Stream& stream, const RankMemory& memory,
-                  const Checkpoint* checkpoint, const std::vector<Image>& images, bool whole,
-                  Recording* recording) {
+                  const std::vector<const Checkpoint*>& checkpoints,
+                  const std::vector<Image>& images, bool whole, Recording* recording) {
   for (const Image& image : images) {
     if (image.local.use == Use::input && (recording != nullptr || is_new(memory, image.local)))
       upload(stream, image, memory.buffers.at(image.local.name).buffer, whole);
   }
-  RankRun run(group, stream, memory.buffers, checkpoint);
+  RankRun run(group, stream, memory.buffers, checkpoints);
   if (recording != nullptr) stream.begin_recording(*recording);
   stage.run(run);
   if (recording != nullptr) stream.end_recording();
@@ -173,22 +173,22 @@ void run_rank(TpGroup& group, Stream& stream, const std::vector<Stage>& stages,
     const std::vector<Image> before = load_stage(stage, stream, tp_rank, options, data, memory);
     std::vector<Image> other;
     Recording* recording = nullptr;
-    const Checkpoint* checkpoint = stage.stored.empty() ? nullptr : &data.checkpoint(stage);
+    const std::vector<const Checkpoint*> checkpoints = data.checkpoints(stage);
     // What it writes must be new, or the second run would start from what the first one left.
     // Nobody records how weights are loaded.
-    if (options.graph && checkpoint == nullptr &&
+    if (options.graph && checkpoints.empty() &&
         std::all_of(before.begin(), before.end(), [&](const Image& image) {
           return image.local.use == Use::input || is_new(memory, image.local);
         })) {
       recording = &recordings.emplace_back();
       other = decoys(stage, before, decoy_data, memory);
-      launch_stage(stage, group, stream, memory, checkpoint, other, whole, recording);
+      launch_stage(stage, group, stream, memory, checkpoints, other, whole, recording);
       for (const Image& image : before) {
         if (image.local.use == Use::input || !options.poison) continue;
         poison(stream, memory.buffers.at(image.local.name).buffer, std::uint8_t(*options.poison));
       }
     }
-    launch_stage(stage, group, stream, memory, checkpoint, before, whole, recording);
+    launch_stage(stage, group, stream, memory, checkpoints, before, whole, recording);
     std::vector<Image> after = before;
     for (Image& image : after)
       download(stream, image, memory.buffers.at(image.local.name).buffer, whole);
@@ -291,8 +291,10 @@ PassResult run_pass(World& world, const Case& c, const std::vector<Stage>& stage
                        .delays = options.delays,
                        .serial = options.serial,
                        .timed = options.timed});
+  std::set<std::string> names;
   for (const Stage& stage : stages) {
-    if (!stage.stored.empty() && local.size > 0) data.checkpoint(stage);
+    TP_CHECK(names.insert(stage.name).second, "two stages are called " + stage.name);
+    if (local.size > 0) data.checkpoints(stage);
   }
   DataRegime decoy = data.regime();
   ++decoy.seed;

@@ -50,9 +50,9 @@ class InputData {
   explicit InputData(const DataRegime& regime) : regime_(regime) {}
   // These rows and columns, dense.
   const std::vector<std::byte>& block(const TensorSpec& tensor, Shard rows, Shard cols);
-  // The files that a stage loads its weights from, with these data. Made by the first call, which
-  // must come from the process's own stack.
-  const Checkpoint& checkpoint(const Stage& stage);
+  // The checkpoints that a stage loads its weights from, by number, with these data; none if it
+  // loads nothing. Made by the first call, which must come from the process's own stack.
+  std::vector<const Checkpoint*> checkpoints(const Stage& stage);
   const DataRegime& regime() const { return regime_; }
   double seconds() const { return seconds_; }  // that it took to make them
 
@@ -60,8 +60,10 @@ class InputData {
   DataRegime regime_;
   using Block = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   std::map<Block, std::vector<std::byte>> made_;
-  std::map<std::string, Checkpoint> checkpoints_;  // by stage
+  std::map<std::pair<std::string, int>, Checkpoint> checkpoints_;  // by stage and number
   double seconds_ = 0;
+
+  const Checkpoint& made_checkpoint(const Stage& stage, int which);
 };
 
 // Every process of the world calls it; those without a rank of this case return at once.

@@ -83,14 +83,14 @@ using BufferAliases = std::map<std::string, BufferAlias>;
 class RankRun {
  public:
   RankRun(TpGroup& group, Stream& stream, const std::map<std::string, Resident>& buffers,
-          const Checkpoint* checkpoint)
-      : group(group), stream(stream), buffers_(buffers), checkpoint_(checkpoint) {}
+          std::vector<const Checkpoint*> checkpoints)
+      : group(group), stream(stream), buffers_(buffers), checkpoints_(std::move(checkpoints)) {}
   // The same, with some buffers called by other names.
   RankRun(const RankRun& other, const BufferAliases& aliases)
       : group(other.group),
         stream(other.stream),
         buffers_(other.buffers_),
-        checkpoint_(other.checkpoint_),
+        checkpoints_(other.checkpoints_),
         aliases_(&aliases) {}
 
   TpGroup& group;
@@ -105,8 +105,8 @@ class RankRun {
     const View<T> whole = buffer.as<T>(local.rows, local.cols);
     return alias ? whole.columns(alias->at, local.cols - alias->at) : whole;
   }
-  // What Stage::stored is stored in. It outlives the stream's work.
-  const Checkpoint& checkpoint() const { return *checkpoint_; }
+  // What Stage::stored is stored in, by number. It outlives the stream's work.
+  const Checkpoint& checkpoint(std::size_t which = 0) const { return *checkpoints_.at(which); }
   // What local_values() put there.
   const std::int32_t* integers(const std::string& name) const {
     const BufferAlias* alias = alias_of(name);
@@ -121,7 +121,7 @@ class RankRun {
   }
 
   const std::map<std::string, Resident>& buffers_;
-  const Checkpoint* checkpoint_ = nullptr;
+  std::vector<const Checkpoint*> checkpoints_;
   const BufferAliases* aliases_ = nullptr;
 };
 
@@ -140,21 +140,25 @@ struct Cost {
   double matrix_flops = 0;  // in them
 };
 
-// An input tensor that ranks load from a file, whose name there is the tensor's own.
+// An input tensor that ranks load from a file.
 struct StoredInput {
   std::string tensor;
   std::vector<std::int64_t> shape;  // as many elements as the tensor
-  int file = 0;
+  int file = 0;                     // of the checkpoint
+  std::string name = {};            // what the file calls it; empty: the tensor's own
+  // Which one of several, that may have tensors of the same names: the base model's, an adapter's.
+  int checkpoint = 0;
 };
 
 struct Stage {
   std::string name;
   std::vector<TensorSpec> inputs;   // global; filled from the case, or an earlier stage's outputs
   std::vector<TensorSpec> outputs;  // global; gathered from the ranks
-  // The inputs that come as a checkpoint, in the order in which their files hold them.
+  // The inputs that come as checkpoints, in the order in which their files hold them.
   std::vector<StoredInput> stored = {};
-  // That has them already, and outlives the stage; null: it is made of the inputs.
-  const Checkpoint* checkpoint = nullptr;
+  // By number, those that have them already, and outlive the stage; null, or none of that number:
+  // it is made of the inputs.
+  std::vector<const Checkpoint*> checkpoints = {};
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
   std::function<Cost(int tp_rank)> cost;

@@ -40,17 +40,28 @@ class MemoryFile {
 
 }  // namespace
 
-const Checkpoint& InputData::checkpoint(const Stage& stage) {
-  if (stage.checkpoint != nullptr) return *stage.checkpoint;
-  if (const auto made = checkpoints_.find(stage.name); made != checkpoints_.end())
-    return made->second;
-  std::vector<std::vector<StoredTensor>> files;
+std::vector<const Checkpoint*> InputData::checkpoints(const Stage& stage) {
+  std::vector<const Checkpoint*> all = stage.checkpoints;
+  for (const StoredInput& input : stage.stored)
+    all.resize(std::max(all.size(), std::size_t(input.checkpoint) + 1));
+  for (std::size_t which = 0; which < all.size(); ++which) {
+    if (all[which] == nullptr) all[which] = &made_checkpoint(stage, int(which));
+  }
+  return all;
+}
+
+const Checkpoint& InputData::made_checkpoint(const Stage& stage, int which) {
+  const std::pair key{stage.name, which};
+  if (const auto made = checkpoints_.find(key); made != checkpoints_.end()) return made->second;
+  std::vector<std::vector<StoredTensor>> files(1);
   for (const StoredInput& input : stage.stored) {
+    if (input.checkpoint != which) continue;
     const TensorSpec& t = tensor_of(stage, input.tensor);
     const std::vector<std::byte>& bytes = block(t, {0, t.rows}, {0, t.cols});
     files.resize(std::max(files.size(), std::size_t(input.file) + 1));
-    files[std::size_t(input.file)].push_back(
-        {t.name, std::string(safetensors_word(t.dtype)), input.shape, bytes.data(), bytes.size()});
+    files[std::size_t(input.file)].push_back({input.name.empty() ? t.name : input.name,
+                                              std::string(safetensors_word(t.dtype)), input.shape,
+                                              bytes.data(), bytes.size()});
   }
   std::vector<std::unique_ptr<MemoryFile>> open;
   std::vector<std::string> paths;
@@ -58,7 +69,7 @@ const Checkpoint& InputData::checkpoint(const Stage& stage) {
     open.push_back(std::make_unique<MemoryFile>(safetensors_bytes(tensors)));
     paths.push_back(open.back()->path());
   }
-  return checkpoints_.emplace(stage.name, Checkpoint(paths)).first->second;
+  return checkpoints_.emplace(key, Checkpoint(paths)).first->second;
 }
 
 }  // namespace tp
