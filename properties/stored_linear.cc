@@ -218,6 +218,13 @@ double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
   return bytes;
 }
 
+double work(const Case& c, double weights, double activations) {
+  // In products, as linear::work has them: a stored element is written, read by ranks and compared.
+  constexpr double kProductsOfStored = 16, kProductsOfQuantised = 32;
+  return (is_loaded(c) ? kProductsOfStored * weights : 0) +
+         (quantises(c) ? kProductsOfQuantised * activations : 0);
+}
+
 LawRun law_tokens() {
   LawRun law = tp::law_tokens();
   law.twin = [](const Case&, const Variation& v, const TensorSpec& t, std::int64_t row,
