@@ -362,8 +362,8 @@ double work(const Case& c) {
                v_dim = c.model.value_head_dim(), hidden = double(c.model.hidden_size);
   const double out = c.model.num_heads * v_dim, heads = out * (has_gate(c) ? 2 : 1),
                qkv = (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * v_dim;
-  return linear::work(c, qkv + heads, c.model.hidden_size) +
-         stored_linear::work(c, (qkv + out) * hidden, c.num_tokens * (c.tp_size * hidden + out)) +
+  return stored_linear::work(c, qkv + heads, c.model.hidden_size,
+                             c.num_tokens * (c.tp_size * hidden + out)) +
          double(c.num_tokens) * c.num_tokens * c.model.num_heads *
              (c.model.head_dim + c.model.value_head_dim());
 }

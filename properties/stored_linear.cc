@@ -218,11 +218,16 @@ double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
   return bytes;
 }
 
-double work(const Case& c, double weights, double activations) {
-  // In products, as linear::work has them: a stored element is written, read by ranks and compared.
-  constexpr double kProductsOfStored = 16, kProductsOfQuantised = 32;
-  return (is_loaded(c) ? kProductsOfStored * weights : 0) +
-         (quantises(c) ? kProductsOfQuantised * activations : 0);
+double work(const Case& c, double cols, std::int64_t depth, double activations) {
+  // As many products as a stored element (written, read by ranks, compared) and one that becomes a
+  // code count for.
+  constexpr double kProductsOfStored = 16, kProductsOfCode = 32;
+  Case product = c;
+  // Whatever they were made of, codes are multiplied by tensor cores.
+  if (quantises(c)) product.dtype = DType::bf16;
+  return linear::work(product, cols, depth) +
+         (is_loaded(c) ? kProductsOfStored * cols * double(depth) : 0) +
+         (quantises(c) ? kProductsOfCode * activations : 0);
 }
 
 LawRun law_tokens() {

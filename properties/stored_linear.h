@@ -86,9 +86,9 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
 
-// What loading and quantising add to linear::work: of `weights` elements of weights, and of
-// `activations` elements of the input on all ranks together, each quantised by a thread or two.
-double work(const Case& c, double weights, double activations);
+// linear::work, and what comes before the product. `activations`: elements of the input on all ranks
+// together.
+double work(const Case& c, double cols, std::int64_t depth, double activations);
 
 // What of an operator is in the user's checkpoint.
 struct OfCheckpoint {
