@@ -1,7 +1,7 @@
 // attention_block: hidden states through the projections, the q/k norm, the rotation, attention,
 // the output gate and o_proj, on whole ranks. Each stage is another operator's own, reads what the
 // stage before it left in the ranks' memory, and is judged with just that: the first bad stage is
-// the one that is named.
+// the one that is named. The weights of qkv_linear and of o_proj may come from a checkpoint.
 
 #include "kernels/attention_block.h"
 
@@ -14,6 +14,8 @@
 #include "properties/norm.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
+#include "properties/stored_linear.h"
+#include "properties/stored_linear_mutants.h"
 #include "reference/attention_block.h"
 #include "reference/qkv_linear.h"
 
@@ -23,9 +25,14 @@ namespace {
 
 // Words of the key `qk_norm`.
 enum class QkNorm : std::int64_t { none, full_width, per_head, per_head_1p, weightless };
-// Words of the key `stage`, from 1.
+// Words of the key `stage`, from 1. A linear is one of them with all that it has: its loading, too.
 constexpr const char* kStages[] = {"qkv_linear",  "qk_norm",     "rope",  "attention",
                                    "gate_linear", "output_gate", "o_proj"};
+// Whether the case runs it: all of them, or it alone.
+bool runs(const Case& c, std::string_view stage) {
+  const std::int64_t only = c.options.at("stage");
+  return only == 0 || kStages[only - 1] == stage;
+}
 
 bool has_gate(const Case& c) { return c.options.at("gate") == 1; }
 QkNorm norm_of(const Case& c) { return QkNorm(c.options.at("qk_norm")); }
@@ -39,24 +46,73 @@ Case as_case(const Case& c, const char* op, std::map<std::string, std::int64_t> 
   return other;
 }
 
+// ---- The two linears.
+
+// Keys of stored_linear that say how the weights of both are stored.
+constexpr const char* kStoredKeys[] = {"weights",     "quant",     "dialect",
+                                       "activations", "act_order", "block"};
+
+Case as_linear(const Case& c, const char* op, std::map<std::string, std::int64_t> options) {
+  for (const char* key : {"bias", "pad"}) options[key] = c.options.at(key);
+  for (const char* key : kStoredKeys) options.try_emplace(key, c.options.at(key));
+  return as_case(c, op, std::move(options));
+}
+Case as_qkv_linear(const Case& c) { return as_linear(c, "qkv_linear", {}); }
+Case as_row_linear(const Case& c) {
+  const std::int64_t width = partition(c.model, c.tp_size, 0).heads.size * c.model.value_head_dim();
+  // One matrix is fused with no other, whatever the checkpoint does with q, k and v.
+  const bool is_loaded = stored_linear::is_loaded(c);
+  return as_linear(c, "row_linear",
+                   {{"in_per_rank", width}, {"module", 1}, {"weights", is_loaded ? 1 : 0}});
+}
+
+// A linear's stages among those of others: the product is called `name`, the stages before it, the
+// buffers, and the tensors that every linear calls the same, have `prefix` in front, unless `names`
+// has something else for them.
+std::vector<Stage> of_layer(std::vector<Stage> stages, const std::string& name,
+                            const std::string& prefix, Names names) {
+  for (const char* tensor :
+       {"slots", "input_slots", "groups", "weight_scale", "input_scale", "x_codes", "x_scale"})
+    names.tensors.try_emplace(tensor, prefix + tensor);
+  for (const Stage& stage : stages) {
+    for (const LocalBuffer& buffer : stage.buffers(0))
+      names.buffers.try_emplace(buffer.name, BufferAlias{prefix + buffer.name});
+  }
+  for (Stage& stage : stages) {
+    const bool is_product = &stage == &stages.back();
+    const std::string called = is_product ? name : prefix + stage.name;
+    stage = renamed(std::move(stage), called, names);
+  }
+  return stages;
+}
+
+constexpr const char *kOfQkv = "qkv_", *kOfOut = "o_";
+
+std::vector<Stage> qkv_stages(const Case& c, const ShardingRules& rules, const Variation& v) {
+  std::vector<Stage> stages = qkv_linear_stages(as_qkv_linear(c), rules, v);
+  // Findings among several stages say whose column is wrong.
+  for (TensorSpec& t : stages.back().outputs)
+    t.entity_cols = t.name == "v" ? c.model.value_head_dim() : c.model.head_dim;
+  return of_layer(std::move(stages), "qkv_linear", kOfQkv,
+                  {.tensors = {{"x", "hidden"}}, .buffers = {{"x", {"hidden"}}, {"qkv", {"qkv"}}}});
+}
+
+std::vector<Stage> o_proj_stages(const Case& c, const ShardingRules& rules, const Variation& v) {
+  const std::string input = has_gate(c) ? "gated" : "attn";
+  std::vector<Stage> stages = row_linear_stages(as_row_linear(c), rules, v);
+  for (TensorSpec& t : stages.back().outputs) t.entity_cols = t.cols;  // of no head
+  return of_layer(std::move(stages), "o_proj", kOfOut,
+                  {.tensors = {{"x", input}, {"weight", "o_proj"}, {"bias", "o_bias"}},
+                   .buffers = {{"x", {input}}, {"out", {"out"}}}});
+}
+
+// ---- What lies between them.
+
 // Columns of the fused row of a rank, its padding included. The same on all ranks.
 std::int64_t fused_width(const Case& c) {
   const RankShape rank = partition(c.model, c.tp_size, 0);
   return rank.heads.size * c.model.head_dim +
          rank.kv_heads.size * (c.model.head_dim + c.model.value_head_dim()) + c.options.at("pad");
-}
-
-Stage qkv_stage(const Case& c, const ShardingRules& rules, const Variation& v) {
-  Stage stage = qkv_linear_stage(
-      as_case(c, "qkv_linear", {{"bias", c.options.at("bias")}, {"pad", c.options.at("pad")}}),
-      rules, v);
-  // Findings among several stages say whose column is wrong.
-  for (TensorSpec& t : stage.outputs)
-    t.entity_cols = t.name == "v" ? c.model.value_head_dim() : c.model.head_dim;
-  return renamed(
-      std::move(stage), "qkv_linear",
-      {.tensors = {{"x", "hidden"}},
-       .buffers = {{"x", {"hidden"}}, {"weight", {"qkv_weight"}}, {"bias", {"qkv_bias"}}}});
 }
 
 // Over all heads: q and k side by side again, as the rotation reads them.
@@ -204,35 +260,18 @@ Stage output_gate_stage(const Case& c) {
   };
 }
 
-Stage o_proj_stage(const Case& c, const ShardingRules& rules, const Variation& v) {
-  const std::int64_t width = partition(c.model, c.tp_size, 0).heads.size * c.model.value_head_dim();
-  const std::string input = has_gate(c) ? "gated" : "attn";
-  Stage stage = row_linear_stage(
-      as_case(
-          c, "row_linear",
-          {{"in_per_rank", width}, {"bias", c.options.at("bias")}, {"pad", c.options.at("pad")}}),
-      rules, v);
-  for (TensorSpec& t : stage.outputs) t.entity_cols = t.cols;  // of no head
-  return renamed(
-      std::move(stage), "o_proj",
-      {.tensors = {{"x", input}, {"weight", "o_proj"}, {"bias", "o_bias"}},
-       .buffers = {
-           {"x", {input}}, {"weight", {"o_weight"}}, {"sums", {"o_sums"}}, {"bias", {"o_bias"}}}});
-}
-
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& v) {
   std::vector<Stage> all;
-  all.push_back(qkv_stage(c, rules, v));
-  if (norm_of(c) == QkNorm::full_width) all.push_back(norm_stage(c, rules, v));
-  all.push_back(rotation_stage(c, rules, v));
-  all.push_back(attention_of_block(c, rules, v));
-  if (has_gate(c)) {
-    all.push_back(gate_linear_stage(c, rules));
-    all.push_back(output_gate_stage(c));
+  if (runs(c, "qkv_linear")) all = qkv_stages(c, rules, v);
+  if (runs(c, "qk_norm") && norm_of(c) == QkNorm::full_width)
+    all.push_back(norm_stage(c, rules, v));
+  if (runs(c, "rope")) all.push_back(rotation_stage(c, rules, v));
+  if (runs(c, "attention")) all.push_back(attention_of_block(c, rules, v));
+  if (runs(c, "gate_linear") && has_gate(c)) all.push_back(gate_linear_stage(c, rules));
+  if (runs(c, "output_gate") && has_gate(c)) all.push_back(output_gate_stage(c));
+  if (runs(c, "o_proj")) {
+    for (Stage& stage : o_proj_stages(c, rules, v)) all.push_back(std::move(stage));
   }
-  all.push_back(o_proj_stage(c, rules, v));
-  if (const std::int64_t only = c.options.at("stage"); only > 0)
-    std::erase_if(all, [&](const Stage& s) { return s.name != kStages[only - 1]; });
   return all;
 }
 
@@ -244,11 +283,25 @@ Mutant mutant(std::string id, std::string what, std::string upstream,
   return m;
 }
 
+// Of the linears' loading, preparing and quantising.
+bool differs(const Case& c, const ShardingRules& rules) {
+  const DataRegime regime = norm::regime(c, {});
+  const auto in = [&](const Case& linear, const stored_linear::Layer& layer, const char* x) {
+    return stored_linear::differs(
+        linear, layer,
+        linear::tensor(c, x, c.num_tokens, layer.in_features, Role::activation, linear::kLargestX),
+        regime, rules);
+  };
+  const Case qkv = as_qkv_linear(c), out = as_row_linear(c);
+  return (runs(c, "qkv_linear") && in(qkv, qkv_linear_layer(qkv), "hidden")) ||
+         (runs(c, "o_proj") && in(out, row_linear_layer(out), "attn"));
+}
+
 std::vector<Mutant> mutants() {
   const auto replicated = [](const Case& c) {
     return has_gate(c) && partition(c.model, c.tp_size, 0).num_kv_head_replicas > 1;
   };
-  return {
+  std::vector<Mutant> all = {
       mutant(
           "output-gate-not-sliced:group-start",
           "the gate of the first query heads of the KV head, on every rank that shares it",
@@ -270,6 +323,17 @@ std::vector<Mutant> mutants() {
           },
           replicated),
   };
+  for (const auto& of_linears :
+       {stored_linear::fused_mutants(differs), stored_linear::column_mutants(differs)}) {
+    for (const Mutant& m : of_linears) {
+      // Every rank has all tokens here: nothing that was quantised is gathered.
+      if (m.rules.quant.gathered_scale != GatheredScale::of_all) continue;
+      const bool is_known =
+          std::any_of(all.begin(), all.end(), [&](const Mutant& k) { return k.id == m.id; });
+      if (!is_known) all.push_back(m);
+    }
+  }
+  return all;
 }
 
 // Stages that a case does not have cannot be asked for alone.
@@ -282,6 +346,9 @@ std::optional<std::string> refuse(const Case& c) {
     if ((name == "gate_linear" || name == "output_gate") && !has_gate(c))
       return "stage=" + name + " needs gate=1";
   }
+  const Case qkv = as_qkv_linear(c), out = as_row_linear(c);
+  if (auto reason = stored_linear::refuse(qkv, qkv_linear_layer(qkv))) return reason;
+  if (auto reason = stored_linear::refuse(out, row_linear_layer(out))) return reason;
   const std::int64_t heads =
       std::int64_t{c.model.num_heads} + 2 * std::max(c.model.num_kv_heads, c.tp_size);
   const std::int64_t width = heads * std::max(c.model.head_dim, c.model.value_head_dim());
@@ -292,10 +359,11 @@ std::optional<std::string> refuse(const Case& c) {
 // The projections outweigh everything else.
 double work(const Case& c) {
   const double kv_heads = std::max(c.model.num_kv_heads, c.tp_size),
-               v_dim = c.model.value_head_dim();
-  const double heads = c.model.num_heads * v_dim * (has_gate(c) ? 2 : 1),
+               v_dim = c.model.value_head_dim(), hidden = double(c.model.hidden_size);
+  const double out = c.model.num_heads * v_dim, heads = out * (has_gate(c) ? 2 : 1),
                qkv = (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * v_dim;
-  return linear::work(c, qkv + heads, c.model.hidden_size) +
+  return stored_linear::work(c, qkv + heads, c.model.hidden_size,
+                             c.num_tokens * (c.tp_size * hidden + out)) +
          double(c.num_tokens) * c.num_tokens * c.model.num_heads *
              (c.model.head_dim + c.model.value_head_dim());
 }
@@ -348,46 +416,56 @@ std::vector<Key> keys() {
                           shared_key("num_tokens"),
                           shared_key("dtype"),
                           fill,
-                          shared_key("seed"),
-                          bias,
-                          eps,
-                          {.name = "qk_norm",
-                           .help = "the norm of q and k before they rotate",
-                           .min = 0,
-                           .max = 4,
-                           .words = {"none", "full_width", "per_head", "per_head_1p", "weightless"},
-                           .of_model = true},
-                          {.name = "rotary",
-                           .help = "the columns of a head that rotate",
-                           .min = 0,
-                           .max = 2,
-                           .words = {"full", "half", "quarter"},
-                           .of_model = true},
-                          {.name = "rope",
-                           .help = "which columns are a pair",
-                           .min = 0,
-                           .max = 1,
-                           .words = {"neox", "interleaved"}},
-                          {.name = "gate",
-                           .help = "whether attention's output is multiplied with the sigmoid of a "
-                                   "gate, a projection by head",
-                           .min = 0,
-                           .max = 1,
-                           .words = {"0", "1"},
-                           .weights = {60, 40},
-                           .of_model = true},
-                          {.name = "num_seqs",
-                           .help = "sequences in the call",
-                           .min = 1,
-                           .max = 1024,
-                           .fallback = 1,
-                           .draw_max = 4},
-                          {.name = "splits",
-                           .help = "parts that the keys of a query are split into",
-                           .min = 1,
-                           .max = 64,
-                           .fallback = 1,
-                           .draw_max = 3}};
+                          shared_key("seed")};
+  // Behind the shape, before what it is quantised beside: where the shape is no such format's,
+  // these give way, and the others stay.
+  for (Key& key : stored_linear::keys(true)) {
+    if (key.name == "weights") key.weights = {60, 12, 14, 14};
+    if (std::find(std::begin(kStoredKeys), std::end(kStoredKeys), key.name) !=
+        std::end(kStoredKeys))
+      all.push_back(std::move(key));
+  }
+  for (const Key& key :
+       std::vector<Key>{bias,
+                        eps,
+                        {.name = "qk_norm",
+                        .help = "the norm of q and k before they rotate",
+                        .min = 0,
+                        .max = 4,
+                        .words = {"none", "full_width", "per_head", "per_head_1p", "weightless"},
+                        .of_model = true},
+                        {.name = "rotary",
+                        .help = "the columns of a head that rotate",
+                        .min = 0,
+                        .max = 2,
+                        .words = {"full", "half", "quarter"},
+                        .of_model = true},
+                        {.name = "rope",
+                        .help = "which columns are a pair",
+                        .min = 0,
+                        .max = 1,
+                        .words = {"neox", "interleaved"}},
+                        {.name = "gate",
+                        .help = "whether attention's output is multiplied with the sigmoid of a "
+                                "gate, a projection by head",
+                        .min = 0,
+                        .max = 1,
+                        .words = {"0", "1"},
+                        .weights = {60, 40},
+                        .of_model = true},
+                        {.name = "num_seqs",
+                        .help = "sequences in the call",
+                        .min = 1,
+                        .max = 1024,
+                        .fallback = 1,
+                        .draw_max = 4},
+                        {.name = "splits",
+                        .help = "parts that the keys of a query are split into",
+                        .min = 1,
+                        .max = 64,
+                        .fallback = 1,
+                        .draw_max = 3}})
+    all.push_back(key);
   for (const Key& key : attention_model_keys()) all.push_back(key);
   all.push_back(pad_key("every tensor"));
   Key stage{.name = "stage",
@@ -410,7 +488,7 @@ Operator make_attention_block() {
       .name = "attention_block",
       .what = "an attention layer from hidden states to hidden states, judged stage by stage",
       .keys = keys(),
-      .laws = {law_one_rank()},
+      .laws = {stored_linear::without_local_scales(law_one_rank(), kOfOut, "out")},
       .mutants = mutants(),
       .refuse = refuse,
       .work = work,

@@ -577,10 +577,14 @@ void adopt(Case& c, const Model& model) {
     c.options.at("intermediate_per_rank") = model.intermediate_size / c.tp_size;
 }
 
+bool differs(const Case& c, const ShardingRules& rules) {
+  return stored_linear::differs(c, right_layer_of(c), x_of(c), regime(c, {}), rules);
+}
+
 std::vector<Mutant> all_mutants() {
   std::vector<Mutant> all = mutants();
-  const stored_linear::OfCase of{right_layer_of, x_of, regime};
-  for (const auto& more : {stored_linear::fused_mutants(of), stored_linear::padding_mutants(of)})
+  for (const auto& more :
+       {stored_linear::fused_mutants(differs), stored_linear::padding_mutants(differs)})
     all.insert(all.end(), more.begin(), more.end());
   return all;
 }

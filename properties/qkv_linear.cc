@@ -364,10 +364,13 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   return all;
 }
 
+bool differs(const Case& c, const ShardingRules& rules) {
+  return stored_linear::differs(c, layer_of(c), x_of(c), linear::regime(c, {}), rules);
+}
+
 std::vector<Mutant> all_mutants() {
   std::vector<Mutant> all = mutants();
-  for (Mutant& m : stored_linear::fused_mutants({layer_of, x_of, linear::regime}))
-    all.push_back(std::move(m));
+  for (Mutant& m : stored_linear::fused_mutants(differs)) all.push_back(std::move(m));
   return all;
 }
 
@@ -410,9 +413,12 @@ std::vector<Key> keys() {
 
 }  // namespace
 
-Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  return stages(c, rules, variation).back();
+std::vector<Stage> qkv_linear_stages(const Case& c, const ShardingRules& rules,
+                                     const Variation& variation) {
+  return stages(c, rules, variation);
 }
+
+stored_linear::Layer qkv_linear_layer(const Case& c) { return layer_of(c); }
 
 Operator make_qkv_linear() {
   // A rank's product knows nothing of the others: one rank makes the same bits.

@@ -227,7 +227,6 @@ TensorSpec x_of(const Case& c, int ranks) {
   return linear::tensor(c, "x", c.num_tokens, in_features(c), Role::activation, linear::kLargestX,
                         density(c, ranks));
 }
-TensorSpec own_x_of(const Case& c) { return x_of(c, c.tp_size); }
 
 bool is_attention_out(const Case& c) { return c.options.at("module") == 1; }
 
@@ -533,10 +532,13 @@ LawRun law_other_reduce() {
       }};
 }
 
+bool differs(const Case& c, const ShardingRules& rules) {
+  return stored_linear::differs(c, layer_of(c), x_of(c, c.tp_size), linear::regime(c, {}), rules);
+}
+
 std::vector<Mutant> all_mutants() {
   std::vector<Mutant> all = mutants();
-  for (Mutant& m : stored_linear::column_mutants({layer_of, own_x_of, linear::regime}))
-    all.push_back(std::move(m));
+  for (Mutant& m : stored_linear::column_mutants(differs)) all.push_back(std::move(m));
   return all;
 }
 
@@ -584,8 +586,9 @@ std::vector<Key> keys() {
 
 }  // namespace
 
-Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  return product_stage(c, rules, variation);
+std::vector<Stage> row_linear_stages(const Case& c, const ShardingRules& rules,
+                                     const Variation& variation) {
+  return stages(c, rules, variation);
 }
 
 Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
@@ -661,13 +664,15 @@ Stage row_reduce_stage(const Case& c, const ShardingRules& rules, const std::str
   return stage;
 }
 
+stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
+
 Operator make_row_linear() {
   return make_operator({
       .name = "row_linear",
       .what = "row-parallel linear layer, and the sum over the ranks that it needs",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
-               law_other_reduce(), stored_linear::law_files()},
+      .laws = {stored_linear::without_local_scales(law_one_rank(), "", "out"),
+               stored_linear::law_tokens(), law_other_reduce(), stored_linear::law_files()},
       .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;

@@ -2,14 +2,21 @@
 // The stages of operators, for an operator that is made of others.
 
 #include "properties/run/stage.h"
+#include "properties/stored_linear.h"
 
 namespace tp {
 
-// One stage each. `c` is a case of that operator.
-Stage qkv_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
+// `c` is a case of that operator. Linears: the product comes last, behind the stages that its
+// weights and activations need where these are loaded and quantised (stored_linear.h).
+std::vector<Stage> qkv_linear_stages(const Case& c, const ShardingRules& rules,
+                                     const Variation& variation);
+std::vector<Stage> row_linear_stages(const Case& c, const ShardingRules& rules,
+                                     const Variation& variation);
+stored_linear::Layer qkv_linear_layer(const Case& c);
+stored_linear::Layer row_linear_layer(const Case& c);
+// One stage each.
 Stage qk_norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 Stage rope_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
-Stage row_linear_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 
 // row_linear_stage in two, for whoever does something to the partial sums before they are added up:
 // the first leaves them in a tensor `partial` [tp_size * num_tokens, hidden_size], rank r's from

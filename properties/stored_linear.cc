@@ -218,6 +218,18 @@ double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {
   return bytes;
 }
 
+double work(const Case& c, double cols, std::int64_t depth, double activations) {
+  // As many products as a stored element (written, read by ranks, compared) and one that becomes a
+  // code count for.
+  constexpr double kProductsOfStored = 16, kProductsOfCode = 32;
+  Case product = c;
+  // Whatever they were made of, codes are multiplied by tensor cores.
+  if (quantises(c)) product.dtype = DType::bf16;
+  return linear::work(product, cols, depth) +
+         (is_loaded(c) ? kProductsOfStored * cols * double(depth) : 0) +
+         (quantises(c) ? kProductsOfCode * activations : 0);
+}
+
 LawRun law_tokens() {
   LawRun law = tp::law_tokens();
   law.twin = [](const Case&, const Variation& v, const TensorSpec& t, std::int64_t row,
@@ -242,10 +254,13 @@ LawRun law_files() {
       }};
 }
 
-LawRun without_local_scales(LawRun law) {
-  law.twin = [twin = law.twin](const Case& c, const Variation& v, const TensorSpec& t,
-                               std::int64_t row, std::int64_t col) -> std::optional<Place> {
-    if (t.name == "x_scale" || t.name == "groups") return std::nullopt;
+LawRun without_local_scales(LawRun law, const std::string& prefix, const std::string& output) {
+  law.twin = [twin = law.twin, prefix, output](const Case& c, const Variation& v,
+                                               const TensorSpec& t, std::int64_t row,
+                                               std::int64_t col) -> std::optional<Place> {
+    if (t.name == prefix + "x_scale" || t.name == prefix + "groups") return std::nullopt;
+    const bool is_of_scales = t.name == prefix + "x_codes" || t.name == output;
+    if (!output.empty() && is_of_scales && makes_scales(c)) return std::nullopt;
     if (twin) return twin(c, v, t, row, col);
     return Place{row, col};
   };

@@ -86,6 +86,10 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
 
+// linear::work, and what comes before the product. `activations`: elements of the input on all ranks
+// together.
+double work(const Case& c, double cols, std::int64_t depth, double activations);
+
 // What of an operator is in the user's checkpoint.
 struct OfCheckpoint {
   std::string op;
@@ -109,7 +113,11 @@ bool differs(const Case& c, const Layer& layer, const TensorSpec& x, const DataR
 LawRun law_tokens();
 // The files of a checkpoint, and the tensors in them, in another order: the same bits.
 LawRun law_files();
-// What a law about the number of ranks must leave out: adds it to law.twin.
-LawRun without_local_scales(LawRun law);
+// What a law about the number of ranks must leave out: adds it to law.twin. `prefix`: what the
+// layer's tensors are called with, in an operator that has several. `output`: of a layer that cuts
+// columns, what its product makes. Scales that ranks make of their own columns are others on one
+// rank, and so are the codes, and whatever is made of these.
+LawRun without_local_scales(LawRun law, const std::string& prefix = "",
+                            const std::string& output = "");
 
 }  // namespace tp::stored_linear

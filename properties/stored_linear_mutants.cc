@@ -10,13 +10,11 @@ namespace {
 
 using FirstGroup = LoaderRules::FirstGroup;
 
-Mutant mutant(const OfCase& of, std::string id, std::string what, std::string upstream,
+Mutant mutant(Differs differs, std::string id, std::string what, std::string upstream,
               void (*change)(ShardingRules&)) {
   Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
   change(m.rules);
-  m.decides = [of, rules = m.rules](const Case& c) {
-    return differs(c, of.layer(c), of.x(c), of.regime(c, {}), rules);
-  };
+  m.decides = [differs, rules = m.rules](const Case& c) { return differs(c, rules); };
   return m;
 }
 
@@ -37,11 +35,11 @@ std::int64_t rounded_by_itself(const FusedRows& fused, const LocalRow& at, std::
   return std::min(row, ceil_div(fused.total(), block_rows) - 1);
 }
 
-Mutant slot_zero(const OfCase& of, std::string variant, SlotReduction reduction,
+Mutant slot_zero(Differs differs, std::string variant, SlotReduction reduction,
                  void (*change)(ShardingRules&)) {
   static constexpr const char* kNames[] = {"largest", "smallest", "first", "last", "mean"};
   return mutant(
-      of, "fused-scale-slot-uninit:" + std::move(variant),
+      differs, "fused-scale-slot-uninit:" + std::move(variant),
       std::string("of a tensor that is fused on disk the scale is written to slot 0 only; "
                   "the layer takes the ") +
           kNames[int(reduction)] + " of all slots",
@@ -61,18 +59,18 @@ void one_global_scale(ShardingRules& r) {
 }
 
 // Scales of checkpoints that store their inverse.
-Mutant not_inverted(const OfCase& of) {
+Mutant not_inverted(Differs differs) {
   return mutant(
-      of, "own:global-scale-not-inverted",
+      differs, "own:global-scale-not-inverted",
       "global scales are taken as they are stored, though this writer stores 1/scale", "-",
       [](ShardingRules& r) { r.loader.factor = [](float stored, bool) { return stored; }; });
 }
 
 }  // namespace
 
-std::vector<Mutant> fused_mutants(const OfCase& of) {
+std::vector<Mutant> fused_mutants(Differs differs) {
   return {
-      mutant(of, "interleaved-ba-midpoint-split:as-blocks",
+      mutant(differs, "interleaved-ba-midpoint-split:as-blocks",
              "a tensor fused in stripes is read as if its matrices lay one below the other",
              "vllm-project/vllm#36242",
              [](ShardingRules& r) {
@@ -80,7 +78,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                  return FusedRows{fused.parts, 1}.stored(at.part, at.row);
                };
              }),
-      mutant(of, "packed-concat-contiguous-colwise:stored",
+      mutant(differs, "packed-concat-contiguous-colwise:stored",
              "a tensor fused matrix by matrix is cut into equal runs of rows",
              "NVIDIA-NeMo/Automodel#1324",
              [](ShardingRules& r) {
@@ -89,7 +87,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                  return blocks ? in_equal_runs(fused, at) : fused.stored(at.part, at.row);
                };
              }),
-      mutant(of, "striped-fused-qkv:chunk",
+      mutant(differs, "striped-fused-qkv:chunk",
              "a tensor fused in stripes is cut into equal runs of rows, which is right for as many "
              "ranks as stripes only",
              "vllm-project/vllm#45200",
@@ -99,7 +97,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                                           : fused.stored(at.part, at.row);
                };
              }),
-      mutant(of, "striped-fused-qkv:scale-floor",
+      mutant(differs, "striped-fused-qkv:scale-floor",
              "block scales are cut by stripe, as many rows each as whole blocks fit into one",
              "vllm-project/vllm#53242",
              [](ShardingRules& r) {
@@ -110,7 +108,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                  return stored / stripe * (stripe / block_rows) + stored % stripe / block_rows;
                };
              }),
-      mutant(of, "block-scale-ceil-ceil:ceil",
+      mutant(differs, "block-scale-ceil-ceil:ceil",
              "offset and size of a rank's block scales are each rounded up by themselves",
              "vllm-project/vllm#52997",
              [](ShardingRules& r) {
@@ -120,7 +118,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                  return rounded_by_itself(fused, at, block_rows, ceil_div);
                };
              }),
-      mutant(of, "block-scale-ceil-ceil:floor",
+      mutant(differs, "block-scale-ceil-ceil:floor",
              "offset and size of a rank's block scales are each rounded down by themselves",
              "vllm-project/vllm#52997",
              [](ShardingRules& r) {
@@ -131,7 +129,7 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                                           [](std::int64_t a, std::int64_t b) { return a / b; });
                };
              }),
-      mutant(of, "block-scale-ceil-ceil:local-row",
+      mutant(differs, "block-scale-ceil-ceil:local-row",
              "the block of a row is that of its place in the rank's weight, not in the stored one",
              "vllm-project/vllm#52997",
              [](ShardingRules& r) {
@@ -140,39 +138,39 @@ std::vector<Mutant> fused_mutants(const OfCase& of) {
                  return std::min(at.local / block_rows, ceil_div(fused.total(), block_rows) - 1);
                };
              }),
-      slot_zero(of, "max", SlotReduction::max, only_slot_zero<SlotReduction::max>),
-      slot_zero(of, "min", SlotReduction::min, only_slot_zero<SlotReduction::min>),
-      slot_zero(of, "last", SlotReduction::last, only_slot_zero<SlotReduction::last>),
-      mutant(of, "fused-global-scale-max:max",
+      slot_zero(differs, "max", SlotReduction::max, only_slot_zero<SlotReduction::max>),
+      slot_zero(differs, "min", SlotReduction::min, only_slot_zero<SlotReduction::min>),
+      slot_zero(differs, "last", SlotReduction::last, only_slot_zero<SlotReduction::last>),
+      mutant(differs, "fused-global-scale-max:max",
              "all matrices of a fused layer take the largest of their global scales",
              "NVIDIA/TensorRT-LLM#14199", one_global_scale<SlotReduction::max>),
-      mutant(of, "fused-global-scale-max:min",
+      mutant(differs, "fused-global-scale-max:min",
              "all matrices of a fused layer take the smallest of their global scales, the largest "
              "as it is stored",
              "vllm-project/vllm#47515", one_global_scale<SlotReduction::min>),
-      mutant(of, "fused-global-scale-max:first",
+      mutant(differs, "fused-global-scale-max:first",
              "all matrices of a fused layer take the first one's global scale",
              "NVIDIA/TensorRT-LLM#14199", one_global_scale<SlotReduction::first>),
-      mutant(of, "fused-global-scale-max:mean",
+      mutant(differs, "fused-global-scale-max:mean",
              "all matrices of a fused layer take the mean of their global scales",
              "NVIDIA/TensorRT-LLM#14199", one_global_scale<SlotReduction::mean>),
       mutant(
-          of, "wrong-tensor-cast-fp8:own-scale",
+          differs, "wrong-tensor-cast-fp8:own-scale",
           "ranks scale gathered codes by their own tokens' largest element, and unscale all by it",
           "NVIDIA/TransformerEngine#74",
           [](ShardingRules& r) { r.quant.gathered_scale = GatheredScale::own; }),
-      mutant(of, "wrong-tensor-cast-fp8:scale-of-rank-0",
+      mutant(differs, "wrong-tensor-cast-fp8:scale-of-rank-0",
              "ranks scale gathered codes by their own tokens' largest element, and unscale all by "
              "rank 0's",
              "vllm-project/vllm#54683",
              [](ShardingRules& r) { r.quant.gathered_scale = GatheredScale::of_rank_0; }),
-      not_inverted(of),
+      not_inverted(differs),
   };
 }
 
-std::vector<Mutant> column_mutants(const OfCase& of) {
+std::vector<Mutant> column_mutants(Differs differs) {
   return {
-      mutant(of, "group-straddles-rank:floor",
+      mutant(differs, "group-straddles-rank:floor",
              "a rank's scales begin at tp_rank * (columns / group), its values where they do",
              "vllm-project/vllm#49949",
              [](ShardingRules& r) {
@@ -180,7 +178,7 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return FirstGroup{at.tp_rank * (at.own.size / group), 0};
                };
              }),
-      mutant(of, "group-straddles-rank:ceil",
+      mutant(differs, "group-straddles-rank:ceil",
              "a rank's scales begin at tp_rank * ceil(columns / group), its values where they do",
              "vllm-project/vllm#49949",
              [](ShardingRules& r) {
@@ -188,7 +186,7 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return FirstGroup{at.tp_rank * ceil_div(at.own.size, group), 0};
                };
              }),
-      mutant(of, "group-straddles-rank:whole-groups",
+      mutant(differs, "group-straddles-rank:whole-groups",
              "a rank has every scale that it needs, but counts groups from its own first column",
              "vllm-project/vllm#49949",
              [](ShardingRules& r) {
@@ -196,7 +194,7 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return FirstGroup{at.own.offset / group, 0};
                };
              }),
-      mutant(of, "actorder-scale-inverted:table-cut",
+      mutant(differs, "actorder-scale-inverted:table-cut",
              "the table of scales is cut although the groups of the columns are anywhere in it",
              "sgl-project/sglang#35955",
              [](ShardingRules& r) {
@@ -206,7 +204,7 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return act_order ? part : Shard{0, groups};
                };
              }),
-      mutant(of, "actorder-scale-inverted:global-index",
+      mutant(differs, "actorder-scale-inverted:global-index",
              "a rank has its own part of the table of scales, but the groups of its columns are "
              "counted in the whole one",
              "sgl-project/sglang#35955",
@@ -215,7 +213,7 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return std::min(group, loaded.size - 1);
                };
              }),
-      mutant(of, "actorder-scale-inverted:subtracted",
+      mutant(differs, "actorder-scale-inverted:subtracted",
              "groups that are anywhere in the table are counted from the rank's share of it",
              "sgl-project/sglang#35955",
              [](ShardingRules& r) {
@@ -226,12 +224,12 @@ std::vector<Mutant> column_mutants(const OfCase& of) {
                  return (group - first + loaded.size) % loaded.size;
                };
              }),
-      not_inverted(of),
+      not_inverted(differs),
   };
 }
 
-std::vector<Mutant> padding_mutants(const OfCase& of) {
-  return {mutant(of, "gated-end-padding:weight-not-scale",
+std::vector<Mutant> padding_mutants(Differs differs) {
+  return {mutant(differs, "gated-end-padding:weight-not-scale",
                  "the weight is padded with zeros, and its scales are not",
                  "vllm-project/vllm#55649",
                  [](ShardingRules& r) { r.loader.pads_scales = false; })};

@@ -8,18 +8,14 @@
 
 namespace tp::stored_linear {
 
-// What an operator's mutants need to know of a case.
-struct OfCase {
-  Layer (*layer)(const Case&);
-  TensorSpec (*x)(const Case&);
-  DataRegime (*regime)(const Case&, const Variation&);
-};
+// differs() of an operator's layer, or of any of its layers.
+using Differs = bool (*)(const Case&, const ShardingRules&);
 
 // Of layers with several matrices whose rows are cut: qkv, gate and up.
-std::vector<Mutant> fused_mutants(const OfCase& of);
+std::vector<Mutant> fused_mutants(Differs differs);
 // Of layers whose columns are cut.
-std::vector<Mutant> column_mutants(const OfCase& of);
+std::vector<Mutant> column_mutants(Differs differs);
 // Of layers whose kernels want padding.
-std::vector<Mutant> padding_mutants(const OfCase& of);
+std::vector<Mutant> padding_mutants(Differs differs);
 
 }  // namespace tp::stored_linear
