@@ -54,7 +54,7 @@ std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v, const Sha
   std::vector<std::int32_t> of = slot_of_token(c, v.rotate_rows);
   for (std::int32_t& slot : of) {
     if (slot < 0) continue;
-    if (v.law == "alone" && slot != v.argument) {
+    if (v.law == "merged" || (v.law == "alone" && slot != v.argument)) {
       slot = -1;
     } else {
       slot = rules.lora.slot_of_token(std::int32_t(slot_of_adapter(c, v, slot)),
@@ -147,13 +147,17 @@ struct SlotTensors {
 SlotTensors slot_tensors(const Case& c, const Layer& layer) {
   const std::int64_t n = slots(c), room = max_rank(c, layer),
                      parts = std::int64_t(layer.parts.size());
-  SlotTensors t{.ranks = {"lora_ranks", DType::i32, n, parts},
-                .scales = {"lora_scales", DType::f32, n, parts}};
+  // Not tokens' but weights: laws leave their rows where they are.
+  SlotTensors t{.ranks = {"lora_ranks", DType::i32, n, parts, Role::weight},
+                .scales = {"lora_scales", DType::f32, n, parts, Role::weight}};
   for (std::size_t p = 0; p < layer.parts.size(); ++p) {
-    t.a.push_back({slots_name("lora_a", layer.parts[p]), c.dtype, n * room, layer.in_features});
-    t.b.push_back({slots_name("lora_b", layer.parts[p]), c.dtype, n * layer.rows[p], room});
+    t.a.push_back(
+        {slots_name("lora_a", layer.parts[p]), c.dtype, n * room, layer.in_features, Role::weight});
+    t.b.push_back(
+        {slots_name("lora_b", layer.parts[p]), c.dtype, n * layer.rows[p], room, Role::weight});
     if (has_bias(c))
-      t.bias.push_back({slots_name("lora_bias", layer.parts[p]), c.dtype, n, layer.rows[p]});
+      t.bias.push_back(
+          {slots_name("lora_bias", layer.parts[p]), c.dtype, n, layer.rows[p], Role::weight});
   }
   return t;
 }
@@ -676,6 +680,18 @@ std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x
                           const ShardingRules& rules, const Variation& variation) {
   return {load_stage(c, layer, rules, variation), shrink_stage(c, layer, x, rules, variation),
           expand_stage(c, layer, base_dtype, rules, variation)};
+}
+
+Delta first_delta(const Case& c, const Layer& layer, std::size_t part) {
+  const Adapter adapter = adapters(c, layer).front();
+  const Module& m = adapter.modules[part];
+  Delta delta{.scale = adapter.use_rslora ? m.alpha / std::sqrt(double(m.rank))
+                                          : m.alpha / double(m.rank)};
+  for (const StoredSpec& t : stored_tensors(c, layer, {})) {
+    if (t.spec.name == stored_name(0, layer.parts[part], kA)) delta.a = t.spec;
+    if (t.spec.name == stored_name(0, layer.parts[part], kB)) delta.b = t.spec;
+  }
+  return delta;
 }
 
 double work(const Case& c, const Layer& layer) {

@@ -22,6 +22,13 @@ namespace tp::lora {
 std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x, DType base_dtype,
                           const ShardingRules& rules, const Variation& variation);
 
+// Of the first adapter: what it adds to matrix `part` is scale B A. It must be stored split.
+struct Delta {
+  TensorSpec a, b;
+  double scale;
+};
+Delta first_delta(const Case& c, const Layer& layer, std::size_t part);
+
 // Multiply-adds of the reference, and of filling and loading the adapters, as linear::work counts.
 double work(const Case& c, const Layer& layer);
 

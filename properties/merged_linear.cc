@@ -14,7 +14,10 @@
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
+#include "properties/lora_option.h"
+#include "properties/lora_stages.h"
 #include "properties/run/stage.h"
+#include "properties/stages.h"
 #include "properties/stored_linear.h"
 #include "properties/stored_linear_mutants.h"
 #include "reference/merged_linear.h"
@@ -466,12 +469,29 @@ Stage silu_and_mul_stage(const Case& c, const ShardingRules& rules) {
   return stage;
 }
 
+Case as_lora(const Case& c) {
+  return lora::as_lora(c, lora::Base::gate_up,
+                       {{"intermediate_per_rank", c.options.at("intermediate_per_rank")}});
+}
+
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  if (!stored_linear::is_loaded(c)) return {gate_up_stage(c, rules), silu_and_mul_stage(c, rules)};
-  std::vector<Stage> all =
-      stored_linear::stages(c, layer_of(c, rules), x_of(c), biases_of(c), rules, variation);
-  all.push_back(loaded_gate_up_stage(c, rules));
-  all.push_back(silu_and_mul_stage(c, rules));
+  std::vector<Stage> all;
+  if (stored_linear::is_loaded(c)) {
+    all = stored_linear::stages(c, layer_of(c, rules), x_of(c), biases_of(c), rules, variation);
+    all.push_back(loaded_gate_up_stage(c, rules));
+  } else {
+    all.push_back(gate_up_stage(c, rules));
+  }
+  Stage activation = silu_and_mul_stage(c, rules);
+  if (lora::has_adapters(c)) {
+    const Case of_lora = as_lora(c);
+    all = lora::followed_by(std::move(all), lora::stages(of_lora, lora::layer_of(of_lora), x_of(c),
+                                                         c.dtype, rules, variation));
+    activation = renamed(std::move(activation), activation.name,
+                         {.tensors = {{"gate", "gate_lora"}, {"up", "up_lora"}},
+                          .buffers = {{"gate_up", {"gate_up_lora"}}}});
+  }
+  all.push_back(std::move(activation));
   return all;
 }
 
@@ -522,7 +542,15 @@ LawRun law_tile() {
                 }
                 return std::pair{other, Variation{}};
               },
-          .twin = twin};
+          .twin = twin,
+          .refuse = [](const Case& c) -> std::optional<std::string> {
+            if (!lora::has_adapters(c)) return std::nullopt;
+            return "law=tile pads gate and up, and adapters are for rows without padding";
+          }};
+}
+
+bool adapters_fit(const Case& c, std::int64_t adapters) {
+  return adapters == 0 || (lora::fits_gather(c, adapters) && c.options.at("tile") == 0);
 }
 
 std::vector<Key> keys() {
@@ -553,7 +581,8 @@ std::vector<Key> keys() {
                           linear::bias_key(),
                           tile,
                           pad_key("x, of the fused row and of out")};
-  for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  for (auto& more : {stored_linear::keys(true), lora::option_keys(adapters_fit)})
+    all.insert(all.end(), more.begin(), more.end());
   stored_linear::mark_keys_of_checkpoint(all);
   return all;
 }
@@ -596,18 +625,26 @@ Operator make_merged_linear() {
       .name = "merged_linear",
       .what = "fused gate and up projection, column-parallel, and silu(gate) * up",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank()), stored_linear::law_tokens(),
-               law_tile(), stored_linear::law_files()},
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(law_one_rank())),
+               lora::with_adapters(stored_linear::law_tokens()), law_tile(),
+               stored_linear::law_files()},
       .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t width = fused_width(c) * c.tp_size, hidden = c.model.hidden_size;
         if (auto reason = stored_linear::refuse(c, right_layer_of(c))) return reason;
+        if (lora::has_adapters(c)) {
+          if (c.options.at("tile") != 0)
+            return fmt::format("adapters are for rows without padding, not of tiles of {}",
+                               tile_of(c));
+          if (auto reason = lora::refuse_option(c, as_lora(c))) return reason;
+        }
         if (auto reason = too_large(width, hidden)) return reason;
         return too_large(c.num_tokens, std::max(width, hidden));
       },
       .work =
           [](const Case& c) {
-            return linear::work(c, double(fused_width(c)) * c.tp_size, c.model.hidden_size);
+            return linear::work(c, double(fused_width(c)) * c.tp_size, c.model.hidden_size) +
+                   (lora::has_adapters(c) ? lora::work(as_lora(c)) : 0);
           },
       .adopt = adopt,
       .checkpoint_cases =

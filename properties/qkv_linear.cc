@@ -9,6 +9,8 @@
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
+#include "properties/lora_option.h"
+#include "properties/lora_stages.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
 #include "properties/stored_linear.h"
@@ -238,8 +240,12 @@ std::vector<TensorSpec> biases_of(const Case& c) {
   return all;
 }
 
+Case as_lora(const Case& c) {
+  return lora::as_lora(c, lora::Base::qkv, {{"output_gate", c.options.at("output_gate")}});
+}
+
 // The product of weights that are not quantised: they are there, or were loaded.
-Stage plain_product(const Case& c, const ShardingRules& rules) {
+Stage plain_product(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const ModelShape m = shape_of(c);
   const std::int64_t tokens = c.num_tokens, hidden = m.hidden_size, pad = c.options.at("pad");
   const bool bias = linear::has_bias(c);
@@ -249,10 +255,12 @@ Stage plain_product(const Case& c, const ShardingRules& rules) {
   Stage stage{.name = "qkv_linear"};
   stage.inputs = biases_of(c);
   stage.inputs.push_back(x_of(c));
-  for (const Part& p : parts) {
-    stage.inputs.push_back(
-        linear::tensor(c, p.weight, p.rows, hidden, Role::weight, linear::kLargestWeight));
-    stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});
+  for (std::size_t p = 0; p < parts.size(); ++p) {
+    TensorSpec weight = linear::tensor(c, parts[p].weight, parts[p].rows, hidden, Role::weight,
+                                       linear::kLargestWeight);
+    if (variation.law == "merged") weight = lora::merged(std::move(weight), as_lora(c), p);
+    stage.inputs.push_back(std::move(weight));
+    stage.outputs.push_back({parts[p].output, c.dtype, tokens, parts[p].rows});
   }
   stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
     LocalBuffer weight{"weight", Use::input, c.dtype, 0, hidden},
@@ -360,8 +368,11 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
   std::vector<Stage> all =
       stored_linear::stages(c, layer_of(c), x_of(c), biases_of(c), rules, variation);
   all.push_back(stored_linear::is_quantised(c) ? quantised_product_stage(c, rules)
-                                               : plain_product(c, rules));
-  return all;
+                                               : plain_product(c, rules, variation));
+  if (!lora::has_adapters(c)) return all;
+  const Case of_lora = as_lora(c);
+  return lora::followed_by(std::move(all), lora::stages(of_lora, lora::layer_of(of_lora), x_of(c),
+                                                        c.dtype, rules, variation));
 }
 
 bool differs(const Case& c, const ShardingRules& rules) {
@@ -406,7 +417,8 @@ std::vector<Key> keys() {
                            .weights = {75, 25},
                            .of_model = true},
                           pad_key("x and of the fused row")};
-  for (Key& key : stored_linear::keys(true)) all.push_back(std::move(key));
+  for (auto& more : {stored_linear::keys(true), lora::option_keys(lora::fits_gather)})
+    all.insert(all.end(), more.begin(), more.end());
   stored_linear::mark_keys_of_checkpoint(all);
   return all;
 }
@@ -429,19 +441,27 @@ Operator make_qkv_linear() {
       .name = "qkv_linear",
       .what = "fused q, k, v projection, column-parallel, cut by head",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(tp1), stored_linear::law_tokens(),
-               stored_linear::law_files()},
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(tp1)),
+               lora::with_adapters(stored_linear::law_tokens()), stored_linear::law_files(),
+               lora::law_merged()},
       .mutants = all_mutants(),
       .refuse =
           [](const Case& c) {
             if (auto reason = partitionable(c.model, c.tp_size)) return reason;
             if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;
+            if (lora::has_adapters(c)) {
+              if (auto reason = lora::refuse_option(c, as_lora(c))) return reason;
+            }
             const std::int64_t width =
                 widest_qkv(c) + std::int64_t{c.model.num_heads} * c.model.head_dim;
             if (auto reason = too_large(width, c.model.hidden_size)) return reason;
             return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size));
           },
-      .work = [](const Case& c) { return linear::work(c, output_columns(c), c.model.hidden_size); },
+      .work =
+          [](const Case& c) {
+            return linear::work(c, output_columns(c), c.model.hidden_size) +
+                   (lora::has_adapters(c) ? lora::work(as_lora(c)) : 0);
+          },
       .adopt =
           [](Case& c, const Model& model) {
             c.options.at("output_gate") = model.shape.attn_output_gate;

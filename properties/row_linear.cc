@@ -12,6 +12,8 @@
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
+#include "properties/lora_option.h"
+#include "properties/lora_stages.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
 #include "properties/stored_linear.h"
@@ -475,11 +477,36 @@ double partial_bytes(const Case& c) {
   return double(c.num_tokens) * double(c.model.hidden_size) * size_of(sums_dtype(c));
 }
 
+// Whether adapters' deltas join the ranks' partial sums, not the base's output.
+bool joins_partial_sums(const Case& c) {
+  return lora::has_adapters(c) && c.options.at("lora_joins") == 0;
+}
+
+Case as_lora(const Case& c) {
+  return lora::as_lora(
+      c, lora::Base::down_proj,
+      {{"intermediate_per_rank", in_per_rank(c)}, {"joins", c.options.at("lora_joins")}});
+}
+
+// The layer as adapters see it.
+lora::Layer adapted_layer(const Case& c) {
+  lora::Layer layer = lora::layer_of(as_lora(c));
+  layer.prefix = layer_of(c).prefix;
+  layer.parts = layer_of(c).parts;
+  return layer;
+}
+
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  const Stage product = product_stage(c, rules, variation);
-  std::vector<Stage> all = stored_linear::stages(
-      c, layer_of(c), x_of(c, ranks_of_data(c, variation)), biases_of(c), rules, variation);
-  all.push_back(product);
+  const TensorSpec x = x_of(c, ranks_of_data(c, variation));
+  const bool partial = joins_partial_sums(c);
+  std::vector<Stage> all = stored_linear::stages(c, layer_of(c), x, biases_of(c), rules, variation);
+  all.push_back(partial ? row_partial_stage(c, rules, variation)
+                        : product_stage(c, rules, variation));
+  if (!lora::has_adapters(c)) return all;
+  all = lora::followed_by(std::move(all),
+                          lora::stages(as_lora(c), adapted_layer(c), x,
+                                       partial ? sums_dtype(c) : c.dtype, rules, variation));
+  if (partial) all.push_back(row_reduce_stage(c, rules, "partial_lora"));
   return all;
 }
 
@@ -517,6 +544,10 @@ LawRun law_one_rank() {
     one.options["in_per_rank"] = in_features(c);
     return std::pair{one, Variation{.law = "tp1", .argument = c.tp_size}};
   };
+  law.refuse = [](const Case& c) -> std::optional<std::string> {
+    if (!joins_partial_sums(c)) return std::nullopt;
+    return "law=tp1: ranks round what they shrink, each for itself, and one rank all of it";
+  };
   return law;
 }
 
@@ -524,11 +555,17 @@ LawRun law_one_rank() {
 LawRun law_other_reduce() {
   return {
       .law = {"reduce", "shared out over the ranks or given to all, the sums have the same bits"},
-      .vary = [](const Case& c) {
-        Case other = c;
-        other.options["reduce"] = std::int64_t(
-            reduce_of(c) == Reduce::reduce_scatter ? Reduce::all_reduce : Reduce::reduce_scatter);
-        return std::pair{other, Variation{.law = "reduce", .argument = c.tp_size}};
+      .vary =
+          [](const Case& c) {
+            Case other = c;
+            other.options["reduce"] =
+                std::int64_t(reduce_of(c) == Reduce::reduce_scatter ? Reduce::all_reduce
+                                                                    : Reduce::reduce_scatter);
+            return std::pair{other, Variation{.law = "reduce", .argument = c.tp_size}};
+          },
+      .refuse = [](const Case& c) -> std::optional<std::string> {
+        if (!lora::has_adapters(c) || joins_partial_sums(c)) return std::nullopt;
+        return "law=reduce shares the tokens out, and lora_joins=whole needs them all";
       }};
 }
 
@@ -579,7 +616,18 @@ std::vector<Key> keys() {
                  .max = 1,
                  .words = {"down_proj", "o_proj"},
                  .is_drawn = false});
-  for (Key& key : stored_linear::keys(false)) all.push_back(std::move(key));
+  for (auto& more : {stored_linear::keys(false), lora::option_keys()})
+    all.insert(all.end(), more.begin(), more.end());
+  all.push_back({.name = "lora_joins",
+                 .help = "what adapters' deltas are added to: the ranks' parts of the sum (vLLM), "
+                         "or the sum (SGLang)",
+                 .min = 0,
+                 .max = 1,
+                 .words = {"partial", "whole"},
+                 .fits = [](const Case& c, std::int64_t joins) {
+                   return joins == 0 ||
+                          (lora::has_adapters(c) && reduce_of(c) != Reduce::reduce_scatter);
+                 }});
   stored_linear::mark_keys_of_checkpoint(all);
   return all;
 }
@@ -671,18 +719,28 @@ Operator make_row_linear() {
       .name = "row_linear",
       .what = "row-parallel linear layer, and the sum over the ranks that it needs",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank(), "", "out"),
-               stored_linear::law_tokens(), law_other_reduce(), stored_linear::law_files()},
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(law_one_rank(), "", "out")),
+               lora::with_adapters(stored_linear::law_tokens()), law_other_reduce(),
+               stored_linear::law_files()},
       .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t in = in_features(c), hidden = c.model.hidden_size;
         if (auto reason = stored_linear::refuse(c, layer_of(c))) return reason;
+        if (lora::has_adapters(c)) {
+          if (!joins_partial_sums(c) && reduce_of(c) == Reduce::reduce_scatter)
+            return "reduce=reduce_scatter shares the tokens out, and lora_joins=whole needs them "
+                   "all";
+          if (auto reason = lora::refuse_option(c, as_lora(c))) return reason;
+        } else if (c.options.at("lora_joins") != 0) {
+          return "lora_joins is about adapters, and lora=0 has none";
+        }
         if (auto reason = too_large(in, hidden)) return reason;
         return too_large(c.num_tokens, std::max(in, hidden * c.tp_size));
       },
       .work =
           [](const Case& c) {
-            return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c));
+            return linear::work(c, double(c.tp_size) * c.model.hidden_size, in_per_rank(c)) +
+                   (lora::has_adapters(c) ? lora::work(as_lora(c)) : 0);
           },
       .adopt = adopt,
       .checkpoint_cases =

@@ -59,7 +59,8 @@ struct Key {
   // Decided by the user's checkpoint where the case runs on its tensors (on_checkpoint).
   bool of_checkpoint = false;
   bool is_drawn = true;  // false: only those cases have another value than the fallback
-  // Of words: whether this one is drawn beside what the keys before this one have. Null: always.
+  // Whether this word is drawn beside what the keys before this one have; of numbers, whether any
+  // other than the fallback is. Null: always.
   bool (*fits)(const Case&, std::int64_t value) = nullptr;
   // A field of Case shared by operators; without these two the key lives in Case::options.
   std::int64_t (*get_field)(const Case&) = nullptr;

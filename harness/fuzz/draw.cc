@@ -173,6 +173,7 @@ std::int64_t draw_value(Dice& dice, const Key& key, const Case& c, bool large) {
       return key.fallback;
     return key.min + std::int64_t(dice.weighted(weights));
   }
+  if (key.fits && !key.fits(c, key.max)) return key.fallback;
   const std::int64_t max = key.draw_max > 0 ? key.draw_max : key.max;
   // Small seeds are no simpler than large ones.
   if (key.name == "seed") return key.min + dice.below(max - key.min + 1);
