@@ -116,8 +116,8 @@ Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& 
   domain.adapter = adapter;
   choose_ops(domain, ops);
   if (!adapter.empty()) {
-    keep_ops_of_adapters(domain, ops);
     if (models_wanted.size() != 1) throw BadInput(std::string(kAdapterNeedsModel));
+    keep_ops_of_adapters(domain, ops);
   }
   std::sort(domain.tp_sizes.begin(), domain.tp_sizes.end());
   domain.tp_sizes.erase(std::unique(domain.tp_sizes.begin(), domain.tp_sizes.end()),
