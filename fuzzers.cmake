@@ -80,6 +80,8 @@ tp_fuzzer(fuzz_safetensors harness/base/fuzz_safetensors_testing.cc CORPUS ${cor
   DICT ${corpus}/safetensors.dict)
 tp_fuzzer(fuzz_index harness/base/fuzz_index_testing.cc CORPUS ${corpus}/index)
 tp_fuzzer(fuzz_config harness/base/fuzz_config_testing.cc CORPUS ${corpus}/config DICT ${corpus}/config.dict)
+tp_fuzzer(fuzz_adapter_config harness/base/fuzz_adapter_config_testing.cc CORPUS ${corpus}/adapter_config
+  DICT ${corpus}/adapter_config.dict)
 set(keys_of_operators "")
 foreach(library tp_properties tp_run tp_kernels tp_group tp_device Boost::context)
   list(APPEND keys_of_operators $<TARGET_FILE:${library}>)

@@ -36,6 +36,20 @@ set_tests_properties(checkpoint_reference PROPERTIES LABELS "mpi;processes" ENVI
 set_tests_properties(safetensors_reference checkpoint_reference PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77
   RESOURCE_LOCK safetensors_venv)
 
+# Adapters as Python and the package peft read them; the latter where Python has torch.
+add_executable(peft_reference harness/base/peft_testing.cc)
+target_link_libraries(peft_reference PRIVATE tp_base)
+if(PYTHON3)
+  set(adapter_testing ${PYTHON3} ${CMAKE_SOURCE_DIR}/properties/adapter_testing.py)
+  add_test(NAME adapter_patterns COMMAND ${adapter_testing} patterns $<TARGET_FILE:peft_reference>)
+  add_test(NAME adapter_reference COMMAND ${adapter_testing} peft ${CMAKE_BINARY_DIR} $<TARGET_FILE:peft_reference>)
+else()
+  foreach(name adapter_patterns adapter_reference)
+    add_test(NAME ${name} COMMAND sh -c "echo 'skipped: there is no python3'; exit 77")
+  endforeach()
+endif()
+set_tests_properties(adapter_patterns adapter_reference PROPERTIES TIMEOUT 300 SKIP_RETURN_CODE 77)
+
 file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.

@@ -79,7 +79,10 @@ struct Operator {
   // Cases on the tensors of user_checkpoint(), each with the keys that the files decide; the others
   // are at their defaults. Empty: the operator reads no checkpoint.
   std::function<CheckpointCases(int tp_size)> checkpoint_cases = {};
-  // Whether these tensors are what they should be, in all layers, whatever it is that is drawn.
+  // The same on the modules of user_adapter(), for the shape of user_adapter_base(). Empty: the
+  // operator runs no adapter, and is not drawn where there is one.
+  std::function<CheckpointCases(int tp_size)> adapter_cases = {};
+  // Whether the checkpoint's tensors are what they should be, in all layers, whatever it is that is drawn.
   // Throws BadInput naming file, tensor and numbers.
   std::function<void()> check_checkpoint = {};
   // Runs a legal case on all processes of the world and returns the same verdict on each of them.

@@ -116,8 +116,8 @@ void read_layers(const Json& config, PeftConfig& read) {
     }
   }
   const Json* pattern = member(config, kPattern);
-  if (pattern && pattern->as<std::string>()) {
-    read.layers_pattern.push_back(*pattern->as<std::string>());
+  if (const std::string* name = pattern ? pattern->as<std::string>() : nullptr) {
+    if (!name->empty()) read.layers_pattern.push_back(*name);  // empty: as if left out
   } else {
     read.layers_pattern = words_at(config, kPattern);
   }
@@ -138,7 +138,7 @@ void read_layers(const Json& config, PeftConfig& read) {
   if (given && !read.target_pattern.empty())
     throw BadInput(
         fmt::format("{} goes with a list of target_modules only, not with a pattern", given));
-  if (!read.layers_pattern.empty() && read.layers_to_transform.empty())
+  if (!read.layers_pattern.empty() && !member(config, kLayers))
     throw BadInput(fmt::format("{} is of no use without {}", kPattern, kLayers));
 }
 

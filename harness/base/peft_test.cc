@@ -210,6 +210,9 @@ TEST(PeftTargets, AreThoseOfSomeLayers) {
   EXPECT_FALSE(targets(R"("layers_to_transform": [1])", kQ));
   EXPECT_TRUE(targets(R"("layers_to_transform": 0)", kQ));
   EXPECT_TRUE(targets(R"("layers_to_transform": [])", "model.layers.9.q_proj"));
+  EXPECT_TRUE(
+      targets(R"("layers_to_transform": [], "layers_pattern": "h")", "model.layers.9.q_proj"));
+  EXPECT_TRUE(targets(R"("layers_to_transform": [0], "layers_pattern": "")", kQ));
   // The first number is the layer's, and not an expert's.
   const std::string expert = "model.layers.7.experts.3.q_proj";
   EXPECT_TRUE(targets(R"("layers_to_transform": 7)", expert));

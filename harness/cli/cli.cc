@@ -33,7 +33,7 @@ class Run {
   }
   int operator()(const ZooOptions& options) const { return zoo_main(launched_world(), options); }
   int operator()(const WorkerOptions& options) const {
-    return worker_main(world_, options.link, options.checkpoint);
+    return worker_main(world_, options.link, options.files);
   }
   int operator()(const ExplainOptions& options) const {
     return world_.is_root() ? explain_main(options) : 0;

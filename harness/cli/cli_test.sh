@@ -85,6 +85,10 @@ run fuzz --ops rms_norm --model model --cases 3 -n 1 --jobs 1 || fail "fuzz --mo
 grep -qxF 'checkpoint model: 1 file, 1 tensor, not quantised' .err || fail 'fuzz --model DIR: no word of the checkpoint'
 run replay "$line" --model model -n 1 || fail "replay --model DIR returned $?"
 grep -qxF 'checkpoint model: 1 file, 1 tensor, not quantised' .err || fail 'replay --model DIR: no word of the checkpoint'
+refuses '--adapter goes with one --model DIR' fuzz --adapter adapter
+refuses '--adapter goes with one --model DIR' replay "$line" --adapter adapter
+refuses 'rms_norm runs no adapter' fuzz --ops rms_norm --adapter adapter --model model
+refuses 'adapter is no directory with an adapter' replay "$line" --adapter adapter --model model
 printf '12345678{' >model/model.safetensors
 refuses 'model.safetensors' fuzz --model model --cases 1
 refuses 'model.safetensors' replay "$line" --model model

@@ -69,6 +69,9 @@ void fuzz_flags(Flags& f) {
   f.list("--model", "NAME|FILE|DIR",
          "draw shapes of this model only: a preset, a config.json, or all; repeatable; in a folder "
          "with safetensors as well, cases run on its tensors");
+  f.text("--adapter", "DIR",
+         "a LoRA adapter as peft writes it, for the model of the one --model DIR: run cases on its "
+         "tensors");
   f.text("--for", "TIME", "stop after 500ms, 90s, 10m, 2h (default: 60s)");
   f.text("--cases", "N", "stop after so many cases");
   f.text("--seed", "S", "of everything that is drawn (default: a new one, printed)");
@@ -87,6 +90,7 @@ Command fuzz_command(const Flags& f) {
   return FuzzOptions{.ops = words("--ops", f.list_of("--ops")),
                      .tp_sizes = tp_sizes("--tp", f.list_of("--tp")),
                      .models = f.list_of("--model"),
+                     .adapter = f.name_or("--adapter", ""),
                      .for_seconds = f.seconds("--for", 0),
                      .cases = f.number("--cases", 1, INT64_MAX, 0),
                      .seed = seed(f),
@@ -111,6 +115,9 @@ void replay_flags(Flags& f) {
   f.on_off("--trace", "print each stage's values and each collective of every rank");
   f.text("--mutant", "ID", "put this upstream mistake back");
   f.text("--model", "DIR", "a folder with config.json and safetensors: run cases on its tensors");
+  f.text("--adapter", "DIR",
+         "a LoRA adapter for the model of --model DIR, which needs no safetensors then: run cases "
+         "on its tensors");
 }
 Command replay_command(const Flags& f) {
   std::vector<std::string> inputs = f.list_of("CASE");
@@ -125,7 +132,8 @@ Command replay_command(const Flags& f) {
                        .timeout = f.seconds("--timeout", 0),
                        .trace = f.is_on("--trace"),
                        .mutant = f.name_or("--mutant", ""),
-                       .model = f.name_or("--model", "")};
+                       .model = f.name_or("--model", ""),
+                       .adapter = f.name_or("--adapter", "")};
 }
 
 void explain_flags(Flags& f) {
@@ -195,9 +203,14 @@ Command list_command(const Flags& f) {
 void worker_flags(Flags& f) {
   group_flag(f);
   f.text("--checkpoint", "DIR", "a folder with config.json and safetensors");
+  f.text("--adapter", "DIR", "a LoRA adapter");
+  f.text("--base", "DIR", "a folder with the config.json of its base");
 }
 Command worker_command(const Flags& f) {
-  return WorkerOptions{.link = link(f), .checkpoint = f.name_or("--checkpoint", "")};
+  return WorkerOptions{.link = link(f),
+                       .files = {.checkpoint = f.name_or("--checkpoint", ""),
+                                 .adapter = f.name_or("--adapter", ""),
+                                 .base = f.name_or("--base", "")}};
 }
 
 }  // namespace

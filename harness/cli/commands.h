@@ -9,6 +9,7 @@
 #include "harness/cli/flags.h"
 #include "harness/fuzz/fuzz.h"
 #include "harness/fuzz/replay.h"
+#include "harness/fuzz/worker.h"
 #include "harness/fuzz/zoo.h"
 
 namespace tp {
@@ -25,7 +26,7 @@ struct BenchOptions {
 };
 struct WorkerOptions {
   Link link = Link::best;
-  std::string checkpoint = {};
+  UserFiles files = {};
 };
 
 using Command = std::variant<HelpText, FuzzOptions, ReplayOptions, ExplainOptions, ZooOptions,

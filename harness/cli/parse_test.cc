@@ -26,6 +26,8 @@ TEST(Parse, EveryFlagOfFuzz) {
                                          "all",
                                          "--model",
                                          "a.json",
+                                         "--adapter",
+                                         "an adapter",
                                          "--for",
                                          "10m",
                                          "--cases",
@@ -54,6 +56,7 @@ TEST(Parse, EveryFlagOfFuzz) {
   EXPECT_EQ(o.ops, (std::vector<std::string>{"rms_norm", "qk_norm"}));
   EXPECT_EQ(o.tp_sizes, (std::vector<int>{1, 2, 3, 8}));
   EXPECT_EQ(o.models, (std::vector<std::string>{"all", "a.json"}));
+  EXPECT_EQ(o.adapter, "an adapter");
   EXPECT_EQ(o.for_seconds, 600);
   EXPECT_EQ(o.cases, 5);
   EXPECT_EQ(o.seed, 7u);
@@ -75,9 +78,13 @@ TEST(Parse, DefaultsAreThoseOfTheOptions) {
   EXPECT_EQ(o.where.on, executor_name());
   EXPECT_TRUE(o.where.link == Link::best && o.poison);
   EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker", "--group", "mpi"})).link, Link::mpi);
-  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker"})).checkpoint, "");
-  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker", "--checkpoint=-dir"})).checkpoint,
-            "-dir");
+  EXPECT_EQ(std::get<WorkerOptions>(parse_command({"worker"})).files.checkpoint, "");
+  EXPECT_EQ(
+      std::get<WorkerOptions>(parse_command({"worker", "--checkpoint=-dir"})).files.checkpoint,
+      "-dir");
+  const auto files = std::get<WorkerOptions>(parse_command({"worker", "--adapter=-a", "--base=b"}));
+  EXPECT_EQ(files.files.adapter, "-a");
+  EXPECT_EQ(files.files.base, "b");
   EXPECT_EQ(std::get<ZooOptions>(parse_command({"zoo"})).for_seconds, ZooOptions{}.for_seconds);
 }
 
@@ -92,6 +99,11 @@ TEST(Parse, ReplayTakesALineWithAndWithoutQuotes) {
   EXPECT_EQ(quoted.model, "");
   EXPECT_EQ(std::get<ReplayOptions>(parse_command({"replay", line, "--model", "a dir"})).model,
             "a dir");
+  EXPECT_EQ(quoted.adapter, "");
+  EXPECT_EQ(std::get<ReplayOptions>(
+                parse_command({"replay", line, "--model", "a dir", "--adapter", "an adapter"}))
+                .adapter,
+            "an adapter");
   const auto bare =
       std::get<ReplayOptions>(parse_command({"replay", "v1", "qk_norm", "num_heads=2", "seed=7"}));
   EXPECT_EQ(bare.inputs, quoted.inputs);

@@ -14,8 +14,10 @@
 
 #include "harness/base/operator.h"
 #include "harness/base/philox.h"
+#include "harness/base/user_adapter.h"
 #include "harness/base/user_checkpoint.h"
 #include "harness/device/scheduler.h"
+#include "harness/fuzz/domain.h"
 #include "harness/group/ledger.h"
 #include "harness/group/place.h"
 #include "harness/group/tp_group.h"
@@ -45,7 +47,11 @@ const std::vector<std::string> kFaults = {"none",
                                           "wrong_more_on_gpu",
                                           "segv_serial",
                                           "segv_parallel",
-                                          "wrong_in_file"};
+                                          "wrong_in_file",
+                                          "wrong_in_adapter"};
+
+// The module that wrong_in_adapter is wrong with.
+constexpr const char* kWrongModule = "model.layers.0.wrong";
 
 int unique_shards(const ModelShape& model, int tp_size) {
   return std::min(model.num_kv_heads, tp_size);
@@ -141,6 +147,9 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
   if (fault == "wrong_on_gpu" && executor_name() == "gpu") shards = 0;
   if (fault == "wrong_in_emulator" && executor_name() != "gpu" && c.tp_size > 1) shards = 0;
   if (fault == "wrong_in_file" && user_checkpoint() && user_checkpoint()->find("wrong")) shards = 0;
+  if (fault == "wrong_in_adapter" && on_checkpoint(c) && user_adapter() &&
+      user_adapter()->find(kWrongModule))
+    shards = 0;
   if (options.mutant) shards = options.mutant->rules.norm.k_shards(c.model, c.tp_size);
   Verdict v;
   // As long as nothing is wrong, the same for every group size and executor.
@@ -156,6 +165,27 @@ Verdict run(World& world, const Case& c, const RunOptions& options) {
     v.detail = fmt::format("tp_rank {}: got {} shards, accepted {}", fault_rank, shards, right);
   }
   return v;
+}
+
+// One for each module of the adapter that is not called "unfit".
+CheckpointCases cases_of_adapter(const Operator& op, int tp_size) {
+  CheckpointCases all;
+  Case c = op.blank();
+  c.tp_size = tp_size;
+  c.model.num_heads = user_adapter_base()->shape.num_heads;
+  c.model.num_kv_heads = user_adapter_base()->shape.num_kv_heads;
+  const auto refused = op.refuse(c);
+  for (const PeftModule& module : user_adapter()->modules()) {
+    ++c.options["layer"];
+    if (refused) {
+      all.left_out = *refused;
+    } else if (module.name.ends_with("unfit")) {
+      all.left_out = module.name + " does not fit";
+    } else {
+      all.cases.push_back(c);
+    }
+  }
+  return all;
 }
 
 Operator make_canary(const std::string& name, std::vector<int> fault_weights) {
@@ -180,6 +210,17 @@ Operator make_canary(const std::string& name, std::vector<int> fault_weights) {
   rank.draw_max = 15;
   op.keys.push_back(fault);
   op.keys.push_back(rank);
+  if (name == "canary_wrong_in_adapter") {
+    Key layer{.name = "layer", .help = "module of the adapter, counted from 1; 0: none"};
+    layer.max = 1000;
+    layer.shrink = Shrink::never;
+    layer.of_checkpoint = true;
+    layer.is_drawn = false;
+    op.keys.push_back(layer);
+    op.adapter_cases = [name](int tp_size) {
+      return cases_of_adapter(find_operator(name), tp_size);
+    };
+  }
   if (name == "canary" || name == "canary_wrong") op.mutants.push_back(unique_shards_mutant());
   op.refuse = [](const Case& c) { return partitionable(c.model, c.tp_size); };
   return op;

@@ -13,7 +13,10 @@
 // with bits of its own on a GPU with several ranks; `needs_poison` shows only in poisoned memory;
 // `gone` dies on a GPU and takes that along (place_testing.cc); `loop_in_emulator` loops there and
 // is wrong on a GPU; `wrong_more_on_gpu` is wrong as `wrong` is, and on a GPU everywhere;
-// `segv_serial` dies only in serial runs, and `segv_parallel` only in others.
+// `segv_serial` dies only in serial runs, and `segv_parallel` only in others. `wrong_in_file` is
+// wrong where the user's checkpoint has a tensor "wrong"; `wrong_in_adapter`, which alone runs
+// adapters, on those with a module "model.layers.0.wrong"; none of its cases is on one called
+// "unfit".
 
 #include <numeric>
 #include <vector>

@@ -120,6 +120,106 @@ TEST_F(CommandsTest, CasesRunOnTheUsersCheckpoint) {
   EXPECT_EQ(shell(mpirun + replay_arguments(inside.out) + " 2>stderr.txt").code, 1) << errors();
 }
 
+// canary_wrong_in_adapter fails where the process that runs it has an adapter of that module.
+TEST_F(CommandsTest, CasesRunOnTheUsersAdapter) {
+  write_base(folder_ / "my base");
+  write_adapter(folder_ / "my adapter", "model.layers.0.wrong");
+  write_adapter(folder_ / "right", "model.layers.0.right");
+  const std::string fuzz = "fuzz --seed 3 --cases 20 --model 'my base' ";
+  const Ran wrong = tpcheck(fuzz + "-n 2 --adapter 'my adapter'");
+  EXPECT_EQ(wrong.code, 1) << errors();
+  EXPECT_TRUE(mentions(errors(), "\nadapter my adapter: 1 module (wrong), rank 1\n")) << errors();
+  EXPECT_FALSE(mentions(errors(), "checkpoint")) << errors();
+  EXPECT_TRUE(mentions(wrong.out, " layer=1 ") || mentions(wrong.out, " layer=1'")) << wrong.out;
+  EXPECT_TRUE(mentions(wrong.out, "cases ran on its tensors")) << wrong.out;
+  const std::string replay = replay_arguments(wrong.out);
+  ASSERT_TRUE(mentions(replay, "' --model 'my base' --adapter 'my adapter'")) << wrong.out;
+  const Ran again = tpcheck(replay);
+  EXPECT_EQ(again.code, 1) << errors();
+  EXPECT_EQ(replay_arguments(again.out), replay);
+  EXPECT_TRUE(mentions(errors(), "\nadapter my adapter: ")) << errors();
+  EXPECT_EQ(tpcheck(replay.substr(0, replay.find(" --model"))).code, 0);
+  // Others have nothing to run, and what there is runs on this one.
+  const Ran right = tpcheck(fuzz + "-n 1 --adapter right");
+  EXPECT_EQ(right.code, 0) << errors();
+  EXPECT_TRUE(std::regex_search(right.out, std::regex("  adapter     [0-9]+ of 20 cases ran")))
+      << right.out;
+  EXPECT_TRUE(mentions(right.out, "covered     canary_wrong_in_adapter 20\n")) << right.out;
+  EXPECT_EQ(tpcheck(fuzz + "--each -n 1 --adapter 'my adapter'").code, 1) << errors();
+
+  // In processes that mpirun started
+  const std::string mpirun =
+      "OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 "
+      "OMPI_MCA_rmaps_base_oversubscribe=1 "
+      "mpirun --bind-to none -n 2 " TPCHECK_CANARY " ";
+  const Ran inside = shell(mpirun + fuzz + "--adapter 'my adapter' 2>stderr.txt");
+  EXPECT_EQ(inside.code, 1) << errors();
+  ASSERT_TRUE(mentions(replay_arguments(inside.out), "--adapter 'my adapter'")) << inside.out;
+  EXPECT_EQ(shell(mpirun + replay_arguments(inside.out) + " 2>stderr.txt").code, 1) << errors();
+}
+
+TEST_F(CommandsTest, AnAdapterOnACheckpointHasBoth) {
+  write_checkpoint(folder_ / "base", "w");
+  write_adapter(folder_ / "adapter", "model.layers.0.wrong");
+  const Ran ran = tpcheck("fuzz --seed 3 --cases 20 --model base --adapter adapter -n 2");
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(errors(), "\ncheckpoint base: 1 file, 1 tensor, ")) << errors();
+  EXPECT_TRUE(mentions(errors(), "\nadapter adapter: ")) << errors();
+  EXPECT_EQ(tpcheck(replay_arguments(ran.out)).code, 1) << errors();
+  EXPECT_TRUE(mentions(errors(), "\ncheckpoint base: 1 file, 1 tensor, ")) << errors();
+}
+
+TEST_F(CommandsTest, ABadAdapterIsTwoBeforeAnythingStarts) {
+  write_base(folder_ / "base");
+  write_base(folder_ / "other");
+  write_adapter(folder_ / "adapter", "model.layers.0.wrong");
+  write_adapter(folder_ / "unfit", "model.layers.0.unfit");
+  write_adapter(folder_ / "cut", "model.layers.0.wrong");
+  fs::resize_file(folder_ / "cut" / "adapter_model.safetensors", 20);
+  std::ofstream(folder_ / "mpirun") << "#!/bin/sh\ntouch started\n";
+  fs::permissions(folder_ / "mpirun", fs::perms::all);
+  const std::string replay =
+      "replay 'v1 canary num_heads=2 num_kv_heads=1 head_dim=1 tp_size=2 num_tokens=1 dtype=bf16 "
+      "seed=1' -n 2 ";
+  const std::string fuzz = "fuzz -n 2 ";
+  const struct {
+    std::string command;
+    std::string word;
+  } table[] = {
+      {fuzz + "--adapter adapter", "--adapter goes with one --model DIR"},
+      {fuzz + "--adapter adapter --model base --model other",
+       "--adapter goes with one --model DIR"},
+      {fuzz + "--adapter adapter --model MiniMax-M2.5", "MiniMax-M2.5 is no directory"},
+      {fuzz + "--adapter adapter --model adapter", "adapter has no config.json"},
+      {fuzz + "--adapter base --model base", "base: there is no adapter_config.json"},
+      {fuzz + "--adapter none --model base", "none is no directory with an adapter"},
+      {fuzz + "--adapter cut --model base", "cut/adapter_model.safetensors: "},
+      {fuzz + "--adapter unfit --model base",
+       "unfit: canary_wrong_in_adapter runs on none of its tensors: model.layers.0.unfit does not "
+       "fit"},
+      {fuzz + "--adapter '' --model base", "--adapter is empty"},
+      {fuzz + "--adapter adapter --model base --ops canary", "canary runs no adapter"},
+      {fuzz + "--adapter adapter --model base --tp 3", "no model fits any of the tp sizes"},
+      {replay + "--adapter adapter", "--adapter goes with one --model DIR"},
+      {replay + "--adapter adapter --model MiniMax-M2.5", "MiniMax-M2.5 is no directory"},
+      {replay + "--adapter cut --model base", "cut/adapter_model.safetensors: "},
+  };
+  for (const auto& row : table) {
+    const Ran ran = shell(fmt::format("PATH={}:$PATH {} {} 2>stderr.txt", folder_.string(),
+                                      TPCHECK_CANARY, row.command));
+    EXPECT_EQ(ran.code, 2) << row.command << errors();
+    EXPECT_TRUE(mentions(errors(), row.word)) << row.command << ": " << errors();
+    const std::string said = errors();
+    EXPECT_EQ(std::count(said.begin(), said.end(), '\n'), 1) << said;
+  }
+  EXPECT_FALSE(fs::exists(folder_ / "started"));
+  // A worker whose machine has another file than the supervisor's
+  const Ran worker = tpcheck("worker --adapter=cut --base=base </dev/null");
+  EXPECT_EQ(worker.code, 3);
+  EXPECT_TRUE(mentions(worker.out, "tpcheck-cannot ")) << worker.out;
+  EXPECT_TRUE(mentions(worker.out, "adapter_model.safetensors")) << worker.out;
+}
+
 TEST_F(CommandsTest, ABadCheckpointIsTwoBeforeAnythingStarts) {
   write_checkpoint(folder_ / "model", "wrong");
   fs::resize_file(folder_ / "model" / "model.safetensors", 20);

@@ -29,19 +29,47 @@ inline bool mentions(const std::string& text, const std::string& word) {
   return text.find(word) != std::string::npos;
 }
 
+// A safetensors file with this header.
+inline void write_tensors(const fs::path& path, std::string header, const std::string& data) {
+  header.resize((header.size() + 7) / 8 * 8, ' ');
+  std::ofstream file(path);
+  const std::uint64_t length = header.size();
+  file.write(reinterpret_cast<const char*>(&length), 8);
+  file << header << data;
+}
+
 // A folder with a config.json and, in one file, one tensor of this name.
 inline void write_checkpoint(const fs::path& directory, const std::string& tensor) {
   fs::create_directories(directory);
   std::ofstream(directory / "config.json") << R"({"hidden_size": 64, "num_attention_heads": 4,
       "num_key_value_heads": 2, "quantization_config":
       {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}})";
-  std::string header =
-      fmt::format(R"({{"{}": {{"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}}})", tensor);
-  header.resize((header.size() + 7) / 8 * 8, ' ');
-  std::ofstream file(directory / "model.safetensors");
-  const std::uint64_t length = header.size();
-  file.write(reinterpret_cast<const char*>(&length), 8);
-  file << header << "1234";
+  write_tensors(
+      directory / "model.safetensors",
+      fmt::format(R"({{"{}": {{"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}}})", tensor),
+      "1234");
+}
+
+// A folder with a config.json, and no tensors.
+inline void write_base(const fs::path& directory) {
+  fs::create_directories(directory);
+  std::ofstream(directory / "config.json")
+      << R"({"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2})";
+}
+
+// An adapter of this module, of rank 1.
+inline void write_adapter(const fs::path& directory, const std::string& module) {
+  fs::create_directories(directory);
+  std::ofstream(directory / "adapter_config.json")
+      << fmt::format(R"({{"peft_type": "LORA", "r": 1, "target_modules": ["{}"]}})", module);
+  const auto tensor = [&](const char* part, const char* bytes) {
+    return fmt::format(
+        R"("base_model.model.{}.lora_{}.weight": {{"dtype": "F32", "shape": [1, 1], )"
+        R"("data_offsets": {}}})",
+        module, part, bytes);
+  };
+  write_tensors(directory / "adapter_model.safetensors",
+                "{" + tensor("A", "[0, 4]") + ", " + tensor("B", "[4, 8]") + "}", "12345678");
 }
 
 struct Ran {

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "harness/base/check.h"
+#include "harness/base/user_adapter.h"
 
 namespace tp {
 
@@ -34,6 +35,16 @@ void choose_ops(Domain& domain, const std::vector<std::string>& names) {
   }
 }
 
+// Leaves those that run adapters.
+void keep_ops_of_adapters(Domain& domain, const std::vector<std::string>& names) {
+  for (const std::string& name : names) {
+    if (!find_operator(name).adapter_cases)
+      throw BadInput(fmt::format("{} runs no adapter (--adapter)", name));
+  }
+  std::erase_if(domain.ops, [](const Operator* op) { return !op->adapter_cases; });
+  if (domain.ops.empty()) throw BadInput("there is no operator that runs an adapter (--adapter)");
+}
+
 bool has_model(const std::vector<Model>& all, const std::string& id) {
   return std::any_of(all.begin(), all.end(), [&](const Model& m) { return m.id == id; });
 }
@@ -53,7 +64,8 @@ void add_model(Domain& domain, const Model& model) {
 // The cases on the model's own tensors; nullptr: there are none.
 const std::vector<Case>* own_cases(const Domain& domain, const Model& model, std::size_t op,
                                    int tp_size) {
-  if (model.checkpoint.empty() || domain.on_checkpoint.empty()) return nullptr;
+  const bool has_files = !model.checkpoint.empty() || !domain.adapter.empty();
+  if (!has_files || domain.on_checkpoint.empty()) return nullptr;
   const auto at = domain.on_checkpoint[op].find(tp_size);
   return at == domain.on_checkpoint[op].end() ? nullptr : &at->second;
 }
@@ -96,11 +108,17 @@ void set_heads(Case& c, const HeadTriple& t) {
 }
 
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
-                   const std::vector<std::string>& models_wanted, const std::string& mutant) {
+                   const std::vector<std::string>& models_wanted, const std::string& mutant,
+                   const std::string& adapter) {
   Domain domain;
   domain.tp_sizes = tp_sizes;
   domain.mutant = mutant;
+  domain.adapter = adapter;
   choose_ops(domain, ops);
+  if (!adapter.empty()) {
+    if (models_wanted.size() != 1) throw BadInput(std::string(kAdapterNeedsModel));
+    keep_ops_of_adapters(domain, ops);
+  }
   std::sort(domain.tp_sizes.begin(), domain.tp_sizes.end());
   domain.tp_sizes.erase(std::unique(domain.tp_sizes.begin(), domain.tp_sizes.end()),
                         domain.tp_sizes.end());
@@ -131,22 +149,30 @@ bool on_checkpoint(const Case& c) {
   return layer != c.options.end() && layer->second > 0;
 }
 
+CheckpointCases cases_on_files(const Operator& op, int tp_size) {
+  return user_adapter() ? op.adapter_cases(tp_size) : op.checkpoint_cases(tp_size);
+}
+
 std::vector<std::string> add_checkpoint_cases(Domain& domain) {
+  const bool of_adapter = user_adapter() != nullptr;
   std::vector<std::string> without;
   domain.on_checkpoint.assign(domain.ops.size(), {});
   for (std::size_t i = 0; i < domain.ops.size(); ++i) {
     const Operator& op = *domain.ops[i];
-    if (!op.checkpoint_cases) continue;
-    op.check_checkpoint();
+    if (!(of_adapter ? op.adapter_cases : op.checkpoint_cases)) continue;
+    if (!of_adapter) op.check_checkpoint();
     std::string why;
     for (const int tp : domain.tp_sizes) {
-      CheckpointCases at = op.checkpoint_cases(tp);
+      CheckpointCases at = cases_on_files(op, tp);
       if (why.empty()) why = at.left_out;
       if (!at.cases.empty()) domain.on_checkpoint[i].emplace(tp, std::move(at.cases));
     }
     if (domain.on_checkpoint[i].empty())
       without.push_back(fmt::format("{} runs on none of its tensors: {}", op.name, why));
   }
+  const auto none = [](const auto& cases) { return cases.empty(); };
+  if (of_adapter && std::all_of(domain.on_checkpoint.begin(), domain.on_checkpoint.end(), none))
+    throw BadInput(fmt::format("{}: {}", domain.adapter, fmt::join(without, "; ")));
   return without;
 }
 

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "harness/base/models.h"
@@ -34,6 +35,10 @@ bool has_heads(const Operator& op);
 HeadTriple heads_of(const Case& c);
 void set_heads(Case& c, const HeadTriple& t);
 
+// What --adapter is told that has no base.
+inline constexpr std::string_view kAdapterNeedsModel =
+    "--adapter goes with one --model DIR, a folder with the config.json of the adapter's base";
+
 struct Domain {
   std::vector<const Operator*> ops;
   std::vector<int> tp_sizes;  // ascending
@@ -41,22 +46,29 @@ struct Domain {
   bool models_only = false;  // else half of the cases are random shapes
   std::string mutant;        // id; empty: none
   std::string checkpoint;    // of the one model that has one (Model::checkpoint); empty: none
-  // Of each of ops its cases on the checkpoint's own tensors, by tp_size; empty: there are none.
+  std::string adapter;       // the folder of one for the only model; empty: none
+  // Of each of ops its cases on the tensors of the adapter, or else of the checkpoint, by tp_size;
+  // empty: there are none.
   std::vector<std::map<int, std::vector<Case>>> on_checkpoint = {};
 };
 
 // Resolves names. Throws BadInput for unknown ones, for a mutant none of the operators has, where
 // no model fits any tp_size, for a model in a quantisation that is not known, and for two
-// checkpoints.
+// checkpoints. With an adapter only operators that run one are in it; BadInput if others were asked
+// for, or another number of models than one.
 Domain make_domain(const std::vector<std::string>& ops, const std::vector<int>& tp_sizes,
-                   const std::vector<std::string>& models, const std::string& mutant);
+                   const std::vector<std::string>& models, const std::string& mutant,
+                   const std::string& adapter = "");
 
-// Whether the case runs on tensors of the user's checkpoint.
+// Whether the case runs on tensors of the user's checkpoint or adapter.
 bool on_checkpoint(const Case& c);
 
-// Adds the cases on the tensors of user_checkpoint() to the domain. Of operators that read
-// checkpoints and have none it returns a sentence each. Throws BadInput where the tensors that they
-// would read are not what they should be.
+// The operator's cases on the tensors of user_adapter() or, where there is none, user_checkpoint().
+CheckpointCases cases_on_files(const Operator& op, int tp_size);
+
+// Adds them to the domain. Of operators that read checkpoints and have none it returns a sentence
+// each. Throws BadInput where the tensors that they would read are not what they should be, and
+// where nothing runs on the adapter.
 std::vector<std::string> add_checkpoint_cases(Domain& domain);
 
 // The operator's keys that a model decides at the case's tp_size, set from it; the others stay as

@@ -92,6 +92,20 @@ TEST_F(DomainTest, ModelsOfTheUsersOwn) {
   }
 }
 
+TEST_F(DomainTest, AnAdapterIsForOneModelAndForOperatorsThatRunOne) {
+  const std::string model = "MiniMaxAI/MiniMax-M2.5";
+  const Domain domain = make_domain({}, {1, 2}, {model}, "", "adapter");
+  ASSERT_EQ(domain.ops.size(), 1u);
+  EXPECT_EQ(domain.ops[0]->name, "canary_wrong_in_adapter");
+  EXPECT_EQ(domain.adapter, "adapter");
+  EXPECT_THROW(make_domain({"canary", "canary_wrong_in_adapter"}, {1}, {model}, "", "adapter"),
+               BadInput);
+  EXPECT_THROW(make_domain({}, {1}, {}, "", "adapter"), BadInput);
+  EXPECT_THROW(make_domain({}, {1}, {model, model}, "", "adapter"), BadInput);
+  // None of those has the mutant.
+  EXPECT_THROW(make_domain({}, {1}, {model}, "0:unique_shards", "adapter"), BadInput);
+}
+
 TEST_F(DomainTest, EachPairHasEveryLegalPairOfTheModels) {
   const EachPair each = each_pair(make_domain({"canary"}, up_to(64), {"all"}, ""));
   EXPECT_EQ(each.legal, 407);

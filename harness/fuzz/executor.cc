@@ -56,6 +56,8 @@ Executor find_executor(std::string_view name, Link link) {
 Executor executor_of(const Where& where) {
   Executor executor = find_executor(where.on, where.link);
   executor.checkpoint = where.checkpoint;
+  executor.adapter = where.adapter;
+  executor.base = where.base;
   return executor;
 }
 

@@ -14,7 +14,7 @@ struct Executor {
   std::string name;  // kEmulator or kGpu
   std::filesystem::path binary;
   Link link = Link::best;
-  std::string checkpoint = {};  // Where::checkpoint
+  std::string checkpoint = {}, adapter = {}, base = {};  // Where's
 };
 
 // This very binary, even if it was built anew since it started.

@@ -72,6 +72,17 @@ TEST_F(ExecutorsTest, BothSidesRunOnTheCheckpoint) {
   EXPECT_EQ(with_gpu(replay).code, 1) << errors();
 }
 
+TEST_F(ExecutorsTest, BothSidesRunOnTheAdapter) {
+  write_base(folder_ / "base");
+  write_adapter(folder_ / "adapter", "model.layers.0.wrong");
+  const Ran ran = with_gpu("fuzz --on both --seed 3 --model base --adapter adapter");
+  EXPECT_EQ(ran.code, 1) << errors();
+  EXPECT_TRUE(mentions(ran.out, "WrongValue   on both: ")) << ran.out;
+  const std::string replay = replay_arguments(ran.out);
+  ASSERT_TRUE(mentions(replay, "' --model base --adapter adapter --on both")) << ran.out;
+  EXPECT_EQ(with_gpu(replay).code, 1) << errors();
+}
+
 TEST_F(ExecutorsTest, BothFindsWhatOnlyOneSideDoes) {
   const struct {
     const char *op, *detail;

@@ -116,8 +116,10 @@ std::string signature(const Answer& failure) {
 
 std::string replay_command(const Finding& f) {
   std::string command = fmt::format("./tpcheck replay '{}'", to_line(f.smallest));
-  if (!f.where.checkpoint.empty())
-    command += fmt::format(" --model {}", shell_quoted(f.where.checkpoint));
+  const std::string& model = f.where.adapter.empty() ? f.where.checkpoint : f.where.base;
+  if (!model.empty()) command += fmt::format(" --model {}", shell_quoted(model));
+  if (!f.where.adapter.empty())
+    command += fmt::format(" --adapter {}", shell_quoted(f.where.adapter));
   if (!f.mutant.empty()) command += fmt::format(" --mutant {}", f.mutant);
   command += replay_flags(f.where);
   if (f.timeout > 0) command += fmt::format(" --timeout {}ms", milliseconds_of(f.timeout).count());

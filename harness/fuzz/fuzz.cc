@@ -10,6 +10,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
+#include "harness/base/user_adapter.h"
 #include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/artifacts.h"
 #include "harness/fuzz/deadlines.h"
@@ -44,6 +45,7 @@ class Fuzzer {
         draw_(domain, seed),
         deadlines_(options.timeout) {
     result_.summary.seed = seed;
+    result_.summary.of_adapter = !domain.adapter.empty();
     seconds_ = options.for_seconds > 0 || options.cases > 0 || options.each ? options.for_seconds
                                                                             : kDefaultSeconds;
     if (options.each) {
@@ -116,8 +118,9 @@ class Fuzzer {
     // Of several jobs on one GPU nobody can say whose kernels took the time.
     if (where_.jobs > 1) answer.verdict.timing = {};
     const Verdict& v = answer.verdict;
-    // Cases are drawn legal: it is the checkpoint that has become another one.
-    if (v.outcome == Outcome::Refused && !where_.checkpoint.empty()) throw BadInput(v.detail);
+    // Cases are drawn legal: it is the checkpoint or the adapter that has become another.
+    if (v.outcome == Outcome::Refused && !(where_.checkpoint.empty() && where_.adapter.empty()))
+      throw BadInput(v.detail);
     result_.summary.add(c, v);
     if (v.outcome == Outcome::Pass) deadlines_.passed(c, v.seconds);
     if (pairs_) {
@@ -231,17 +234,24 @@ int fuzz_main(World* world, const FuzzOptions& options) {
   Where wanted = options.where;
   std::vector<std::string> without_tensors;
   on_all_processes(world, [&] {
-    domain = make_domain(options.ops, tp_sizes, options.models, options.mutant);
+    domain = make_domain(options.ops, tp_sizes, options.models, options.mutant, options.adapter);
     wanted.checkpoint = domain.checkpoint;
     set_user_checkpoint(domain.checkpoint);
-    // What is wrong with it is said before any job starts.
-    if (user_checkpoint() != nullptr) without_tensors = add_checkpoint_cases(domain);
+    if (!domain.adapter.empty()) {
+      wanted.adapter = domain.adapter;
+      wanted.base = options.models[0];
+    }
+    set_user_adapter(wanted.adapter, wanted.base);
+    // What is wrong with them is said before any job starts.
+    if (user_checkpoint() != nullptr || user_adapter() != nullptr)
+      without_tensors = add_checkpoint_cases(domain);
   });
   const std::uint64_t seed = options.seed.value_or(random_seed());
   return with_runner(world, wanted, [&](Runner& runner, const Where& where) {
     const Artifacts artifacts(options.artifacts);  // what cannot be written is all there is to say
     fmt::print(stderr, "{}seed {}\n", header_text(runner.where(), options.poison), seed);
     if (!domain.checkpoint.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
+    if (!domain.adapter.empty()) fmt::print(stderr, "adapter {}\n", user_adapter_text());
     for (const std::string& why : without_tensors) fmt::print(stderr, "{}\n", why);
     for (const Model& model : domain.models) {
       if (!model.note.empty()) fmt::print(stderr, "{}: {}\n", model.id, model.note);

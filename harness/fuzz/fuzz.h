@@ -27,8 +27,9 @@ struct FuzzOptions {
   std::vector<int> tp_sizes;     // empty: 1 .. 16, and with `each` 1 .. 64
   std::vector<std::string>
       models;  // presets or paths of a config.json; {"all"}: every preset; empty: the mix
-  double for_seconds = 0;  // 0: no limit of time; 60 where there is no limit of cases either
-  std::int64_t cases = 0;  // 0: no limit
+  std::string adapter = {};  // the folder of one for the only model; empty: none
+  double for_seconds = 0;    // 0: no limit of time; 60 where there is no limit of cases either
+  std::int64_t cases = 0;    // 0: no limit
   std::optional<std::uint64_t> seed;
   Where where;
   bool poison = true;  // RunOptions::poison

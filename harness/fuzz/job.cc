@@ -155,6 +155,10 @@ void Job::start(const Executor& executor, int processes) {
   }
   // One word: what a directory is called may begin like a flag.
   if (!executor.checkpoint.empty()) arguments.push_back("--checkpoint=" + executor.checkpoint);
+  if (!executor.adapter.empty()) {
+    arguments.push_back("--adapter=" + executor.adapter);
+    arguments.push_back("--base=" + executor.base);
+  }
   if (processes > 1) {
     const std::vector<std::string> launcher = {"mpirun", "--bind-to", "none", "-n",
                                                std::to_string(processes)};

@@ -13,9 +13,11 @@
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
+#include "harness/base/user_adapter.h"
 #include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/deadlines.h"
+#include "harness/fuzz/domain.h"
 #include "harness/fuzz/driver.h"
 #include "harness/fuzz/finding.h"
 #include "harness/fuzz/interrupt.h"
@@ -203,20 +205,27 @@ int replay_all(const std::vector<Case>& cases, const ReplayOptions& options, dou
 
 int replay_main(World* world, const ReplayOptions& options) {
   std::vector<Case> cases;
+  Where one_job = options.where;
+  one_job.jobs = 1;
   on_all_processes(world, [&] {
-    set_user_checkpoint(options.model);
+    if (!options.adapter.empty()) {
+      if (options.model.empty()) throw BadInput(std::string(kAdapterNeedsModel));
+      one_job.adapter = options.adapter;
+      one_job.base = options.model;
+    }
+    set_user_adapter(one_job.adapter, one_job.base);
+    one_job.checkpoint = user_adapter() ? user_adapter_base()->checkpoint : options.model;
+    set_user_checkpoint(one_job.checkpoint);
     user_checkpoint();
     cases = read_cases(options.inputs);
   });
   if (options.times < 1) throw BadInput(fmt::format("--times {}: less than once", options.times));
   for (const Case& c : cases) check_mutant(c, options.mutant);
   const double deadline = options.timeout > 0 ? options.timeout : kDefaultTimeout;
-  Where one_job = options.where;
-  one_job.jobs = 1;
-  one_job.checkpoint = options.model;
   const auto say_where = [&](const std::string& where) {
     fmt::print(stderr, "{}", header_text(where, options.poison));
-    if (!options.model.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
+    if (!one_job.checkpoint.empty()) fmt::print(stderr, "checkpoint {}\n", user_checkpoint_text());
+    if (!one_job.adapter.empty()) fmt::print(stderr, "adapter {}\n", user_adapter_text());
   };
   if (one_job.on == kBoth && !World::launched()) {
     return with_both(one_job, [&](Supervisor& gpu, Supervisor& emulator) {

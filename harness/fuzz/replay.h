@@ -20,7 +20,8 @@ struct ReplayOptions {
   double timeout = 0;   // of a case, in seconds; 0: 30
   bool trace = false;   // print each stage's values and each collective of every rank
   std::string mutant;
-  std::string model;  // directory of the checkpoint whose tensors the cases run on; empty: none
+  std::string model;    // directory of the checkpoint whose tensors the cases run on; empty: none
+  std::string adapter;  // folder of one for `model`, which needs no tensors then; empty: none
 };
 
 // Exit code 1 if a case still fails, 0 if all pass. With --on both each case is run three times,

@@ -123,7 +123,7 @@ class Candidates {
     return true;
   }
   std::optional<Case> same_tensors(int tp_size) const {
-    for (const Case& c : op_.checkpoint_cases(tp_size).cases) {
+    for (const Case& c : cases_on_files(op_, tp_size).cases) {
       const bool same = std::all_of(op_.keys.begin(), op_.keys.end(), [&](const Key& key) {
         return key.is_drawn || key.get(c) == key.get(from_);
       });

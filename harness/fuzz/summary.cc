@@ -147,8 +147,8 @@ std::string summary_text(const Summary& s) {
       fmt::format("              {}; {}\n", counts(s.dtypes, [](DType t) { return name_of(t); }),
                   counts(s.fills, [](Fill f) { return kFillWords[std::size_t(f)]; }));
   if (s.on_checkpoint > 0) {
-    text +=
-        fmt::format("  checkpoint  {} of {} cases ran on its tensors\n", s.on_checkpoint, s.ran());
+    text += fmt::format("  {:<10}  {} of {} cases ran on its tensors\n",
+                        s.of_adapter ? "adapter" : "checkpoint", s.on_checkpoint, s.ran());
   }
   text += fmt::format("  outcomes    {}", counts(s.outcomes, [](Outcome o) { return name_of(o); }));
   if (s.count(Outcome::Mistrusted) > 0) text += " (Mistrusted: drawn again, no pass)";

@@ -52,6 +52,7 @@ struct Summary {
   std::map<std::string, FloorRatios> ratios;  // by operator; empty where nothing was measured
   std::uint64_t threads = 0;
   std::int64_t on_checkpoint = 0;  // cases that ran on tensors of the user's checkpoint
+  bool of_adapter = false;         // those are an adapter's
   int unstable = 0;                // failures their own replay did not show
   int repeated = 0;                // findings with the signature of an earlier one
   int not_replayed = 0;  // failures whose replay did not come to an end: Ctrl-C, or no worker left

@@ -18,6 +18,8 @@ struct Where {
   int processes = 0;            // of one worker job; 0: the executor's default
   int jobs = 0;                 // 0: the executor's default
   std::string checkpoint = {};  // what workers have as user_checkpoint(); empty: none
+  std::string adapter = {};     // and as user_adapter(), whose base is in the folder `base`
+  std::string base = {};
 };
 
 // The processes of a job where none are asked for, and the jobs. The emulator fills the cores, with
@@ -33,7 +35,7 @@ Where settled(Where where);
 std::string place_phrase(std::string_view executor, std::string_view place);
 
 // " --on gpu -n 2": what the plain `./tpcheck replay` of any machine has to be told to run a case
-// there, too. The checkpoint is not in it: it says what is run, not where.
+// there, too. The checkpoint and the adapter are not in it: they say what is run, not where.
 std::string replay_flags(const Where& where);
 
 }  // namespace tp

@@ -228,6 +228,26 @@ TEST(Where, AReplayLineNamesTheCheckpointBehindTheCase) {
   EXPECT_EQ(replay_command(finding), plain + " --model 'my models/7b' --mutant 0:unique_shards");
 }
 
+TEST(Where, AReplayLineNamesTheAdapterBehindItsBase) {
+  if (operators().empty()) add_canaries();
+  Finding finding;
+  finding.smallest = find_operator("canary").blank();
+  finding.where = settled({.on = std::string(kEmulator), .jobs = 1});
+  const std::string plain = replay_command(finding);
+  finding.where.adapter = "my adapter";
+  finding.where.base = "base";
+  EXPECT_EQ(replay_command(finding), plain + " --model base --adapter 'my adapter'");
+  finding.where.checkpoint = "base";
+  EXPECT_EQ(replay_command(finding), plain + " --model base --adapter 'my adapter'");
+}
+
+TEST(Where, WorkersAreToldOfTheAdapter) {
+  const Executor told = executor_of(
+      settled({.on = std::string(executor_name()), .adapter = "adapter", .base = "base"}));
+  EXPECT_EQ(told.adapter, "adapter");
+  EXPECT_EQ(told.base, "base");
+}
+
 TEST(Where, WorkersAreToldOfTheCheckpoint) {
   EXPECT_EQ(executor_of({.on = std::string(executor_name())}).checkpoint, "");
   EXPECT_EQ(

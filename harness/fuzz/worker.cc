@@ -15,6 +15,7 @@
 #include "harness/base/check.h"
 #include "harness/base/exit_codes.h"
 #include "harness/base/operator.h"
+#include "harness/base/user_adapter.h"
 #include "harness/base/user_checkpoint.h"
 #include "harness/fuzz/fatal_signals.h"
 #include "harness/fuzz/protocol.h"
@@ -77,12 +78,14 @@ Verdict run_case(World& world, const Request& request, const Case& c, const RunO
   }
 }
 
-// Opens the user's checkpoint; what is against it. The supervisor has opened the same, so that it
-// is this machine that cannot.
-std::string why_not_open(const std::string& checkpoint) {
+// Opens the user's checkpoint and adapter; what is against it. The supervisor has opened the same,
+// so that it is this machine that cannot.
+std::string why_not_open(const UserFiles& files) {
   try {
-    set_user_checkpoint(checkpoint);
+    set_user_checkpoint(files.checkpoint);
     user_checkpoint();
+    set_user_adapter(files.adapter, files.base);
+    user_adapter();
     return "";
   } catch (const BadInput& e) {
     return e.what();
@@ -135,7 +138,7 @@ void serve(World& world) {
   }
 }
 
-int worker_main(World& world, Link link, const std::string& checkpoint) {
+int worker_main(World& world, Link link, const UserFiles& files) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // a worker stuck in a loop never sees the end of its input
   ledger = &ledger_page(world.process());
   on_fatal_signal(note_signal);
@@ -145,7 +148,7 @@ int worker_main(World& world, Link link, const std::string& checkpoint) {
   };
   try {
     const std::string place = take_place(world, link);
-    world.agree(why_not_open(checkpoint));
+    world.agree(why_not_open(files));
     say(kReady, fmt::format("{} {} {}", kProtocol, executor_name(), place));
   } catch (const Unavailable& e) {
     say(kCannot, e.what());

@@ -27,7 +27,13 @@ void end_everywhere(World& world);
 void serve(World& world);
 
 // Takes its place (place.h) first, and says where that is, or why it cannot.
-// `checkpoint`: the directory of user_checkpoint(), which is opened at once; empty: none.
-int worker_main(World& world, Link link, const std::string& checkpoint = "");
+// The directory of user_checkpoint(), and those of user_adapter() and its base, which are opened at
+// once; empty: none.
+struct UserFiles {
+  std::string checkpoint = {};
+  std::string adapter = {};
+  std::string base = {};
+};
+int worker_main(World& world, Link link, const UserFiles& files = {});
 
 }  // namespace tp
