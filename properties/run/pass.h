@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -43,6 +44,8 @@ struct PassResult {
                                     // exchange, or the device is lost
 };
 
+class MemoryFile;
+
 // The filled input tensors of a case. Each block is made once, for all passes and all
 // ranks of this process that ask for the very same one.
 class InputData {
@@ -60,6 +63,8 @@ class InputData {
   DataRegime regime_;
   using Block = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   std::map<Block, std::vector<std::byte>> made_;
+  // Their files, open: a path must not become another's while somebody may look at it again.
+  std::vector<std::shared_ptr<MemoryFile>> files_;
   std::map<std::pair<std::string, int>, Checkpoint> checkpoints_;  // by stage and number
   double seconds_ = 0;
 

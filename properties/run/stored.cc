@@ -14,8 +14,6 @@
 
 namespace tp {
 
-namespace {
-
 // An anonymous file, for as long as it is open; whoever mapped it keeps its content.
 class MemoryFile {
  public:
@@ -37,8 +35,6 @@ class MemoryFile {
  private:
   int fd_;
 };
-
-}  // namespace
 
 std::vector<const Checkpoint*> InputData::checkpoints(const Stage& stage) {
   std::vector<const Checkpoint*> all = stage.checkpoints;
@@ -63,11 +59,10 @@ const Checkpoint& InputData::made_checkpoint(const Stage& stage, int which) {
                                               std::string(safetensors_word(t.dtype)), input.shape,
                                               bytes.data(), bytes.size()});
   }
-  std::vector<std::unique_ptr<MemoryFile>> open;
   std::vector<std::string> paths;
   for (const std::vector<StoredTensor>& tensors : files) {
-    open.push_back(std::make_unique<MemoryFile>(safetensors_bytes(tensors)));
-    paths.push_back(open.back()->path());
+    files_.push_back(std::make_shared<MemoryFile>(safetensors_bytes(tensors)));
+    paths.push_back(files_.back()->path());
   }
   return checkpoints_.emplace(key, Checkpoint(paths)).first->second;
 }
