@@ -42,9 +42,24 @@ template <int N, typename T>
 __device__ Vec<T, N> load_row(const T* row, std::int64_t k, std::int64_t end, bool aligned) {
   if (aligned && k + N <= end) return load_vector<T, N>(row + k);
   Vec<T, N> some{};
+  if (k >= end) return some;
 #pragma unroll
   for (int e = 0; e < N; ++e)
     if (k + e < end) some[e] = row[k + e];
+  return some;
+}
+
+// The same as a matrix step wants them, two in a register (nvcc takes wide loads apart otherwise).
+template <int N, typename T>
+__device__ Vec<std::uint32_t, N / 2> load_pairs(const T* row, std::int64_t k, std::int64_t end,
+                                                bool aligned) {
+  using Pairs = Vec<std::uint32_t, N / 2>;
+  if (aligned && k + N <= end) return std::bit_cast<Pairs>(load_vector<T, N>(row + k));
+  Pairs some{};
+  if (k >= end) return some;
+#pragma unroll
+  for (int e = 0; e < N; ++e)
+    if (k + e < end) some[e / 2] |= std::uint32_t{row[k + e].bits} << 16 * (e % 2);
   return some;
 }
 
@@ -107,27 +122,26 @@ __device__ void shrink_by_matrix(const ShrinkBlock<T, H>& block, float* part) {
   FragmentC sums[kTiles] = {};
   const std::int64_t chunks = ceil_div(s.x.cols, kWarpChunk);
   for (std::int64_t chunk = warp; chunk < chunks; chunk += kInFlight * warps) {
-    Vec<T, kChunk> x[kInFlight][2], a[kInFlight][kTiles];
+    Vec<std::uint32_t, kChunk / 2> x[kInFlight][2], a[kInFlight][kTiles];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (chunk + u * warps >= chunks) break;
       const std::int64_t k = (chunk + u * warps) * kWarpChunk + t * kChunk;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        x[u][i] = load_row<kChunk>(x_rows[i], k, block.end(x_rows[i]), s.x_aligned);
+        x[u][i] = load_pairs<kChunk>(x_rows[i], k, block.end(x_rows[i]), s.x_aligned);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        a[u][j] = load_row<kChunk>(a_rows[j], k, block.end(a_rows[j]), s.a_aligned);
+        a[u][j] = load_pairs<kChunk>(a_rows[j], k, block.end(a_rows[j]), s.a_aligned);
     }
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u) {
       if (chunk + u * warps >= chunks) break;
-      const auto upper = std::bit_cast<Vec<std::uint32_t, 4>>(x[u][0]),
-                 lower = std::bit_cast<Vec<std::uint32_t, 4>>(x[u][1]);
+      const auto &upper = x[u][0], &lower = x[u][1];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (j * 8 >= block.count) break;
-        const auto words = std::bit_cast<Vec<std::uint32_t, 4>>(a[u][j]);
+        const auto& words = a[u][j];
 #pragma unroll
         for (int half = 0; half < 4; half += 2) {
           mma(sums[j], FragmentA<T>{{upper[half], lower[half], upper[half + 1], lower[half + 1]}},
@@ -167,10 +181,10 @@ __device__ void shrink_by_vector(const ShrinkBlock<T, H>& block, float* part) {
             a[c] = load_row<kWidth>(block.a_row(col + c), k, s.x.cols, s.a_aligned);
         }
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) {
-          if (col + c >= block.count) break;
+        for (int e = 0; e < kWidth; ++e) {
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
+          for (int c = 0; c < kCols; ++c) {
+            if (col + c >= block.count) break;
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
               sums[r][c] = fmaf(to_float(x[r][e]), to_float(a[c][e]), sums[r][c]);
@@ -192,7 +206,7 @@ __device__ void shrink_by_vector(const ShrinkBlock<T, H>& block, float* part) {
 }
 
 template <int Columns, typename T, typename H>
-__global__ void __launch_bounds__(kMaxShrinkWarps * 32) shrink_kernel(Shrink<T, H> s) {
+__global__ void __launch_bounds__(kMaxShrinkWarps * 32, 2) shrink_kernel(Shrink<T, H> s) {
   float* parts = dynamic_shared<float>();  // [warps][16][Columns]
   const unsigned across = unsigned(ceil_div(s.h.cols, Columns));
   const std::int64_t first = std::int64_t{blockIdx.x % across} * Columns;
@@ -320,15 +334,14 @@ __device__ void expand_by_matrix(const ExpandBlock<T, H, Out>& block, const T* h
   FragmentC sums[kTiles] = {};
   for (int k = 0; k < rank; k += kStep) {
     const T* h_at = h + g * e.h_stride + k + t * kEach;
-    const auto upper = std::bit_cast<Vec<std::uint32_t, 2>>(load_vector<T, kEach>(h_at)),
-               lower = std::bit_cast<Vec<std::uint32_t, 2>>(
-                   load_vector<T, kEach>(h_at + 8 * e.h_stride));
+    const auto upper = load_pairs<kEach>(h_at, 0, kEach, true),
+               lower = load_pairs<kEach>(h_at + 8 * e.h_stride, 0, kEach, true);
     const FragmentA<T> a{{upper[0], lower[0], upper[1], lower[1]}};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (first + 2 * j >= block.columns) break;
-      const auto words = std::bit_cast<Vec<std::uint32_t, 2>>(
-          load_row<kEach>(b_rows[j], k + t * kEach, b_rows[j] == nullptr ? 0 : rank, e.b_aligned));
+      const auto words =
+          load_pairs<kEach>(b_rows[j], k + t * kEach, b_rows[j] == nullptr ? 0 : rank, e.b_aligned);
       mma(sums[j], a, FragmentB<T>{{words[0], words[1]}});
     }
   }
