@@ -37,15 +37,39 @@ bool has_aligned_rows(const View<T>& m) {
 template <typename T>
 constexpr int kWide = 16 / int(sizeof(T));  // elements of the widest load
 
-// Elements [k, k + N) of a row, zeros instead of those from `end` on, which are not read.
-template <int N, typename T>
-__device__ Vec<T, N> load_row(const T* row, std::int64_t k, std::int64_t end, bool aligned) {
-  if (aligned && k + N <= end) return load_vector<T, N>(row + k);
-  Vec<T, N> some{};
+// Elements [k, k + N) of a row, zeros instead of those from `end` on, which are not read, and for
+// no row; two of them in a register, or one of fp32 (nvcc takes wide loads apart otherwise). Whole:
+// the row, if there is one, is aligned and has them all. Without branches between them, loads of
+// several rows are on their way together.
+template <bool Whole, int N, typename T>
+__device__ Vec<std::uint32_t, N* int(sizeof(T)) / 4> load_row(const T* row, std::int64_t k,
+                                                              std::int64_t end, bool aligned) {
+  using Words = Vec<std::uint32_t, N* int(sizeof(T)) / 4>;
+  Words some{};
+  if (row == nullptr) return some;
+  if constexpr (Whole) {
+    some = std::bit_cast<Words>(load_vector<T, N>(row + k));
+  } else {
+    if (aligned && k + N <= end) return std::bit_cast<Words>(load_vector<T, N>(row + k));
 #pragma unroll
-  for (int e = 0; e < N; ++e)
-    if (k + e < end) some[e] = row[k + e];
+    for (int e = 0; e < N; ++e) {
+      if (k + e >= end) break;
+      if constexpr (std::is_same_v<T, float>) {
+        some[e] = std::bit_cast<std::uint32_t>(row[k + e]);
+      } else {
+        some[e / 2] |= std::uint32_t{row[k + e].bits} << 16 * (e % 2);
+      }
+    }
+  }
   return some;
+}
+template <typename T, int Words>
+__device__ float element(const Vec<std::uint32_t, Words>& words, int e) {
+  if constexpr (std::is_same_v<T, float>) {
+    return std::bit_cast<float>(words[e]);
+  } else {
+    return to_float(T{std::uint16_t(words[e / 2] >> 16 * (e % 2))});
+  }
 }
 
 // ---- Shrink.
@@ -81,14 +105,13 @@ struct ShrinkBlock {
   std::int64_t first;
   int count;
 
-  // A row and the number of elements that may be read.
+  // nullptr: there is none.
   __device__ const T* x_row(int row) const {
     return row < tile.count ? s.x.data + s.batch.order[tile.first + row] * s.x.row_stride : nullptr;
   }
   __device__ const T* a_row(int col) const {
     return col < count ? s.a.data + (first + col) * s.a.row_stride : nullptr;
   }
-  __device__ std::int64_t end(const T* row) const { return row == nullptr ? 0 : s.x.cols; }
 };
 
 // The warp's sums of its share of the columns, to part[16][Columns].
@@ -106,34 +129,44 @@ __device__ void shrink_by_matrix(const ShrinkBlock<T, H>& block, float* part) {
 
   FragmentC sums[kTiles] = {};
   const std::int64_t chunks = ceil_div(s.x.cols, kWarpChunk);
-  for (std::int64_t chunk = warp; chunk < chunks; chunk += kInFlight * warps) {
-    Vec<T, kChunk> x[kInFlight][2], a[kInFlight][kTiles];
+  const auto add_chunks = [&]<int Count, bool Whole>(std::integral_constant<int, Count>,
+                                                     std::bool_constant<Whole>,
+                                                     std::int64_t chunk) {
+    Vec<std::uint32_t, kChunk / 2> x[Count][2], a[Count][kTiles];
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      if (chunk + u * warps >= chunks) break;
+    for (int u = 0; u < Count; ++u) {
       const std::int64_t k = (chunk + u * warps) * kWarpChunk + t * kChunk;
 #pragma unroll
       for (int i = 0; i < 2; ++i)
-        x[u][i] = load_row<kChunk>(x_rows[i], k, block.end(x_rows[i]), s.x_aligned);
+        x[u][i] = load_row<Whole, kChunk>(x_rows[i], k, s.x.cols, s.x_aligned);
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
-        a[u][j] = load_row<kChunk>(a_rows[j], k, block.end(a_rows[j]), s.a_aligned);
+        a[u][j] = load_row<Whole, kChunk>(a_rows[j], k, s.x.cols, s.a_aligned);
     }
 #pragma unroll
-    for (int u = 0; u < kInFlight; ++u) {
-      if (chunk + u * warps >= chunks) break;
-      const auto upper = std::bit_cast<Vec<std::uint32_t, 4>>(x[u][0]),
-                 lower = std::bit_cast<Vec<std::uint32_t, 4>>(x[u][1]);
+    for (int u = 0; u < Count; ++u) {
+      const auto &upper = x[u][0], &lower = x[u][1];
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         if (j * 8 >= block.count) break;
-        const auto words = std::bit_cast<Vec<std::uint32_t, 4>>(a[u][j]);
+        const auto& words = a[u][j];
 #pragma unroll
         for (int half = 0; half < 4; half += 2) {
           mma(sums[j], FragmentA<T>{{upper[half], lower[half], upper[half + 1], lower[half + 1]}},
               FragmentB<T>{{words[half], words[half + 1]}});
         }
       }
+    }
+  };
+  const bool aligned = s.x_aligned && s.a_aligned;
+  for (std::int64_t chunk = warp; chunk < chunks;) {
+    const std::int64_t last = chunk + (kInFlight - 1) * warps;
+    if (aligned && (last + 1) * kWarpChunk <= s.x.cols) {
+      add_chunks(std::integral_constant<int, kInFlight>{}, std::true_type{}, chunk);
+      chunk = last + warps;
+    } else {
+      add_chunks(std::integral_constant<int, 1>{}, std::false_type{}, chunk);
+      chunk += warps;
     }
   }
 #pragma unroll
@@ -155,26 +188,31 @@ __device__ void shrink_by_vector(const ShrinkBlock<T, H>& block, float* part) {
     for (int r = 0; r < kRows; ++r) x_rows[r] = block.x_row(row + r);
     for (int col = 0; col < block.count; col += kCols) {
       float sums[kRows][kCols] = {};
-      for (std::int64_t k = std::int64_t{threadIdx.x} * kWidth; k < s.x.cols;
-           k += std::int64_t{blockDim.x} * kWidth) {
-        Vec<T, kWidth> x[kRows], a[kCols];
+      const auto add = [&]<bool Whole>(std::bool_constant<Whole>, std::int64_t k) {
+        Vec<std::uint32_t, 4> x[kRows], a[kCols];
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          x[r] = load_row<kWidth>(x_rows[r], k, block.end(x_rows[r]), s.x_aligned);
+          x[r] = load_row<Whole, kWidth>(x_rows[r], k, s.x.cols, s.x_aligned);
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) {
-          if (col + c < block.count)
-            a[c] = load_row<kWidth>(block.a_row(col + c), k, s.x.cols, s.a_aligned);
-        }
+        for (int c = 0; c < kCols; ++c)
+          a[c] = load_row<Whole, kWidth>(block.a_row(col + c), k, s.x.cols, s.a_aligned);
 #pragma unroll
-        for (int c = 0; c < kCols; ++c) {
-          if (col + c >= block.count) break;
+        for (int e = 0; e < kWidth; ++e) {
 #pragma unroll
-          for (int e = 0; e < kWidth; ++e) {
+          for (int c = 0; c < kCols; ++c) {
+            if (col + c >= block.count) break;
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
-              sums[r][c] = fmaf(to_float(x[r][e]), to_float(a[c][e]), sums[r][c]);
+              sums[r][c] = fmaf(element<T>(x[r], e), element<T>(a[c], e), sums[r][c]);
           }
+        }
+      };
+      for (std::int64_t k = std::int64_t{threadIdx.x} * kWidth; k < s.x.cols;
+           k += std::int64_t{blockDim.x} * kWidth) {
+        if (s.x_aligned && s.a_aligned && k + kWidth <= s.x.cols) {
+          add(std::true_type{}, k);
+        } else {
+          add(std::false_type{}, k);
         }
       }
 #pragma unroll
@@ -192,7 +230,7 @@ __device__ void shrink_by_vector(const ShrinkBlock<T, H>& block, float* part) {
 }
 
 template <int Columns, typename T, typename H>
-__global__ void __launch_bounds__(kMaxShrinkWarps * 32) shrink_kernel(Shrink<T, H> s) {
+__global__ void __launch_bounds__(kMaxShrinkWarps * 32, 2) shrink_kernel(Shrink<T, H> s) {
   float* parts = dynamic_shared<float>();  // [warps][16][Columns]
   const unsigned across = unsigned(ceil_div(s.h.cols, Columns));
   const std::int64_t first = std::int64_t{blockIdx.x % across} * Columns;
@@ -318,18 +356,26 @@ __device__ void expand_by_matrix(const ExpandBlock<T, H, Out>& block, const T* h
     b_rows[j] = col < block.columns ? e.b.data + (block.b_row + col) * e.b.row_stride : nullptr;
   }
   FragmentC sums[kTiles] = {};
-  for (int k = 0; k < rank; k += kStep) {
+  const auto add_step = [&]<bool Whole>(std::bool_constant<Whole>, int k) {
+    Vec<std::uint32_t, kEach / 2> words[kTiles];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+      words[j] = load_row<Whole, kEach>(b_rows[j], k + t * kEach, rank, e.b_aligned);
     const T* h_at = h + g * e.h_stride + k + t * kEach;
-    const auto upper = std::bit_cast<Vec<std::uint32_t, 2>>(load_vector<T, kEach>(h_at)),
-               lower = std::bit_cast<Vec<std::uint32_t, 2>>(
-                   load_vector<T, kEach>(h_at + 8 * e.h_stride));
+    const auto upper = load_row<true, kEach>(h_at, 0, kEach, true),
+               lower = load_row<true, kEach>(h_at + 8 * e.h_stride, 0, kEach, true);
     const FragmentA<T> a{{upper[0], lower[0], upper[1], lower[1]}};
 #pragma unroll
     for (int j = 0; j < kTiles; ++j) {
       if (first + 2 * j >= block.columns) break;
-      const auto words = std::bit_cast<Vec<std::uint32_t, 2>>(
-          load_row<kEach>(b_rows[j], k + t * kEach, b_rows[j] == nullptr ? 0 : rank, e.b_aligned));
-      mma(sums[j], a, FragmentB<T>{{words[0], words[1]}});
+      mma(sums[j], a, FragmentB<T>{{words[j][0], words[j][1]}});
+    }
+  };
+  for (int k = 0; k < rank; k += kStep) {
+    if (e.b_aligned && k + kStep <= rank) {
+      add_step(std::true_type{}, k);
+    } else {
+      add_step(std::false_type{}, k);
     }
   }
 #pragma unroll
@@ -357,14 +403,14 @@ __device__ void expand_by_vector(const ExpandBlock<T, H, Out>& block, const floa
     float sums[kRows][kChains] = {};
     const int rows = block.tile.count - row;
     for (int k = 0; k < rank; k += kWidth) {
-      const Vec<T, kWidth> b = load_row<kWidth>(b_row, k, rank, e.b_aligned);
+      const auto b = load_row<false, kWidth>(b_row, k, rank, e.b_aligned);
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         if (r >= rows) break;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) {
           float& sum = sums[r][i % kChains];
-          sum = fmaf(h[(row + r) * e.h_stride + k + i], to_float(b[i]), sum);
+          sum = fmaf(h[(row + r) * e.h_stride + k + i], element<T>(b, i), sum);
         }
       }
     }

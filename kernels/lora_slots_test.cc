@@ -568,6 +568,25 @@ TEST(LoraSlots, MergeTheScaleIfAsked) {
   }
 }
 
+// Rules are told all that there is to know.
+TEST(LoraSlots, ScaleAsTheRulesSay) {
+  File<bf16> file;
+  file.add("mlp.up_proj", 2, 6, 8);
+  ShardingRules rules;
+  rules.lora.scale = [](double alpha, std::int64_t rank, std::int64_t max_rank, bool use_rslora) {
+    return alpha * 1000 + double(rank * 100 + max_rank * 10 + (use_rslora ? 1 : 0));
+  };
+  LoraSlotState state;
+  const Memory<bf16> memory(
+      gate_up_layer(0), 1, false,
+      [&](LoraSlots<bf16>& slots) {
+        file.with([&](const PeftAdapter& adapter) { state = slots.load(0, adapter); });
+      },
+      rules);
+  EXPECT_EQ(memory.said, "");
+  EXPECT_EQ(state.scales, (std::vector<float>{1, 16240}));
+}
+
 // ---- Refused.
 
 struct Bad {

@@ -551,6 +551,25 @@ TEST(Lora, BitsAreATokensOwn) {
   }
 }
 
+// Two tokens are computed as one is, and not as three are.
+TEST(Lora, FewTokensTakeNoMatrixSteps) {
+  const auto shrunk = [](int tokens) {
+    OneShrink<f16, float> run({{tokens, 0}, 8, {8}}, 500, 0, 8, 0, 0, Layout::dense,
+                              dense_numbers(6));
+    for (std::int64_t k = 0; k < 500; ++k) {
+      for (std::int64_t t = 0; t < tokens; ++t)
+        run.x.at(t, k) = from_float<f16>(1.0f / float(k + 1));
+      for (std::int64_t j = 0; j < 8; ++j)
+        run.a.at(j, k) = from_float<f16>(1.0f / float(k + j + 2));
+    }
+    run.go();
+    return std::vector<float>(run.h.values.begin(), run.h.values.begin() + 8);
+  };
+  EXPECT_EQ(shrunk(2), shrunk(1));
+  EXPECT_NE(shrunk(3), shrunk(1));
+  EXPECT_EQ(shrunk(3), shrunk(16));
+}
+
 // One token's NaN or infinity is no other's.
 TEST(Lora, NaNStaysWithItsToken) {
   for (const int tokens : {2, 7}) {
