@@ -98,10 +98,10 @@ tp_test(budget_test LIBRARIES tp_base
           properties/attention_budget_test.cc
           properties/attention_data.cc)
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
-tp_mpi_test(stages_test SOURCES properties/stages_test.cc LIBRARIES tp_properties)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
-          properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc)
+          properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
+          properties/stages_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases")
 
 tp_test(attention_test SOURCES properties/attention_test.cc kernels/attention_testing.cu LIBRARIES tp_kernels)

@@ -244,6 +244,18 @@ INSTANTIATE_TEST_SUITE_P(Section67, ProductMutants,
                                          Rate{"bias_missing", Bug::bias_missing, 100, 100}),
                          [](const auto& info) { return std::string(info.param.name); });
 
+// The sum over runs of x[:, run] w[:, run]^T, plus bias (or nullptr), added to the first run's.
+Budget row_linear(const Matrix& x, const Matrix& w, const Matrix* bias,
+                  const std::vector<Shard>& runs, const Accumulation& accumulation,
+                  const reference::RowLinearTypes& types) {
+  std::vector<Budget> parts;
+  for (std::size_t run = 0; run < runs.size(); ++run) {
+    parts.push_back(reference::product(x, w, runs[run], run == 0 ? bias : nullptr, accumulation,
+                                       reference::run_is_last(runs.size(), types)));
+  }
+  return reference::sum_of_runs(parts, types);
+}
+
 // How a twin adds the ranks' partial sums up.
 enum class Fold { in_order, backwards, tree };
 
@@ -293,8 +305,8 @@ double row_rejected(Bug bug, Fill fill, DType t, DType type, int cases, double* 
     const Data d = data_of(t, fill, width * ranks, std::uint64_t(seed));
     std::vector<Shard> runs;
     for (int rank = 0; rank < ranks; ++rank) runs.push_back({rank * width, width});
-    const Budget budget = reference::row_linear(d.x, d.w, &d.bias, runs, declared(order, width),
-                                                {.partial = type, .out = t});
+    const Budget budget =
+        row_linear(d.x, d.w, &d.bias, runs, declared(order, width), {.partial = type, .out = t});
     for (const Fold fold : {Fold::in_order, Fold::backwards, Fold::tree}) {
       const Comparison c = compare(t, row_twin(d, order, fold, ranks, type, bug).data(), budget);
       ++counted;
@@ -326,8 +338,8 @@ TEST(RowLinearBudget, IsNothingWhereEveryPartialSumIsAnInteger) {
   Data d = data_of(DType::bf16, Fill::exact, 32, 1);
   const std::vector<Shard> runs = {{0, 8}, {8, 8}, {16, 8}, {24, 8}};
   const auto largest = [&](DType type) {
-    const Budget b = reference::row_linear(d.x, d.w, &d.bias, runs, {.depth = 8},
-                                           {.partial = type, .out = DType::bf16});
+    const Budget b =
+        row_linear(d.x, d.w, &d.bias, runs, {.depth = 8}, {.partial = type, .out = DType::bf16});
     return *std::max_element(b.rho.begin(), b.rho.end());
   };
   EXPECT_EQ(largest(DType::bf16), 0);
@@ -366,14 +378,12 @@ TEST(RowLinearBudget, SaysNothingOfSumsThatMayOverflowOnTheWay) {
   Matrix x(1, 3), weight(2, 3);
   x.values = {60000, 60000, -35000};
   weight.values = {1, 1, 2, 0.25, 0.25, 0.5};
-  const Budget budget =
-      reference::row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
-                            {.partial = DType::f16, .out = DType::f16});
+  const Budget budget = row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
+                                   {.partial = DType::f16, .out = DType::f16});
   EXPECT_EQ(budget.rho[0], HUGE_VAL);
   EXPECT_LT(budget.rho[1], 64);
-  const Budget wide =
-      reference::row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
-                            {.partial = DType::f32, .out = DType::f16});
+  const Budget wide = row_linear(x, weight, nullptr, {{0, 1}, {1, 1}, {2, 1}}, {.depth = 1},
+                                 {.partial = DType::f32, .out = DType::f16});
   EXPECT_EQ(wide.rho[0], 0);
 }
 

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include <cmath>
+#include <numeric>
 
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
@@ -15,6 +16,7 @@
 #include "properties/stages.h"
 #include "properties/stored_linear.h"
 #include "properties/stored_linear_mutants.h"
+#include "reference/checkpoint.h"
 #include "reference/row_linear.h"
 
 namespace tp {
@@ -36,7 +38,8 @@ Mutant mutant(std::string id, std::string what, std::string upstream,
   return m;
 }
 
-const std::vector<Mutant>& mutants() {
+// Those of the partial sums, and of what is done with them.
+const std::vector<Mutant>& product_mutants() {
   static const std::vector<Mutant> all = {
       mutant(
           "own:row-bias-on-every-rank", "every rank adds the bias to its partial sum", "-",
@@ -51,6 +54,12 @@ const std::vector<Mutant>& mutants() {
             };
           },
           [](const Case&) { return true; }),
+  };
+  return all;
+}
+
+const std::vector<Mutant>& sum_mutants() {
+  static const std::vector<Mutant> all = {
       mutant(
           "own:row-reduce-whole-batches-only",
           "the partial sums are added up only where the tokens divide by tp_size", "-",
@@ -83,6 +92,15 @@ const std::vector<Mutant>& mutants() {
   return all;
 }
 
+const std::vector<Mutant>& mutants() {
+  static const std::vector<Mutant> all = [] {
+    std::vector<Mutant> both = product_mutants();
+    both.insert(both.end(), sum_mutants().begin(), sum_mutants().end());
+    return both;
+  }();
+  return all;
+}
+
 // How many of the exact inputs are not zero: as many as can be for the partial sums of `ranks`
 // ranks, and whatever is made of them on the way, to be integers that the type of the sums holds.
 // A product is 3.4 large (root mean square), so the partial sums of one sign add up to about
@@ -96,32 +114,47 @@ double density(const Case& c, int ranks) {
 // Tokens of each rank, if they are shared out; the last ranks may have fewer, or none.
 std::int64_t share_of(const Case& c) { return (c.num_tokens + c.tp_size - 1) / c.tp_size; }
 
-// A token's partial sums, a row for each rank, under these rules and before any rounding.
-Matrix partial_sums(const Case& c, const ShardingRules& rules, const WholeInputs& in,
-                    std::int64_t token) {
-  const Matrix &x = in["x"], &weight = in["weight"];
-  const std::int64_t width = in_per_rank(c);
-  Matrix sums(c.tp_size, weight.rows);
-  for (int rank = 0; rank < c.tp_size; ++rank) {
-    const double* mine = x.row(token) + rank * width;
-    const Shard loaded = rules.linear.row_weight_columns(x.cols, c.tp_size, rank);
-    for (std::int64_t j = 0; j < weight.rows; ++j) {
-      const double* taken = weight.row(j) + loaded.offset;
-      double& sum = sums.row(rank)[j];
-      if (linear::has_bias(c) && rules.linear.row_adds_bias(rank)) sum = in["bias"].row(0)[j];
-      for (std::int64_t k = 0; k < width; ++k) sum += mine[k] * taken[k];
+// A token's partial sums, a row for each rank, before any rounding.
+using PartialSums = std::function<Matrix(std::int64_t token)>;
+
+// As these rules make them.
+PartialSums sums_under(const Case& c, const ShardingRules& rules, const WholeInputs& in) {
+  return [&](std::int64_t token) {
+    const Matrix &x = in["x"], &weight = in["weight"];
+    const std::int64_t width = in_per_rank(c);
+    Matrix sums(c.tp_size, weight.rows);
+    for (int rank = 0; rank < c.tp_size; ++rank) {
+      const double* mine = x.row(token) + rank * width;
+      const Shard loaded = rules.linear.row_weight_columns(x.cols, c.tp_size, rank);
+      for (std::int64_t j = 0; j < weight.rows; ++j) {
+        const double* taken = weight.row(j) + loaded.offset;
+        double& sum = sums.row(rank)[j];
+        if (linear::has_bias(c) && rules.linear.row_adds_bias(rank)) sum = in["bias"].row(0)[j];
+        for (std::int64_t k = 0; k < width; ++k) sum += mine[k] * taken[k];
+      }
     }
-  }
-  return sums;
+    return sums;
+  };
 }
 
-// What these rules make of a token on the ranks that store it, a row for each, before any rounding.
-Matrix stored(const Case& c, const ShardingRules& rules, const WholeInputs& in,
+// Of a tensor that has them, the tokens of one rank after those of another.
+PartialSums sums_in(const Case& c, const Matrix& partial) {
+  return [&c, &partial](std::int64_t token) {
+    std::vector<std::int64_t> rows;
+    for (int rank = 0; rank < c.tp_size; ++rank)
+      rows.push_back(std::int64_t{rank} * c.num_tokens + token);
+    return reference::taken_rows(partial, rows);
+  };
+}
+
+// What these rules make of a token's partial sums on the ranks that store it, a row for each,
+// before any rounding.
+Matrix stored(const Case& c, const ShardingRules& rules, const PartialSums& partial_sums,
               std::int64_t token) {
   const bool scatters = reduce_of(c) == Reduce::reduce_scatter,
              reduces = reduce_of(c) != Reduce::external;
   const auto total = [&](std::int64_t of_token) {
-    const Matrix sums = partial_sums(c, rules, in, of_token);
+    const Matrix sums = partial_sums(of_token);
     Matrix all(1, sums.cols);
     for (std::int64_t rank = 0; rank < sums.rows; ++rank) {
       for (std::int64_t j = 0; j < sums.cols; ++j) all.values[std::size_t(j)] += sums.row(rank)[j];
@@ -130,7 +163,7 @@ Matrix stored(const Case& c, const ShardingRules& rules, const WholeInputs& in,
   };
   int reductions = rules.linear.row_caller_reductions(reduces);
   if (!scatters) reductions += rules.linear.row_reductions(reduces, c.num_tokens, c.tp_size);
-  if (reductions == 0) return scatters ? total(token) : partial_sums(c, rules, in, token);
+  if (reductions == 0) return scatters ? total(token) : partial_sums(token);
   Matrix all = total(token);
   if (scatters) {  // a sum of other tokens, too: those that are as far into their ranks' shares
     for (std::int64_t other = token % share_of(c); other < c.num_tokens; other += share_of(c)) {
@@ -144,19 +177,42 @@ Matrix stored(const Case& c, const ShardingRules& rules, const WholeInputs& in,
   return all;
 }
 
-// Asks of every mistake that decides differently in this case: would these data have shown it?
-std::optional<std::string> blind_to(const Case& c, const WholeInputs& in, const Budget& right) {
-  for (const Mutant& m : mutants()) {
-    if (!m.shows(c)) continue;
-    bool shown = false;
-    for (std::int64_t token = 0; token < right.rows && !shown; ++token) {
-      const Matrix altered = stored(c, m.rules, in, token);
-      for (std::size_t at = 0; at < altered.values.size() && !shown; ++at) {
-        const std::size_t of = std::size_t(token * right.cols) + at % std::size_t(right.cols);
-        shown = !accepts(c.dtype, altered.values[at], right.r[of], right.rho[of]);
-      }
+// Whether a row of a budget, of type t, rejects any of these values.
+bool rejects(const Budget& budget, std::int64_t row, DType t, const double* altered) {
+  const std::size_t first = std::size_t(row * budget.cols);
+  for (std::size_t j = 0; j < std::size_t(budget.cols); ++j) {
+    if (!accepts(t, altered[j], budget.r[first + j], budget.rho[first + j])) return true;
+  }
+  return false;
+}
+
+bool shows_in_partial_sums(const Case& c, const PartialSums& altered, const Budget& right) {
+  for (std::int64_t token = 0; token < c.num_tokens; ++token) {
+    const Matrix rows = altered(token);
+    for (std::int64_t rank = 0; rank < rows.rows; ++rank) {
+      if (rejects(right, rank * c.num_tokens + token, sums_dtype(c), rows.row(rank))) return true;
     }
-    if (!shown) return m.id;
+  }
+  return false;
+}
+
+bool shows_in_output(const Case& c, const ShardingRules& rules, const PartialSums& partial_sums,
+                     const Budget& right) {
+  for (std::int64_t token = 0; token < right.rows; ++token) {
+    const Matrix rows = stored(c, rules, partial_sums, token);
+    for (std::int64_t rank = 0; rank < rows.rows; ++rank) {
+      if (rejects(right, token, c.dtype, rows.row(rank))) return true;
+    }
+  }
+  return false;
+}
+
+// Asks of every mistake that decides differently in this case: would these data have shown it?
+template <typename Shows>
+std::optional<std::string> blind_to(const std::vector<Mutant>& among, const Case& c,
+                                    const Shows& shows) {
+  for (const Mutant& m : among) {
+    if (m.shows(c) && !shows(m.rules)) return m.id;
   }
   return std::nullopt;
 }
@@ -191,133 +247,238 @@ stored_linear::Layer layer_of(const Case& c) {
               }};
 }
 
-// The product, of weights of whatever kind, and the sum over the ranks.
-Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
-  const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size, in = in_features(c),
-                     width = in_per_rank(c), pad = c.options.at("pad");
-  const bool bias = linear::has_bias(c), scatters = reduce_of(c) == Reduce::reduce_scatter,
-             quantised = stored_linear::is_quantised(c), is_loaded = stored_linear::is_loaded(c);
-  const DType sums_type = sums_dtype(c);
-  const stored_linear::Layer layer = layer_of(c);
-  const std::string weight_name = is_loaded ? layer.parts[0] : "weight";
+// The tokens that a rank has in the end.
+Shard own_tokens(const Case& c, int tp_rank) {
+  if (reduce_of(c) != Reduce::reduce_scatter) return {0, c.num_tokens};
+  const std::int64_t share = share_of(c),
+                     first = std::min<std::int64_t>(c.num_tokens, tp_rank * share);
+  return {first, std::min(share, c.num_tokens - first)};
+}
+
+std::vector<TensorSpec> biases_of(const Case& c) {
+  if (!linear::has_bias(c)) return {};
+  return {linear::tensor(c, "bias", 1, c.model.hidden_size, Role::weight, linear::kLargestBias)};
+}
+
+// The product of weights of whatever kind.
+struct Product {
+  Product(const Case& c, const ShardingRules& rules)
+      : c(c),
+        rules(rules),
+        layer(layer_of(c)),
+        weight_name(stored_linear::is_loaded(c) ? layer.parts[0] : "weight") {}
+
+  std::vector<TensorSpec> inputs(const Variation& variation) const;
+  std::vector<LocalBuffer> buffers(int tp_rank) const;
+  // sums [tokens, hidden]: of this rank.
+  template <typename T, typename R>
+  void run(RankRun& run, View<R> sums) const;
+  // Of one rank's. `is_last`: see reference::product.
+  Budget reference(const WholeInputs& whole, int tp_rank, bool is_last) const;
+  Cost cost(int tp_rank) const;  // but for writing the sums
+
+  const Case c;
+  const ShardingRules rules;
+  const stored_linear::Layer layer;
+  const std::string weight_name;
+};
+
+std::vector<TensorSpec> Product::inputs(const Variation& variation) const {
+  const TensorSpec x = x_of(c, ranks_of_data(c, variation));
+  std::vector<TensorSpec> all =
+      stored_linear::is_quantised(c)
+          ? stored_linear::product_inputs(c, layer, x)
+          : std::vector{x, linear::tensor(c, weight_name, c.model.hidden_size, in_features(c),
+                                          Role::weight, linear::kLargestWeight)};
+  for (TensorSpec& bias : biases_of(c)) all.push_back(std::move(bias));
+  return all;
+}
+
+std::vector<LocalBuffer> Product::buffers(int tp_rank) const {
+  const std::int64_t hidden = c.model.hidden_size, width = in_per_rank(c);
+  const bool is_loaded = stored_linear::is_loaded(c);
   // What was loaded is what the rank has room for.
   const ShardingRules& loading = is_loaded ? sharding_rules() : rules;
-  const std::int64_t share = share_of(c);
-  const auto own_tokens = [=](int tp_rank) {
-    const std::int64_t first = std::min(tokens, tp_rank * share);
-    return scatters ? Shard{first, std::min(share, tokens - first)} : Shard{0, tokens};
-  };
-
-  const TensorSpec x = x_of(c, ranks_of_data(c, variation));
-  Stage stage{.name = "row_linear"};
-  if (quantised) {
-    stage.inputs = stored_linear::product_inputs(c, layer, x);
+  const Shard loaded = loading.linear.row_weight_columns(in_features(c), c.tp_size, tp_rank);
+  std::vector<LocalBuffer> all;
+  if (stored_linear::is_quantised(c)) {
+    all = stored_linear::product_buffers(c, layer, tp_rank);
   } else {
-    stage.inputs = {
-        x, linear::tensor(c, weight_name, hidden, in, Role::weight, linear::kLargestWeight)};
+    all.push_back({"x",
+                   Use::input,
+                   c.dtype,
+                   c.num_tokens,
+                   width + c.options.at("pad"),
+                   {{"x", {tp_rank * width, width}}}});
+    LocalBuffer weight{"weight", Use::input, c.dtype, hidden, loaded.size};
+    weight.pieces.push_back(
+        {weight_name, loaded, 0, is_loaded ? std::optional(Shard{0, hidden}) : std::nullopt});
+    all.push_back(weight);
   }
-  if (bias) {
-    stage.inputs.push_back(
-        linear::tensor(c, "bias", 1, hidden, Role::weight, linear::kLargestBias));
+  if (linear::has_bias(c))
+    all.push_back({"bias", Use::input, c.dtype, 1, hidden, {{"bias", {0, hidden}}}});
+  return all;
+}
+
+template <typename T, typename R>
+void Product::run(RankRun& run, View<R> sums) const {
+  const bool bias = linear::has_bias(c);
+  const View<T> b = bias ? run.view<T>("bias") : View<T>{};
+  if (stored_linear::is_quantised(c)) {
+    const bool adds_bias = bias && rules.linear.row_adds_bias(run.group.tp_rank());
+    stored_linear::product<T, R>(run, c, layer, adds_bias ? b : View<T>{}, sums, rules);
+  } else {
+    partial_sums<T, R>(run.view<T>("x").columns(0, in_per_rank(c)), run.view<T>("weight"), b, sums,
+                       rules, run.group, run.stream);
   }
-  stage.outputs = {{"out", c.dtype, tokens, hidden}};
-  stage.buffers = [=](int tp_rank) -> std::vector<LocalBuffer> {
-    const Shard own{tp_rank * width, width}, mine = own_tokens(tp_rank);
-    const Shard loaded = loading.linear.row_weight_columns(in, c.tp_size, tp_rank);
-    LocalBuffer out{"out", Use::output, c.dtype, std::max<std::int64_t>(1, mine.size),
-                    hidden + pad};
-    if (mine.size > 0) out.pieces.push_back({"out", {0, hidden}, 0, mine});
-    std::vector<LocalBuffer> all = {
-        {"sums", Use::workspace, sums_type, scatters ? share * c.tp_size : tokens, hidden}, out};
-    if (quantised) {
-      for (LocalBuffer& b : stored_linear::product_buffers(c, layer, tp_rank))
-        all.push_back(std::move(b));
+}
+
+Budget Product::reference(const WholeInputs& whole, int tp_rank, bool is_last) const {
+  const Matrix* b = linear::has_bias(c) && tp_rank == 0 ? &whole["bias"] : nullptr;
+  if (stored_linear::is_quantised(c))
+    return stored_linear::product_reference(c, layer, whole, 0, tp_rank, b, is_last);
+  const std::int64_t width = in_per_rank(c);
+  return reference::product(whole["x"], whole[weight_name], {tp_rank * width, width}, b,
+                            matmul_accumulation(c.dtype, width), is_last);
+}
+
+Cost Product::cost(int tp_rank) const {
+  const double tokens = double(c.num_tokens), width = double(in_per_rank(c)),
+               hidden = double(c.model.hidden_size);
+  const double products = tokens * width * hidden;
+  if (!stored_linear::is_quantised(c))
+    return linear::cost(c, tokens * width + hidden * width, products);
+  return {
+      .bytes = tokens * width * size_of(c.dtype) + stored_linear::weight_bytes(c, layer, tp_rank),
+      .matrix_flops = 2 * products};
+}
+
+// The sum over the ranks: the partial sums' place, of `sums` rows at least `num_tokens`, and the
+// output's.
+std::vector<LocalBuffer> sum_buffers(const Case& c, int tp_rank) {
+  const std::int64_t hidden = c.model.hidden_size, share = share_of(c);
+  const bool scatters = reduce_of(c) == Reduce::reduce_scatter;
+  const Shard mine = own_tokens(c, tp_rank);
+  LocalBuffer out{"out", Use::output, c.dtype, std::max<std::int64_t>(1, mine.size),
+                  hidden + c.options.at("pad")};
+  if (mine.size > 0) out.pieces.push_back({"out", {0, hidden}, 0, mine});
+  std::vector<LocalBuffer> all = {
+      {"sums", Use::workspace, sums_dtype(c), scatters ? share * c.tp_size : c.num_tokens, hidden},
+      out};
+  if (scatters) all.push_back({"mine", Use::workspace, sums_dtype(c), share, hidden});
+  return all;
+}
+
+// The partial sums of all tokens, in their place.
+template <typename R>
+View<R> sums_of_tokens(const Case& c, RankRun& run) {
+  View<R> sums = run.view<R>("sums");
+  sums.rows = c.num_tokens;
+  return sums;
+}
+
+// Adds up what lies there, over the ranks, and stores this rank's tokens.
+template <typename T, typename R>
+void run_sum(RankRun& run, const Case& c, const ShardingRules& rules) {
+  View<R> sums = sums_of_tokens<R>(c, run);
+  const bool reduces = reduce_of(c) != Reduce::external;
+  if (reduce_of(c) == Reduce::reduce_scatter) {
+    const View<R> mine = run.view<R>("mine");
+    scatter_results(run.view<R>("sums"), c.num_tokens, mine, run.group, run.stream);
+    sums = mine;
+  } else {
+    reduce_results(sums, reduces, rules, run.group, run.stream);
+  }
+  reduce_row_linear<R>(sums, reduces, rules, run.group, run.stream);
+  View<T> out = run.view<T>("out").columns(0, c.model.hidden_size);
+  out.rows = own_tokens(c, run.group.tp_rank()).size;
+  if (out.rows > 0) store_sums<T, R>(sums, out, run.stream);
+}
+
+double output_bytes(const Case& c, int tp_rank) {
+  return double(own_tokens(c, tp_rank).size) * double(c.model.hidden_size) * size_of(c.dtype);
+}
+
+reference::RowLinearTypes types_of(const Case& c) {
+  return {.partial = sums_dtype(c), .out = c.dtype};
+}
+
+// f(T{}, R{}): the types of the case, and of its sums.
+template <typename F>
+void with_types(const Case& c, const F& f) {
+  dispatch(c.dtype, [&]<typename T>(T) {
+    if (sums_dtype(c) == c.dtype) {
+      f(T{}, T{});
     } else {
-      all.push_back({"x", Use::input, c.dtype, tokens, width + pad, {{"x", own}}});
-      LocalBuffer weight{"weight", Use::input, c.dtype, hidden, loaded.size};
-      weight.pieces.push_back(
-          {weight_name, loaded, 0, is_loaded ? std::optional(Shard{0, hidden}) : std::nullopt});
-      all.push_back(weight);
+      f(T{}, float{});
     }
-    if (scatters) all.push_back({"mine", Use::workspace, sums_type, share, hidden});
-    if (bias) all.push_back({"bias", Use::input, c.dtype, 1, hidden, {{"bias", {0, hidden}}}});
+  });
+}
+
+// The product, of weights of whatever kind, and the sum over the ranks.
+Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  const Product product(c, rules);
+  Stage stage{.name = "row_linear", .inputs = product.inputs(variation)};
+  stage.outputs = {{"out", c.dtype, c.num_tokens, c.model.hidden_size}};
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = sum_buffers(c, tp_rank);
+    for (LocalBuffer& b : product.buffers(tp_rank)) all.push_back(std::move(b));
     return all;
   };
   stage.run = [=](RankRun& run) {
-    const auto with = [&]<typename T, typename R>(T, R) {
-      const View<T> b = bias ? run.view<T>("bias") : View<T>{};
-      View<R> sums = run.view<R>("sums"), of_tokens = sums;
-      of_tokens.rows = tokens;
-      if (quantised) {
-        const bool adds_bias = bias && rules.linear.row_adds_bias(run.group.tp_rank());
-        stored_linear::product<T, R>(run, c, layer, adds_bias ? b : View<T>{}, of_tokens, rules);
-      } else {
-        partial_sums<T, R>(run.view<T>("x").columns(0, width), run.view<T>("weight"), b, of_tokens,
-                           rules, run.group, run.stream);
-      }
-      if (scatters) {
-        const View<R> mine = run.view<R>("mine");
-        scatter_results(sums, tokens, mine, run.group, run.stream);
-        sums = mine;
-      } else {
-        reduce_results(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
-      }
-      reduce_row_linear<R>(sums, reduce_of(c) != Reduce::external, rules, run.group, run.stream);
-      View<T> out = run.view<T>("out").columns(0, hidden);
-      out.rows = own_tokens(run.group.tp_rank()).size;
-      if (out.rows > 0) store_sums<T, R>(sums, out, run.stream);
-    };
-    dispatch(c.dtype, [&]<typename T>(T) {
-      if (sums_type == c.dtype) {
-        with(T{}, T{});
-      } else {
-        with(T{}, float{});
-      }
+    with_types(c, [&]<typename T, typename R>(T, R) {
+      product.run<T, R>(run, sums_of_tokens<R>(c, run));
+      run_sum<T, R>(run, c, rules);
     });
   };
-  stage.cost = [=](int tp_rank) -> Cost {
-    const double activations =
-        double(tokens) * double(width) + double(own_tokens(tp_rank).size) * double(hidden);
-    const double products = double(tokens) * double(width) * double(hidden);
-    if (!quantised) return linear::cost(c, activations + double(hidden) * double(width), products);
-    return {
-        .bytes = activations * size_of(c.dtype) + stored_linear::weight_bytes(c, layer, tp_rank),
-        .matrix_flops = 2 * products};
+  stage.cost = [=](int tp_rank) {
+    Cost cost = product.cost(tp_rank);
+    cost.bytes += output_bytes(c, tp_rank);
+    return cost;
   };
   stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
-    const reference::RowLinearTypes types{.partial = sums_type, .out = c.dtype};
-    const Matrix* b = bias ? &whole["bias"] : nullptr;
-    if (quantised) {
-      std::vector<Budget> runs;
-      for (int rank = 0; rank < c.tp_size; ++rank) {
-        runs.push_back(stored_linear::product_reference(
-            c, layer, whole, 0, rank, rank == 0 ? b : nullptr,
-            reference::run_is_last(std::size_t(c.tp_size), types)));
-      }
-      return {reference::sum_of_runs(runs, types)};
-    }
-    std::vector<Shard> runs;
-    for (int rank = 0; rank < c.tp_size; ++rank) runs.push_back({rank * width, width});
-    return {reference::row_linear(whole["x"], whole[weight_name], b, runs,
-                                  matmul_accumulation(c.dtype, width), types)};
+    const bool is_last = reference::run_is_last(std::size_t(c.tp_size), types_of(c));
+    std::vector<Budget> runs;
+    for (int rank = 0; rank < c.tp_size; ++rank)
+      runs.push_back(product.reference(whole, rank, is_last));
+    return {reference::sum_of_runs(runs, types_of(c))};
   };
   // Weights that were loaded are compared themselves.
-  if (is_loaded) return stage;
+  if (stored_linear::is_loaded(c)) return stage;
   stage.blind_to = [=](const WholeInputs& whole, const std::vector<Budget>& budgets) {
-    return blind_to(c, whole, budgets.front());
+    return blind_to(mutants(), c, [&](const ShardingRules& r) {
+      return shows_in_output(c, r, sums_under(c, r, whole), budgets.front());
+    });
   };
   return stage;
 }
 
+// The rows of the tensor `partial` that are a rank's.
+Shard partial_rows(const Case& c, int tp_rank) {
+  return {std::int64_t{tp_rank} * c.num_tokens, c.num_tokens};
+}
+
+LocalBuffer partial_buffer(const Case& c, const std::string& name, Use use, int tp_rank) {
+  return {name,
+          use,
+          sums_dtype(c),
+          c.num_tokens,
+          c.model.hidden_size,
+          {{name, {0, c.model.hidden_size}, 0, partial_rows(c, tp_rank)}}};
+}
+
+TensorSpec partial_tensor(const Case& c, const std::string& name) {
+  return {name, sums_dtype(c), std::int64_t{c.tp_size} * c.num_tokens, c.model.hidden_size};
+}
+
+double partial_bytes(const Case& c) {
+  return double(c.num_tokens) * double(c.model.hidden_size) * size_of(sums_dtype(c));
+}
+
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Stage product = product_stage(c, rules, variation);
-  std::vector<TensorSpec> biases;
-  if (linear::has_bias(c)) {
-    biases.push_back(
-        linear::tensor(c, "bias", 1, c.model.hidden_size, Role::weight, linear::kLargestBias));
-  }
   std::vector<Stage> all = stored_linear::stages(
-      c, layer_of(c), x_of(c, ranks_of_data(c, variation)), biases, rules, variation);
+      c, layer_of(c), x_of(c, ranks_of_data(c, variation)), biases_of(c), rules, variation);
   all.push_back(product);
   return all;
 }
@@ -431,6 +592,79 @@ std::vector<Stage> row_linear_stages(const Case& c, const ShardingRules& rules,
 }
 
 stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
+
+Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
+  const Product product(c, rules);
+  Stage stage{.name = "row_partial", .inputs = product.inputs(variation)};
+  stage.outputs = {partial_tensor(c, "partial")};
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = product.buffers(tp_rank);
+    all.push_back(partial_buffer(c, "partial", Use::output, tp_rank));
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    with_types(
+        c, [&]<typename T, typename R>(T, R) { product.run<T, R>(run, run.view<R>("partial")); });
+  };
+  stage.cost = [=](int tp_rank) {
+    Cost cost = product.cost(tp_rank);
+    cost.bytes += partial_bytes(c);
+    return cost;
+  };
+  stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
+    Budget all(0, c.model.hidden_size);
+    for (int rank = 0; rank < c.tp_size; ++rank) {
+      const Budget mine = product.reference(whole, rank, sums_dtype(c) == DType::f32);
+      all.rows += mine.rows;
+      all.r.insert(all.r.end(), mine.r.begin(), mine.r.end());
+      all.rho.insert(all.rho.end(), mine.rho.begin(), mine.rho.end());
+    }
+    return {all};
+  };
+  if (stored_linear::is_loaded(c)) return stage;
+  stage.blind_to = [=](const WholeInputs& whole, const std::vector<Budget>& budgets) {
+    return blind_to(product_mutants(), c, [&](const ShardingRules& r) {
+      return shows_in_partial_sums(c, sums_under(c, r, whole), budgets.front());
+    });
+  };
+  return stage;
+}
+
+Stage row_reduce_stage(const Case& c, const ShardingRules& rules, const std::string& partial) {
+  Stage stage{.name = "row_reduce", .inputs = {partial_tensor(c, partial)}};
+  stage.outputs = {{"out", c.dtype, c.num_tokens, c.model.hidden_size}};
+  stage.buffers = [=](int tp_rank) {
+    std::vector<LocalBuffer> all = sum_buffers(c, tp_rank);
+    all.push_back(partial_buffer(c, partial, Use::input, tp_rank));
+    return all;
+  };
+  stage.run = [=](RankRun& run) {
+    with_types(c, [&]<typename T, typename R>(T, R) {
+      // They are added up where they lie, and what is read stays as it is.
+      store_sums<R, R>(run.view<R>(partial), sums_of_tokens<R>(c, run), run.stream);
+      run_sum<T, R>(run, c, rules);
+    });
+  };
+  stage.cost = [=](int tp_rank) -> Cost {
+    return {.bytes = partial_bytes(c) + output_bytes(c, tp_rank)};
+  };
+  stage.reference = [=](const WholeInputs& whole) -> std::vector<Budget> {
+    std::vector<Budget> runs;
+    for (int rank = 0; rank < c.tp_size; ++rank) {
+      const Shard rows = partial_rows(c, rank);
+      std::vector<std::int64_t> mine(static_cast<std::size_t>(rows.size));
+      std::iota(mine.begin(), mine.end(), rows.offset);
+      runs.push_back(reference::exactly(reference::taken_rows(whole[partial], mine)));
+    }
+    return {reference::sum_of_runs(runs, types_of(c))};
+  };
+  stage.blind_to = [=](const WholeInputs& whole, const std::vector<Budget>& budgets) {
+    return blind_to(sum_mutants(), c, [&](const ShardingRules& r) {
+      return shows_in_output(c, r, sums_in(c, whole[partial]), budgets.front());
+    });
+  };
+  return stage;
+}
 
 Operator make_row_linear() {
   return make_operator({

@@ -1,4 +1,5 @@
-// Stages that load: from which of several checkpoints, by which name, and when they are renamed.
+// Stages that operators are made of. Those that load: from which of several checkpoints, by which
+// name, and when they are renamed. Those of a row-parallel linear in two.
 
 #include "properties/stages.h"
 
@@ -10,6 +11,8 @@
 
 #include "harness/base/temp_folder_testing.h"
 #include "harness/group/mpi_testing.h"
+#include "properties/linear.h"
+#include "properties/planted_testing.h"
 #include "reference/checkpoint.h"
 
 namespace tp {
@@ -51,20 +54,33 @@ Stage load_stage(std::array<std::size_t, 2> of = {0, 1}) {
   return stage;
 }
 
-Verdict run(const std::vector<Stage>& stages) {
-  OperatorSpec spec{.name = "loading", .what = "two matrices of files", .laws = {law_tp1()}};
+// Of a case with this tp_size, fill and seed, as far as it is of no operator.
+Verdict run(const Case& like, decltype(OperatorSpec::stages) stages,
+            decltype(OperatorSpec::regime) regime, const Mutant* mutant = nullptr) {
+  OperatorSpec spec{.name = "some_stages", .what = "a test's"};
   for (const char* k : {"tp_size", "fill", "seed"}) spec.keys.push_back(shared_key(k));
   spec.refuse = [](const Case&) { return std::nullopt; };
-  spec.regime = [](const Case& c, const Variation&) -> DataRegime {
-    return {.fill = c.fill, .seed = c.seed};
-  };
-  spec.stages = [&](const Case&, const ShardingRules&, const Variation&) { return stages; };
+  spec.regime = std::move(regime);
+  spec.stages = std::move(stages);
   const Operator op = make_operator(spec);
   Case c = op.blank();
+  c.tp_size = like.tp_size;
+  c.fill = like.fill;
+  c.seed = like.seed;
+  if (op.key("discriminate") != nullptr) c.options.at("discriminate") = c.fill == Fill::exact;
+  return op.run(test_world(), c, {.mutant = mutant, .deadline = std::chrono::seconds(60)});
+}
+
+Verdict run(const std::vector<Stage>& stages) {
+  Case c;
   c.tp_size = 2;
   c.fill = Fill::dense;
   c.seed = 3;
-  return op.run(test_world(), c, {.deadline = std::chrono::seconds(10)});
+  return run(
+      c, [&](const Case&, const ShardingRules&, const Variation&) { return stages; },
+      [](const Case& of, const Variation&) -> DataRegime {
+        return {.fill = of.fill, .seed = of.seed};
+      });
 }
 
 void expect(const Verdict& v, Outcome outcome, const std::string& detail = "") {
@@ -126,6 +142,89 @@ TEST(StoredInputs, MayBeInACheckpointThatIsThere) {
     }
   };
   expect(run({swapped}), Outcome::WrongValue, "y0[0, 0]");
+}
+
+// A case of row_linear in two stages, with the tensor between them called `name`.
+Verdict run_halves(const std::string& line, const std::string& name = "partial",
+                   const char* mutant = nullptr) {
+  const Case row = case_from_line(test_world().broadcast(line));
+  return run(
+      row,
+      [&](const Case&, const ShardingRules& rules, const Variation& v) -> std::vector<Stage> {
+        const Names names{.tensors = {{"partial", name}}, .buffers = {{"partial", {name}}}};
+        return {renamed(row_partial_stage(row, rules, v), "row_partial", names),
+                row_reduce_stage(row, rules, name)};
+      },
+      [&](const Case&, const Variation& v) { return linear::regime(row, v); },
+      mutant == nullptr ? nullptr : find_mutant(mutant).front().mutant);
+}
+
+constexpr const char* kRow =
+    "v1 row_linear hidden_size=24 in_per_rank=16 num_tokens=5 bias=yes pad=3 seed=4 ";
+
+TEST(RowHalves, AreARowParallelLinear) {
+  for (const char* reduce : {"all_reduce", "reduce_scatter", "external"}) {
+    for (const char* dtype : {"f32", "bf16 reduce_dtype=activation", "f16 reduce_dtype=f32"}) {
+      for (const char* rest : {"tp_size=1 fill=dense", "tp_size=2 fill=dense",
+                               "tp_size=3 fill=exact", "tp_size=7 fill=exact"}) {
+        const std::string keys = std::string("reduce=") + reduce + " dtype=" + dtype + " " + rest;
+        expect(run_halves(kRow + keys), Outcome::Pass);
+        expect(run_halves(kRow + keys, "other"), Outcome::Pass);
+        expect(tp::run(kRow + keys), Outcome::Pass);
+      }
+    }
+  }
+}
+
+// Each half finds its own mistakes.
+TEST(RowHalves, FindTheirMistakes) {
+  const auto with = [](const char* mutant, const std::string& keys) {
+    return run_halves(kRow + keys + " tp_size=2 fill=exact dtype=bf16", "partial", mutant);
+  };
+  const std::string partial = "stage row_partial, tp_rank 1, partial[5, 0]",
+                    sum = "stage row_reduce, tp_rank 0, out[0, 0]";
+  expect(with("own:row-bias-on-every-rank", ""), Outcome::WrongValue, partial);
+  expect(with("own:row-columns-of-next-rank", ""), Outcome::WrongValue, "stage row_partial");
+  expect(with("own:row-reduce-whole-batches-only", ""), Outcome::WrongValue, sum);
+  expect(with("shared-expert-double-reduce:twice", ""), Outcome::WrongValue, sum);
+  expect(with("shared-expert-double-reduce:twice", "reduce=reduce_scatter"), Outcome::WrongValue,
+         sum);
+  expect(with("shared-expert-double-reduce:not-at-all", "reduce=external"), Outcome::WrongValue,
+         sum);
+}
+
+class Given : public WholeInputs {
+ public:
+  explicit Given(std::map<std::string, Matrix> all) : all_(std::move(all)) {}
+  const Matrix& operator[](const std::string& name) const override { return all_.at(name); }
+
+ private:
+  std::map<std::string, Matrix> all_;
+};
+
+// Zeros show nothing of either half but who adds the bias.
+TEST(RowHalves, KnowWhatTheirDataCannotShow) {
+  const Case c = case_from_line(
+      "v1 row_linear hidden_size=2 in_per_rank=3 num_tokens=3 bias=yes tp_size=2 dtype=f32 seed=1");
+  Matrix x(3, 6), weight(2, 6), bias(1, 2), partial(6, 2);
+  for (std::size_t i = 0; i < weight.values.size(); ++i) weight.values[i] = double(1 + i * i % 7);
+  bias.values = {4, 9};
+  const auto blind = [](const Stage& stage, const Given& in) {
+    return stage.blind_to(in, stage.reference(in)).value_or("nothing");
+  };
+  const Stage product = row_partial_stage(c, sharding_rules(), {}),
+              sum = row_reduce_stage(c, sharding_rules(), "p");
+  const auto of_product = [&] {
+    return blind(product, Given({{"x", x}, {"weight", weight}, {"bias", bias}}));
+  };
+  EXPECT_EQ(of_product(), "own:row-columns-of-next-rank");
+  x.values[0] = 1;
+  EXPECT_EQ(of_product(), "nothing");
+  bias.values = {0, 0};
+  EXPECT_EQ(of_product(), "own:row-bias-on-every-rank");
+  EXPECT_EQ(blind(sum, Given({{"p", partial}})), "own:row-reduce-whole-batches-only");
+  partial.row(1)[1] = 1;  // rank 0's sum of token 1
+  EXPECT_EQ(blind(sum, Given({{"p", partial}})), "nothing");
 }
 
 }  // namespace

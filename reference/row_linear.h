@@ -62,17 +62,4 @@ inline Budget sum_of_runs(const std::vector<Budget>& runs, const RowLinearTypes&
   return out;
 }
 
-// out = sum over runs of x[:, run] weight[:, run]^T, plus bias [1, weight.rows] (or nullptr), which
-// is added to the first run's.
-inline Budget row_linear(const Matrix& x, const Matrix& weight, const Matrix* bias,
-                         const std::vector<Shard>& runs, const Accumulation& accumulation,
-                         const RowLinearTypes& types) {
-  std::vector<Budget> parts;
-  for (std::size_t run = 0; run < runs.size(); ++run) {
-    parts.push_back(product(x, weight, runs[run], run == 0 ? bias : nullptr, accumulation,
-                            run_is_last(runs.size(), types)));
-  }
-  return sum_of_runs(parts, types);
-}
-
 }  // namespace tp::reference
