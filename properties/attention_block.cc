@@ -359,11 +359,12 @@ std::optional<std::string> refuse(const Case& c) {
 // The projections outweigh everything else.
 double work(const Case& c) {
   const double kv_heads = std::max(c.model.num_kv_heads, c.tp_size),
-               v_dim = c.model.value_head_dim(), hidden = double(c.model.hidden_size);
-  const double out = c.model.num_heads * v_dim, heads = out * (has_gate(c) ? 2 : 1),
+               v_dim = c.model.value_head_dim();
+  const double heads = c.model.num_heads * v_dim,
                qkv = (c.model.num_heads + kv_heads) * c.model.head_dim + kv_heads * v_dim;
-  return stored_linear::work(c, qkv + heads, c.model.hidden_size,
-                             c.num_tokens * (c.tp_size * hidden + out)) +
+  const double activations = c.num_tokens * (double(c.tp_size) * c.model.hidden_size + heads);
+  return stored_linear::work(c, qkv + heads * (has_gate(c) ? 2 : 1), c.model.hidden_size,
+                             activations) +
          double(c.num_tokens) * c.num_tokens * c.model.num_heads *
              (c.model.head_dim + c.model.value_head_dim());
 }
@@ -396,6 +397,21 @@ LawRun law_one_rank() {
   return law;
 }
 
+// They come before the other options: where the shape does not allow what was drawn of them, it is
+// they who give way.
+std::vector<Key> stored_keys() {
+  std::vector<Key> all;
+  for (Key& key : stored_linear::keys(true)) {
+    if (std::none_of(std::begin(kStoredKeys), std::end(kStoredKeys),
+                     [&](const char* name) { return key.name == name; }))
+      continue;
+    // What goes on between the linears knows nothing of their weights.
+    if (key.name == "weights") key.weights = {60, 12, 14, 14};
+    all.push_back(std::move(key));
+  }
+  return all;
+}
+
 std::vector<Key> keys() {
   Key head_dim = linear::width_key("head_dim"), v_head_dim = linear::width_key("v_head_dim");
   head_dim.min = 2;
@@ -417,55 +433,48 @@ std::vector<Key> keys() {
                           shared_key("dtype"),
                           fill,
                           shared_key("seed")};
-  // Behind the shape, before what it is quantised beside: where the shape is no such format's,
-  // these give way, and the others stay.
-  for (Key& key : stored_linear::keys(true)) {
-    if (key.name == "weights") key.weights = {60, 12, 14, 14};
-    if (std::find(std::begin(kStoredKeys), std::end(kStoredKeys), key.name) !=
-        std::end(kStoredKeys))
-      all.push_back(std::move(key));
-  }
-  for (const Key& key :
-       std::vector<Key>{bias,
-                        eps,
-                        {.name = "qk_norm",
-                        .help = "the norm of q and k before they rotate",
-                        .min = 0,
-                        .max = 4,
-                        .words = {"none", "full_width", "per_head", "per_head_1p", "weightless"},
-                        .of_model = true},
-                        {.name = "rotary",
-                        .help = "the columns of a head that rotate",
-                        .min = 0,
-                        .max = 2,
-                        .words = {"full", "half", "quarter"},
-                        .of_model = true},
-                        {.name = "rope",
-                        .help = "which columns are a pair",
-                        .min = 0,
-                        .max = 1,
-                        .words = {"neox", "interleaved"}},
-                        {.name = "gate",
-                        .help = "whether attention's output is multiplied with the sigmoid of a "
-                                "gate, a projection by head",
-                        .min = 0,
-                        .max = 1,
-                        .words = {"0", "1"},
-                        .weights = {60, 40},
-                        .of_model = true},
-                        {.name = "num_seqs",
-                        .help = "sequences in the call",
-                        .min = 1,
-                        .max = 1024,
-                        .fallback = 1,
-                        .draw_max = 4},
-                        {.name = "splits",
-                        .help = "parts that the keys of a query are split into",
-                        .min = 1,
-                        .max = 64,
-                        .fallback = 1,
-                        .draw_max = 3}})
-    all.push_back(key);
+  for (Key& key : stored_keys()) all.push_back(std::move(key));
+  const std::vector<Key> of_block = {
+      bias,
+      eps,
+      {.name = "qk_norm",
+       .help = "the norm of q and k before they rotate",
+       .min = 0,
+       .max = 4,
+       .words = {"none", "full_width", "per_head", "per_head_1p", "weightless"},
+       .of_model = true},
+      {.name = "rotary",
+       .help = "the columns of a head that rotate",
+       .min = 0,
+       .max = 2,
+       .words = {"full", "half", "quarter"},
+       .of_model = true},
+      {.name = "rope",
+       .help = "which columns are a pair",
+       .min = 0,
+       .max = 1,
+       .words = {"neox", "interleaved"}},
+      {.name = "gate",
+       .help = "whether attention's output is multiplied with the sigmoid of a "
+               "gate, a projection by head",
+       .min = 0,
+       .max = 1,
+       .words = {"0", "1"},
+       .weights = {60, 40},
+       .of_model = true},
+      {.name = "num_seqs",
+       .help = "sequences in the call",
+       .min = 1,
+       .max = 1024,
+       .fallback = 1,
+       .draw_max = 4},
+      {.name = "splits",
+       .help = "parts that the keys of a query are split into",
+       .min = 1,
+       .max = 64,
+       .fallback = 1,
+       .draw_max = 3}};
+  all.insert(all.end(), of_block.begin(), of_block.end());
   for (const Key& key : attention_model_keys()) all.push_back(key);
   all.push_back(pad_key("every tensor"));
   Key stage{.name = "stage",

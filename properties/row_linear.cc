@@ -639,6 +639,8 @@ std::vector<Stage> row_linear_stages(const Case& c, const ShardingRules& rules,
   return stages(c, rules, variation);
 }
 
+stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
+
 Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Product product(c, rules);
   Stage stage{.name = "row_partial", .inputs = product.inputs(variation)};
@@ -711,8 +713,6 @@ Stage row_reduce_stage(const Case& c, const ShardingRules& rules, const std::str
   };
   return stage;
 }
-
-stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
 
 Operator make_row_linear() {
   return make_operator({

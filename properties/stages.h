@@ -18,10 +18,10 @@ stored_linear::Layer row_linear_layer(const Case& c);
 Stage qk_norm_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 Stage rope_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 
-// row_linear_stage in two, for whoever does something to the partial sums before they are added up:
-// the first leaves them in a tensor `partial` [tp_size * num_tokens, hidden_size], rank r's from
-// row r * num_tokens on and in its buffer `partial`; the second adds up those of a tensor and
-// buffer of any name, of the same shape and type (that of the case's reduce_dtype).
+// The product of row_linear in two, for whoever does something to the partial sums before they are
+// added up: the first leaves them in a tensor `partial` [tp_size * num_tokens, hidden_size], rank
+// r's from row r * num_tokens on and in its buffer `partial`; the second adds up those of a tensor
+// and buffer of any name, of the same shape and type (that of the case's reduce_dtype).
 Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation);
 Stage row_reduce_stage(const Case& c, const ShardingRules& rules, const std::string& partial);
 

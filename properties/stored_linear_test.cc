@@ -242,6 +242,96 @@ const Planted kPlanted[] = {
      "merged_linear hidden_size=8 intermediate_per_rank=15 tp_size=1 dtype=bf16 weights=split "
      "quant=gptq dialect=native block=16 tile=16",
      kUninitialised, "tp_rank 0, scales.padding[0, 0] depends on what memory held before"},
+
+    // In a block, whichever of its linears it is; the first ranks' part of a group lies in o_proj.
+    {"interleaved-ba-midpoint-split:as-blocks",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=2 tp_size=1 dtype=bf16 "
+     "weights=striped",
+     kWrong, "stage qkv_load, tp_rank 0, q_proj[2, "},
+    {"packed-concat-contiguous-colwise:stored",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=2 tp_size=2 dtype=f16 "
+     "weights=fused quant=fp8_channel activations=token",
+     kWrong, "stage qkv_load, tp_rank 1, q_proj.codes[2, "},
+    {"striped-fused-qkv:chunk",
+     "attention_block hidden_size=8 num_heads=4 num_kv_heads=2 head_dim=2 tp_size=4 dtype=f32 "
+     "weights=striped",
+     kWrong, "stage qkv_load, tp_rank 1, q_proj[2, "},
+    {"striped-fused-qkv:scale-floor",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=8 tp_size=2 dtype=bf16 "
+     "weights=striped quant=fp8_block block=16",
+     kWrong, "stage qkv_load, tp_rank 1, k_proj.scales[8, 0]"},
+    {"block-scale-ceil-ceil:ceil",
+     "attention_block hidden_size=1 num_heads=2 num_kv_heads=2 head_dim=4 tp_size=1 dtype=bf16 "
+     "weights=fused quant=fp8_block block=16",
+     kWrong, "stage qkv_load, tp_rank 0, k_proj.scales[0, 0]"},
+    {"block-scale-ceil-ceil:floor",
+     "attention_block hidden_size=1 num_heads=2 num_kv_heads=2 head_dim=10 tp_size=2 dtype=f16 "
+     "weights=split quant=fp8_block block=16",
+     kWrong, "stage qkv_load, tp_rank 1, q_proj.scales[16, 0]"},
+    {"block-scale-ceil-ceil:local-row",
+     "attention_block hidden_size=1 num_heads=2 num_kv_heads=2 head_dim=10 tp_size=2 dtype=bf16 "
+     "weights=split quant=fp8_block block=16",
+     kWrong, "stage qkv_load, tp_rank 1, q_proj.scales[16, 0]"},
+    {"fused-global-scale-max:max",
+     "attention_block hidden_size=16 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 dtype=bf16 "
+     "weights=split quant=nvfp4",
+     kWrong, "stage qkv_prepare, tp_rank 0, k_proj.factors[0, 0]"},
+    {"fused-global-scale-max:min",
+     "attention_block hidden_size=16 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 dtype=f16 "
+     "weights=split quant=nvfp4 dialect=modelopt",
+     kWrong, "stage qkv_prepare, tp_rank 0, q_proj.factors[0, 0]"},
+    {"fused-global-scale-max:first",
+     "attention_block hidden_size=16 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 dtype=bf16 "
+     "weights=split quant=nvfp4",
+     kWrong, "stage qkv_prepare, tp_rank 0, k_proj.factors[0, 0]"},
+    {"fused-global-scale-max:mean",
+     "attention_block hidden_size=16 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 dtype=f16 "
+     "weights=split quant=nvfp4 dialect=modelopt",
+     kWrong, "stage qkv_prepare, tp_rank 0, q_proj.factors[0, 0]"},
+    {"own:global-scale-not-inverted",
+     "attention_block hidden_size=16 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 dtype=bf16 "
+     "weights=split quant=nvfp4",
+     kWrong, "stage qkv_load, tp_rank 0, qkv_slots[0, 0]"},
+    {"own:global-scale-not-inverted",
+     "attention_block hidden_size=16 num_heads=2 num_kv_heads=1 head_dim=2 tp_size=2 dtype=f16 "
+     "weights=fused quant=nvfp4 stage=o_proj",
+     kWrong, "stage o_load, tp_rank 0, o_slots[0, 0]"},
+    {"group-straddles-rank:floor",
+     "attention_block hidden_size=1 num_heads=3 num_kv_heads=3 head_dim=8 tp_size=3 dtype=bf16 "
+     "weights=split quant=fp8_block block=16",
+     kWrong, "stage o_load, tp_rank 2, o_proj.scales[0, 1]"},
+    {"group-straddles-rank:floor",
+     "attention_block hidden_size=2 num_heads=2 num_kv_heads=2 head_dim=24 tp_size=2 dtype=bf16 "
+     "weights=fused quant=nvfp4 stage=o_proj",
+     kWrong, "stage o_proj, tp_rank 0, out[0, 0]"},
+    // What is wrong of columns that are cut is wrong of those that are not.
+    {"group-straddles-rank:floor",
+     "attention_block hidden_size=17 num_heads=2 num_kv_heads=2 head_dim=2 tp_size=2 dtype=bf16 "
+     "weights=fused quant=fp8_block block=16",
+     Outcome::OutOfBounds,
+     "tp_rank 1, takes columns 1 .. 3 of model.layers.0.self_attn.qkv_proj.weight_scale"},
+    {"group-straddles-rank:ceil",
+     "attention_block hidden_size=2 num_heads=2 num_kv_heads=2 head_dim=8 tp_size=2 dtype=f16 "
+     "weights=split quant=nvfp4 stage=o_proj",
+     Outcome::OutOfBounds,
+     "tp_rank 1, takes columns 1 .. 2 of model.layers.0.self_attn.o_proj.weight_scale"},
+    {"group-straddles-rank:whole-groups",
+     "attention_block hidden_size=2 num_heads=2 num_kv_heads=2 head_dim=24 tp_size=2 dtype=f16 "
+     "weights=split quant=nvfp4",
+     kWrong, "stage o_proj, tp_rank 0, out[0, 0]"},
+    {"actorder-scale-inverted:global-index",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=24 tp_size=2 dtype=bf16 "
+     "weights=split quant=gptq dialect=native block=16",
+     kWrong, "stage o_load, tp_rank 1, o_groups[0, 24]"},
+    {"actorder-scale-inverted:subtracted",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=16 tp_size=2 dtype=f16 "
+     "weights=striped quant=gptq dialect=native block=16 act_order=1",
+     kWrong, "stage o_load, tp_rank 1, o_groups[0, 16]"},
+    {"actorder-scale-inverted:table-cut",
+     "attention_block hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=16 tp_size=2 dtype=bf16 "
+     "weights=split quant=gptq dialect=native block=16 act_order=1",
+     Outcome::BadLaunch,
+     "1 groups of model.layers.0.self_attn.o_proj are loaded, but the rank has room for 2"},
 };
 
 const char* const kSlotMutants[] = {"fused-scale-slot-uninit:max", "fused-scale-slot-uninit:min",
@@ -289,10 +379,16 @@ TEST(ScaleSlots, ThatNobodyWroteAreFoundWhateverMemoryHeld) {
       "merged_linear hidden_size=16 intermediate_per_rank=1 tp_size=1 weights=fused quant=nvfp4 "
       "dialect=modelopt",
       "merged_linear hidden_size=1 intermediate_per_rank=1 tp_size=2 weights=fused "
-      "quant=fp8_tensor dialect=native activations=fixed"};
+      "quant=fp8_tensor dialect=native activations=fixed",
+      "attention_block hidden_size=16 num_heads=2 num_kv_heads=1 head_dim=2 tp_size=2 "
+      "weights=striped quant=nvfp4",
+      "attention_block hidden_size=1 num_heads=1 num_kv_heads=1 head_dim=2 tp_size=1 weights=fused "
+      "quant=fp8_channel activations=fixed"};
   for (const std::string& layer : layers) {
-    const bool of_weights = layer.find("fp8_channel") == std::string::npos;
-    const std::string where = std::string("tp_rank 0, ") + (of_weights ? "slots" : "input_slots") +
+    const bool of_weights = layer.find("fp8_channel") == std::string::npos,
+               in_block = layer.starts_with("attention_block");
+    const std::string where = std::string("tp_rank 0, ") + (in_block ? "qkv_" : "") +
+                              (of_weights ? "slots" : "input_slots") +
                               "[0, 1] depends on what memory held before";
     for (int seed = 1; seed <= 20; ++seed) {
       for (const std::string poison : {"finite", "nan"}) {
@@ -334,6 +430,7 @@ struct Loaded {
   const char* name;
   const char* start;
   std::vector<std::string> weights;
+  const char* other_dtype = "f16";  // than bf16
 };
 
 // Replicated KV heads, rows and columns that are no multiples of the blocks of 16, padding.
@@ -348,7 +445,12 @@ const Loaded kLoaded[] = {
      {"split", "fused", "striped"}},
     {"row_linear",
      "v1 row_linear hidden_size=5 in_per_rank=24 tp_size=2 num_tokens=3 bias=yes pad=1",
-     {"split"}}};
+     {"split"}},
+    {"attention_block",
+     "v1 attention_block hidden_size=40 num_heads=4 num_kv_heads=2 head_dim=24 tp_size=4 "
+     "num_tokens=3 bias=yes qk_norm=full_width gate=1 pad=3",
+     {"split", "fused", "striped"},
+     "bf16"}};  // whole numbers that were multiplied twice may overflow f16
 
 class LoadedLaws : public testing::TestWithParam<Loaded> {
  protected:
@@ -356,7 +458,7 @@ class LoadedLaws : public testing::TestWithParam<Loaded> {
   static std::vector<std::string> formats() {
     std::vector<std::string> all(std::begin(kFormats), std::end(kFormats));
     // Of layers that do not cut the columns of x.
-    if (GetParam().weights.size() > 1)
+    if (find_operator(GetParam().name).key("gather") != nullptr)
       all.insert(all.end(), std::begin(kGathered), std::end(kGathered));
     return all;
   }
@@ -370,10 +472,12 @@ TEST_P(LoadedLaws, HoldInEveryFormat) {
       for (const std::string& stored : loaded.weights) {
         for (const std::string fill : {"exact", "dense"}) {
           ++seed;
-          const std::string line = std::string(loaded.start) +
-                                   " block=16 files=" + std::to_string(1 + seed % 4) + " " +
-                                   format + " weights=" + stored + " fill=" + fill +
-                                   " dtype=" + (seed % 3 == 0 ? "f16" : "bf16") +
+          const std::string files = find_operator(loaded.name).key("files") != nullptr
+                                        ? " files=" + std::to_string(1 + seed % 4)
+                                        : "";
+          const std::string line = std::string(loaded.start) + " block=16" + files + " " + format +
+                                   " weights=" + stored + " fill=" + fill +
+                                   " dtype=" + (seed % 3 == 0 ? loaded.other_dtype : "bf16") +
                                    " seed=" + std::to_string(seed) + " law=" + law.name;
           const Verdict v = run(line);
           EXPECT_EQ(v.outcome, Outcome::Pass) << line << "\n  " << to_line(v);
@@ -480,6 +584,51 @@ TEST(LawsOfLoaded, AnotherTileShowsWhatThisOneHides) {
       EXPECT_NE(v.detail.find("law tile: "), std::string::npos) << v.detail;
     }
   }
+}
+
+// Codes that may be off by nothing, of scales that every rank makes of its own columns: one rank
+// has others, and is right, too.
+TEST(LawsOfLoaded, OneRankHasOtherCodesWhereScalesAreMadeOfItsColumns) {
+  const Verdict v =
+      run("v1 attention_block hidden_size=16 num_heads=64 num_kv_heads=4 head_dim=2 tp_size=4 "
+          "num_tokens=6 dtype=f16 seed=282146 weights=fused quant=fp8_tensor activations=tensor "
+          "law=tp1");
+  EXPECT_EQ(v.outcome, Outcome::Pass) << to_line(v);
+}
+
+// A stage alone is a linear with all that it has; of one that is not run, nothing can be wrong.
+TEST(MutantsOfBlocks, ChangeNothingWhereTheStageIsAnother) {
+  const std::string id = "group-straddles-rank:whole-groups";
+  const std::string line =
+      "v1 attention_block hidden_size=2 num_heads=2 num_kv_heads=2 head_dim=24 tp_size=2 "
+      "num_tokens=1 dtype=f16 fill=dense seed=3 weights=split quant=nvfp4 stage=";
+  EXPECT_FALSE(decides(id, line + "qkv_linear"));
+  EXPECT_FALSE(decides(id, line + "attention"));
+  EXPECT_EQ(run(line + "qkv_linear", id).digest, run(line + "qkv_linear").digest);
+  EXPECT_TRUE(decides(id, line + "o_proj"));
+  EXPECT_EQ(run(line + "o_proj", id).outcome, Outcome::WrongValue);
+}
+
+TEST(RefusalsOfBlocks, AreThoseOfEachOfTheLinears) {
+  const auto refusal = [](const std::string& options) {
+    try {
+      case_from_line(
+          "v1 attention_block num_heads=2 num_kv_heads=2 tp_size=2 num_tokens=1 seed=1 " + options);
+    } catch (const BadInput& e) {
+      return std::string(e.what());
+    }
+    return std::string("accepted");
+  };
+  const std::string gptq = "dtype=bf16 weights=split quant=gptq dialect=native ";
+  EXPECT_EQ(refusal(gptq + "hidden_size=8 head_dim=8"), "accepted");
+  EXPECT_EQ(refusal(gptq + "hidden_size=12 head_dim=8"),
+            "gptq has 8 columns a word, and a rank 12 of them");
+  EXPECT_EQ(refusal(gptq + "hidden_size=8 head_dim=8 v_head_dim=4"),
+            "gptq has 8 columns a word, and a rank 4 of them");
+  EXPECT_EQ(refusal("dtype=bf16 hidden_size=8 head_dim=8 quant=nvfp4"),
+            "quantised weights come from a checkpoint: weights=given has none");
+  EXPECT_EQ(refusal("dtype=bf16 hidden_size=8 head_dim=8 weights=split act_order=1"),
+            "act_order=1 is gptq's, and the weights are not");
 }
 
 // Sums within the budget whose bits depend on who adds the bias: where a checkpoint's tensors lie
