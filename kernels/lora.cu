@@ -38,7 +38,7 @@ template <typename T>
 constexpr int kWide = 16 / int(sizeof(T));  // elements of the widest load
 
 template <typename T, int N>
-using Words = Vec<std::uint32_t, N* int{sizeof(T)} / 4>;
+using Words = Vec<std::uint32_t, int{sizeof(T)} * N / 4>;
 
 // Elements [k, k + N) of a row, zeros instead of those from `end` on, which are not read, and for
 // no row; two of them in a register, or one of fp32 (nvcc takes wide loads apart otherwise). Whole:
