@@ -37,20 +37,21 @@ bool has_aligned_rows(const View<T>& m) {
 template <typename T>
 constexpr int kWide = 16 / int(sizeof(T));  // elements of the widest load
 
+template <typename T, int N>
+using Words = Vec<std::uint32_t, int{sizeof(T)} * N / 4>;
+
 // Elements [k, k + N) of a row, zeros instead of those from `end` on, which are not read, and for
 // no row; two of them in a register, or one of fp32 (nvcc takes wide loads apart otherwise). Whole:
 // the row, if there is one, is aligned and has them all. Without branches between them, loads of
 // several rows are on their way together.
 template <bool Whole, int N, typename T>
-__device__ Vec<std::uint32_t, N* int(sizeof(T)) / 4> load_row(const T* row, std::int64_t k,
-                                                              std::int64_t end, bool aligned) {
-  using Words = Vec<std::uint32_t, N* int(sizeof(T)) / 4>;
-  Words some{};
+__device__ Words<T, N> load_row(const T* row, std::int64_t k, std::int64_t end, bool aligned) {
+  Words<T, N> some{};
   if (row == nullptr) return some;
   if constexpr (Whole) {
-    some = std::bit_cast<Words>(load_vector<T, N>(row + k));
+    some = std::bit_cast<Words<T, N>>(load_vector<T, N>(row + k));
   } else {
-    if (aligned && k + N <= end) return std::bit_cast<Words>(load_vector<T, N>(row + k));
+    if (aligned && k + N <= end) return std::bit_cast<Words<T, N>>(load_vector<T, N>(row + k));
 #pragma unroll
     for (int e = 0; e < N; ++e) {
       if (k + e >= end) break;
@@ -63,8 +64,8 @@ __device__ Vec<std::uint32_t, N* int(sizeof(T)) / 4> load_row(const T* row, std:
   }
   return some;
 }
-template <typename T, int Words>
-__device__ float element(const Vec<std::uint32_t, Words>& words, int e) {
+template <typename T, int Count>
+__device__ float element(const Vec<std::uint32_t, Count>& words, int e) {
   if constexpr (std::is_same_v<T, float>) {
     return std::bit_cast<float>(words[e]);
   } else {
