@@ -160,7 +160,7 @@ Compiled compile(std::string_view pattern) {
   try {
     Compiled made;
     const std::string text(pattern);
-    made.whole.emplace("(?:" + text + ")", flags);
+    made.whole.emplace(text, flags);
     made.end.emplace("(?:.*\\.)?(?:" + text + ")", flags);
     return made;
   } catch (const std::regex_error&) {
@@ -170,11 +170,17 @@ Compiled compile(std::string_view pattern) {
 
 // Compiled once: thousands of modules are asked about.
 const Compiled& compiled(std::string_view pattern) {
-  constexpr std::size_t kKept = 4000;
+  constexpr std::size_t kKept = 4000, kKeptRegexes = 500;  // which may have some 100 KB each
   thread_local std::map<std::string, Compiled, std::less<>> all;
+  thread_local std::size_t regexes = 0;
   if (const auto known = all.find(pattern); known != all.end()) return known->second;
-  if (all.size() >= kKept) all.clear();
-  return all.emplace(std::string(pattern), compile(pattern)).first->second;
+  if (all.size() >= kKept || regexes >= kKeptRegexes) {
+    all.clear();
+    regexes = 0;
+  }
+  const Compiled& made = all.emplace(std::string(pattern), compile(pattern)).first->second;
+  regexes += made.whole.has_value();
+  return made;
 }
 
 bool is_plain_at(const std::string& plain, std::string_view text) {

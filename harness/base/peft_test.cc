@@ -260,6 +260,7 @@ TEST(PeftPattern, MatchesAsPythonDoes) {
   EXPECT_FALSE(
       matches_whole(R"(^model(?=\.)(?!.*visual).*\.(?:q|k)_proj$)", "model.visual.q_proj"));
   EXPECT_TRUE(matches_end("q_proj|k_proj", "model.k_proj"));
+  EXPECT_FALSE(matches_end("q_proj|k_proj", "model.qk_proj"));
   EXPECT_TRUE(matches_end(R"(layers\.\d+\.q)", "model.layers.12.q"));
   EXPECT_FALSE(matches_end("q_proj", "model.qq_proj"));
   EXPECT_TRUE(matches_end("q.proj", "model.q_proj"));
@@ -267,6 +268,17 @@ TEST(PeftPattern, MatchesAsPythonDoes) {
   EXPECT_FALSE(matches_end("^q", "model.q"));
   EXPECT_FALSE(matches_end("longer.than.it", "it"));
   EXPECT_FALSE(matches_end(".*", std::string(kMaxModuleName + 1, 'a')));
+}
+
+TEST(PeftPattern, MoreThanAreKeptAreMatchedAllTheSame) {
+  for (int round = 0; round < 2; ++round) {
+    for (int i = 0; i < 5000; ++i) {
+      const std::string name = fmt::format("model.layers.{}.q_proj", i);
+      EXPECT_TRUE(matches_end(name, name));
+      if (i >= 1200) continue;
+      EXPECT_TRUE(matches_end(fmt::format("{}\\.(q|k)_proj", i), name));
+    }
+  }
 }
 
 TEST(PeftPattern, WhatPythonMeansOtherwiseOrTakesWithoutEndIsRefused) {
