@@ -31,18 +31,32 @@ class Scan {
   }
 
  private:
+  static constexpr const char* kFar =
+      "has a repetition in a look-ahead that is behind a repetition or in one, which is not known "
+      "here";
   std::string_view rest_;
-  std::vector<bool> open_;  // of each group that is open, whether it looks ahead
+  struct Group {
+    bool ahead = false;   // a look-ahead
+    bool behind = false;  // behind something of any length: it starts in many places
+    bool far = false;     // it has a look-ahead of any length in it, or is one
+  };
+  std::vector<Group> open_;
+  bool repeated_ = false;  // there was a repetition outside of look-aheads
 
   char take() {
     const char c = rest_.front();
     rest_.remove_prefix(1);
     return c;
   }
-  bool looks_ahead() const { return std::find(open_.begin(), open_.end(), true) != open_.end(); }
+  Group* look_ahead() {
+    const auto found =
+        std::find_if(open_.begin(), open_.end(), [](const Group& g) { return g.ahead; });
+    return found == open_.end() ? nullptr : &*found;
+  }
+  bool looks_ahead() { return look_ahead() != nullptr; }
 
   std::optional<std::string> next() {
-    switch (take()) {
+    switch (const char c = take(); c) {
       case '{':
       case '}':
         return "has {}, which is not known here";
@@ -53,12 +67,11 @@ class Scan {
       case '(':
         return group();
       case ')':
-        if (!open_.empty()) open_.pop_back();
-        return std::nullopt;
+        return end_of_group();
       case '*':
       case '+':
       case '?':
-        return repetition();
+        return repetition(c);
       case '^':
         // std::regex takes the place where it begins to look for the beginning.
         if (looks_ahead()) return "has ^ in a look-ahead, which is not known here";
@@ -69,10 +82,27 @@ class Scan {
   }
 
   // A second one in a row is lazy (*?), possessive in newer Pythons (*+), or an error (**).
-  std::optional<std::string> repetition() {
+  // Each look-ahead of any length takes as long as what follows is: from many places, n^2 steps.
+  std::optional<std::string> repetition(char c) {
+    if (Group* ahead = look_ahead(); !ahead) {
+      repeated_ = true;
+    } else if (c != '?') {
+      if (ahead->behind) return std::string(kFar);
+      ahead->far = true;
+    }
     if (rest_.starts_with('?')) take();
     if (!rest_.empty() && is_one_of(rest_.front(), "*+?"))
       return "has two repetitions in a row, which are not known here";
+    return std::nullopt;
+  }
+
+  std::optional<std::string> end_of_group() {
+    if (open_.empty()) return std::nullopt;  // std::regex refuses it
+    const Group ended = open_.back();
+    open_.pop_back();
+    if (!ended.far) return std::nullopt;
+    if (!rest_.empty() && is_one_of(rest_.front(), "*+?")) return std::string(kFar);
+    if (!open_.empty()) open_.back().far = true;
     return std::nullopt;
   }
 
@@ -110,7 +140,7 @@ class Scan {
       if (ahead && looks_ahead()) return "has a look-ahead in another, which is not known here";
       rest_.remove_prefix(2);
     }
-    open_.push_back(ahead);
+    open_.push_back({.ahead = ahead, .behind = repeated_});
     return std::nullopt;
   }
 };
@@ -156,11 +186,12 @@ Compiled compile(std::string_view pattern) {
                          std::to_string(kMaxPattern) + " are known here"};
   if (auto plain = plain_of(pattern)) return *plain;
   if (auto why = Scan(pattern).objection()) return {.objection = *why};
-  const auto flags = std::regex::ECMAScript | std::regex_constants::__polynomial;
+  const auto flags =
+      std::regex::ECMAScript | std::regex::nosubs | std::regex_constants::__polynomial;
   try {
     Compiled made;
     const std::string text(pattern);
-    made.whole.emplace("(?:" + text + ")", flags);
+    made.whole.emplace(text, flags);
     made.end.emplace("(?:.*\\.)?(?:" + text + ")", flags);
     return made;
   } catch (const std::regex_error&) {
@@ -170,11 +201,17 @@ Compiled compile(std::string_view pattern) {
 
 // Compiled once: thousands of modules are asked about.
 const Compiled& compiled(std::string_view pattern) {
-  constexpr std::size_t kKept = 4000;
+  constexpr std::size_t kKept = 4000, kKeptRegexes = 500;  // which may have some 100 KB each
   thread_local std::map<std::string, Compiled, std::less<>> all;
+  thread_local std::size_t regexes = 0;
   if (const auto known = all.find(pattern); known != all.end()) return known->second;
-  if (all.size() >= kKept) all.clear();
-  return all.emplace(std::string(pattern), compile(pattern)).first->second;
+  if (all.size() >= kKept || regexes >= kKeptRegexes) {
+    all.clear();
+    regexes = 0;
+  }
+  const Compiled& made = all.emplace(std::string(pattern), compile(pattern)).first->second;
+  regexes += made.whole.has_value();
+  return made;
 }
 
 bool is_plain_at(const std::string& plain, std::string_view text) {
