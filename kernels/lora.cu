@@ -1,9 +1,9 @@
 // Two kernels. Both have a block for each tile and some columns, and two paths that a block chooses
-// by its tile:
-//   - matrix: tiles of more than two tokens, 16-bit types: tensor cores. Their operands come
+// by its tile's slot, so that tokens in another order have the same bits:
+//   - matrix: slots of more than two tokens, 16-bit types: tensor cores. Their operands come
 //     straight from memory: which 16 of the products share a step is nobody's business, as long as
 //     both operands agree, and so a lane takes elements that lie side by side.
-//   - vector: one or two tokens, or fp32: fmaf, and every element of A and B read once.
+//   - vector: slots of one or two tokens, or fp32: fmaf, and every element of A and B read once.
 // An element's bits depend on its token's row of x (or h), on its rows of A or B and their length,
 // on the adapter's LoRA rank, and on the path; not on what else is in the tile or in the batch.
 
@@ -21,12 +21,12 @@ namespace {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kMaxVectorTokens = 2;  // of a tile of 16-bit types
+constexpr int kMaxVectorTokens = 2;  // of a slot, and of 16-bit types
 constexpr int kStep = 16;            // products that one matrix step adds up
 
 template <typename T>
 __device__ bool takes_matrix_steps(const LoraTile& tile) {
-  return !std::is_same_v<T, float> && tile.count > kMaxVectorTokens;
+  return !std::is_same_v<T, float> && tile.of_slot > kMaxVectorTokens;
 }
 
 template <typename T>
@@ -563,7 +563,8 @@ LoraPlan lora_plan(const std::vector<std::int32_t>& slot_of_token, std::int32_t 
     const std::vector<std::int32_t>& own = tokens[std::size_t(i)];
     for (std::int32_t at = 0; at < std::int32_t(own.size()); at += kLoraTile) {
       plan.tiles.push_back({i == slots ? -1 : i, std::int32_t(plan.order.size()) + at,
-                            std::min(kLoraTile, std::int32_t(own.size()) - at)});
+                            std::min(kLoraTile, std::int32_t(own.size()) - at),
+                            std::int32_t(own.size())});
     }
     plan.order.insert(plan.order.end(), own.begin(), own.end());
   }

@@ -17,6 +17,7 @@ namespace tp {
 // of no adapter have slot -1.
 struct LoraTile {
   std::int32_t slot, first, count;
+  std::int32_t of_slot;  // tokens that the slot has in all its tiles
 };
 constexpr std::int32_t kLoraTile = 16;
 
@@ -54,7 +55,7 @@ struct LoraIntermediate {
 // h[p][t][j] = sum_k x[t][k] a[slot of t][p][j][k], added up in fp32, rounded to H (T or float).
 // x [tokens, in]; a [slots * parts * h.cols, in]. Row j of the slots' A is row first_col + j of the
 // adapters'; where that is not below the adapter's LoRA rank, and for tokens of no adapter, h is 0
-// and nothing is read. Any row strides; segments of any length: matrix steps where a tile has more
+// and nothing is read. Any row strides; segments of any length: matrix steps where a slot has more
 // than two tokens and T is f16 or bf16. Throws Fault(BadLaunch) where the sizes do not fit.
 template <typename T, typename H>
 void lora_shrink(View<const T> x, View<const T> a, const LoraBatch& batch, std::int64_t first_col,
@@ -90,7 +91,7 @@ void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bia
 
 // How the two add up: over k columns of x, and over a LoRA rank. No path is less exact. An
 // element's bits depend on its token's row, its rows of A or B, the adapter's LoRA rank, and
-// whether its tile takes matrix steps: on nothing else of the batch.
+// whether its slot has more than two tokens: on nothing else of the batch, and not on their order.
 Accumulation lora_shrink_accumulation(DType t, std::int64_t k);
 Accumulation lora_expand_accumulation(DType t, std::int64_t rank);
 

@@ -570,6 +570,17 @@ TEST(Lora, FewTokensTakeNoMatrixSteps) {
   EXPECT_EQ(shrunk(3), shrunk(16));
 }
 
+// A token that is alone in a slot's last tile has the bits that it has in the first one.
+TEST(Lora, TheLastTileTakesThePathOfTheOthers) {
+  OneShrink<f16, float> run({{17, 0}, 8, {8}}, 500, 0, 8, 0, 0, Layout::dense, dense_numbers(6));
+  for (std::int64_t k = 0; k < 500; ++k) {
+    for (std::int64_t t = 0; t < 17; ++t) run.x.at(t, k) = from_float<f16>(1.0f / float(k + 1));
+    for (std::int64_t j = 0; j < 8; ++j) run.a.at(j, k) = from_float<f16>(1.0f / float(k + j + 2));
+  }
+  run.go();
+  for (std::int64_t j = 0; j < 8; ++j) EXPECT_EQ(run.h.at(0, 16, j), run.h.at(0, 0, j)) << j;
+}
+
 // One token's NaN or infinity is no other's.
 TEST(Lora, NaNStaysWithItsToken) {
   for (const int tokens : {2, 7}) {
@@ -704,16 +715,18 @@ TEST(LoraPlan, SortsTokensBySlotAndCutsTiles) {
   const LoraPlan plan = lora_plan({2, -1, 0, 2, -1, 2, 0}, 3);
   EXPECT_EQ(plan.order, (std::vector<std::int32_t>{2, 6, 0, 3, 5, 1, 4}));
   ASSERT_EQ(plan.tiles.size(), 3u);
-  const std::int32_t tiles[][3] = {{0, 0, 2}, {2, 2, 3}, {-1, 5, 2}};
+  const std::int32_t tiles[][4] = {{0, 0, 2, 2}, {2, 2, 3, 3}, {-1, 5, 2, 2}};
   for (std::size_t i = 0; i < 3; ++i) {
     EXPECT_EQ(plan.tiles[i].slot, tiles[i][0]);
     EXPECT_EQ(plan.tiles[i].first, tiles[i][1]);
     EXPECT_EQ(plan.tiles[i].count, tiles[i][2]);
+    EXPECT_EQ(plan.tiles[i].of_slot, tiles[i][3]);
   }
   const LoraPlan one = lora_plan(std::vector<std::int32_t>(33, 0), 1);
   ASSERT_EQ(one.tiles.size(), 3u);
   EXPECT_EQ(one.tiles[2].first, 32);
   EXPECT_EQ(one.tiles[2].count, 1);
+  EXPECT_EQ(one.tiles[2].of_slot, 33);
   for (const std::int32_t slot : {-2, 3}) {
     EXPECT_EQ(fault_of([slot](Stream&) {
                 lora_plan({0, slot}, 3);
