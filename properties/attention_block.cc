@@ -1,7 +1,8 @@
 // attention_block: hidden states through the projections, the q/k norm, the rotation, attention,
 // the output gate and o_proj, on whole ranks. Each stage is another operator's own, reads what the
 // stage before it left in the ranks' memory, and is judged with just that: the first bad stage is
-// the one that is named. The weights of qkv_linear and of o_proj may come from a checkpoint.
+// the one that is named. The weights of qkv_linear and of o_proj may come from a checkpoint, and
+// adapters may be over both.
 
 #include "kernels/attention_block.h"
 
@@ -11,6 +12,7 @@
 #include "harness/device/matmul.h"
 #include "properties/attention_call.h"
 #include "properties/linear.h"
+#include "properties/lora_option.h"
 #include "properties/norm.h"
 #include "properties/run/stage.h"
 #include "properties/stages.h"
@@ -48,12 +50,14 @@ Case as_case(const Case& c, const char* op, std::map<std::string, std::int64_t> 
 
 // ---- The two linears.
 
-// Keys of stored_linear that say how the weights of both are stored.
+// Keys of stored_linear that say how the weights of both are stored, and those of adapters.
 constexpr const char* kStoredKeys[] = {"weights",     "quant",     "dialect",
                                        "activations", "act_order", "block"};
+constexpr const char* kAdapterKeys[] = {"lora", "lora_rank"};
 
 Case as_linear(const Case& c, const char* op, std::map<std::string, std::int64_t> options) {
   for (const char* key : {"bias", "pad"}) options[key] = c.options.at(key);
+  for (const char* key : kAdapterKeys) options[key] = c.options.at(key);
   for (const char* key : kStoredKeys) options.try_emplace(key, c.options.at(key));
   return as_case(c, op, std::move(options));
 }
@@ -66,21 +70,21 @@ Case as_row_linear(const Case& c) {
                    {{"in_per_rank", width}, {"module", 1}, {"weights", is_loaded ? 1 : 0}});
 }
 
-// A linear's stages among those of others: the product is called `name`, the stages before it, the
-// buffers, and the tensors that every linear calls the same, have `prefix` in front, unless `names`
-// has something else for them.
+// A linear's stages among those of others: what makes its output is called `name`, the stages
+// before it, the buffers, and the tensors that every linear calls the same, have `prefix` in front,
+// unless `names` has something else for them.
 std::vector<Stage> of_layer(std::vector<Stage> stages, const std::string& name,
                             const std::string& prefix, Names names) {
-  for (const char* tensor :
-       {"slots", "input_slots", "groups", "weight_scale", "input_scale", "x_codes", "x_scale"})
+  for (const char* tensor : {"slots", "input_slots", "groups", "weight_scale", "input_scale",
+                             "x_codes", "x_scale", "lora_ranks", "lora_scales", "lora_h"})
     names.tensors.try_emplace(tensor, prefix + tensor);
   for (const Stage& stage : stages) {
     for (const LocalBuffer& buffer : stage.buffers(0))
       names.buffers.try_emplace(buffer.name, BufferAlias{prefix + buffer.name});
   }
   for (Stage& stage : stages) {
-    const bool is_product = &stage == &stages.back();
-    const std::string called = is_product ? name : prefix + stage.name;
+    const bool is_last = &stage == &stages.back();
+    const std::string called = is_last ? name : prefix + stage.name;
     stage = renamed(std::move(stage), called, names);
   }
   return stages;
@@ -92,9 +96,17 @@ std::vector<Stage> qkv_stages(const Case& c, const ShardingRules& rules, const V
   std::vector<Stage> stages = qkv_linear_stages(as_qkv_linear(c), rules, v);
   // Findings among several stages say whose column is wrong.
   for (TensorSpec& t : stages.back().outputs)
-    t.entity_cols = t.name == "v" ? c.model.value_head_dim() : c.model.head_dim;
-  return of_layer(std::move(stages), "qkv_linear", kOfQkv,
-                  {.tensors = {{"x", "hidden"}}, .buffers = {{"x", {"hidden"}}, {"qkv", {"qkv"}}}});
+    t.entity_cols = t.name.front() == 'v' ? c.model.value_head_dim() : c.model.head_dim;
+  Names names{.tensors = {{"x", "hidden"}}, .buffers = {{"x", {"hidden"}}, {"qkv", {"qkv"}}}};
+  if (lora::has_adapters(c)) {  // q, k and v are what becomes of them
+    for (const std::string part : {"q", "k", "v"}) {
+      names.tensors[part] = part + "_base";
+      names.tensors[part + "_lora"] = part;
+    }
+    names.buffers["qkv"] = {"qkv_base"};
+    names.buffers["qkv_lora"] = {"qkv"};
+  }
+  return of_layer(std::move(stages), "qkv_linear", kOfQkv, names);
 }
 
 std::vector<Stage> o_proj_stages(const Case& c, const ShardingRules& rules, const Variation& v) {
@@ -349,11 +361,23 @@ std::optional<std::string> refuse(const Case& c) {
   const Case qkv = as_qkv_linear(c), out = as_row_linear(c);
   if (auto reason = stored_linear::refuse(qkv, qkv_linear_layer(qkv))) return reason;
   if (auto reason = stored_linear::refuse(out, row_linear_layer(out))) return reason;
+  if (lora::has_adapters(c)) {
+    if (auto reason = find_operator(qkv.op).refuse(qkv)) return reason;
+    if (auto reason = find_operator(out.op).refuse(out)) return reason;
+  }
   const std::int64_t heads =
       std::int64_t{c.model.num_heads} + 2 * std::max(c.model.num_kv_heads, c.tp_size);
   const std::int64_t width = heads * std::max(c.model.head_dim, c.model.value_head_dim());
   if (auto reason = too_large(c.model.hidden_size, width)) return reason;
   return too_large(c.num_tokens, std::max<std::int64_t>(width, c.model.hidden_size * c.tp_size));
+}
+
+double work_of_adapters(Case linear) {
+  if (!lora::has_adapters(linear)) return 0;
+  const Operator& op = find_operator(linear.op);
+  const double with = op.work(linear);
+  linear.options.at("lora") = 0;
+  return with - op.work(linear);
 }
 
 // The projections outweigh everything else.
@@ -365,6 +389,7 @@ double work(const Case& c) {
   const double activations = c.num_tokens * (double(c.tp_size) * c.model.hidden_size + heads);
   return stored_linear::work(c, qkv + heads * (has_gate(c) ? 2 : 1), c.model.hidden_size,
                              activations) +
+         work_of_adapters(as_qkv_linear(c)) + work_of_adapters(as_row_linear(c)) +
          double(c.num_tokens) * c.num_tokens * c.model.num_heads *
              (c.model.head_dim + c.model.value_head_dim());
 }
@@ -394,12 +419,16 @@ LawRun law_one_rank() {
     // The data of the sums that o_proj makes on so many ranks.
     return std::pair{one, Variation{.law = "tp1", .argument = c.tp_size}};
   };
+  law.refuse = [](const Case& c) -> std::optional<std::string> {
+    if (!lora::has_adapters(c)) return std::nullopt;
+    return "law=tp1: ranks round what they shrink of o_proj's input, each for itself";
+  };
   return law;
 }
 
 // They come before the other options: where the shape does not allow what was drawn of them, it is
 // they who give way.
-std::vector<Key> stored_keys() {
+std::vector<Key> keys_of_linears() {
   std::vector<Key> all;
   for (Key& key : stored_linear::keys(true)) {
     if (std::none_of(std::begin(kStoredKeys), std::end(kStoredKeys),
@@ -409,6 +438,7 @@ std::vector<Key> stored_keys() {
     if (key.name == "weights") key.weights = {60, 12, 14, 14};
     all.push_back(std::move(key));
   }
+  for (Key& key : lora::option_keys()) all.push_back(std::move(key));
   return all;
 }
 
@@ -433,7 +463,7 @@ std::vector<Key> keys() {
                           shared_key("dtype"),
                           fill,
                           shared_key("seed")};
-  for (Key& key : stored_keys()) all.push_back(std::move(key));
+  for (Key& key : keys_of_linears()) all.push_back(std::move(key));
   const std::vector<Key> of_block = {
       bias,
       eps,

@@ -13,6 +13,7 @@
 #include "properties/lora_layers.h"
 #include "properties/lora_mutants.h"
 #include "properties/lora_stages.h"
+#include "properties/lora_user.h"
 #include "properties/stages.h"
 
 namespace tp {
@@ -104,6 +105,13 @@ std::vector<Key> keys() {
                  .words = {"activation", "f32"},
                  .fits = only_partial});
   all.push_back(pad_key("x and of the base's outputs"));
+  all.push_back(lora::layer_key());
+  for (Key& key : all) {
+    for (const char* name :
+         {"hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim",
+          "intermediate_per_rank", "module", "output_gate", "max_rank", "lora_bias"})
+      key.of_checkpoint |= key.name == name;
+  }
   return all;
 }
 
@@ -123,6 +131,9 @@ LawRun law_one_rank() {
 std::optional<std::string> refuse(const Case& c) {
   if (lora::is_attention(c)) {
     if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
+  }
+  if (lora::is_users(c)) {
+    if (auto reason = lora::refuse_users(c)) return reason;
   }
   const lora::Layer layer = layer_of(c);
   if (auto reason = lora::refuse(c, layer)) return reason;
@@ -154,6 +165,7 @@ Operator make_lora() {
             if (model.intermediate_size > 0 && model.intermediate_size % c.tp_size == 0)
               c.options.at("intermediate_per_rank") = model.intermediate_size / c.tp_size;
           },
+      .adapter_cases = lora::adapter_cases,
       .regime = linear::regime,
       .stages = stages,
   });

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "properties/dice.h"
+#include "properties/lora_user.h"
 
 namespace tp::lora {
 
@@ -182,6 +183,7 @@ std::vector<Adapter> adapters(const Case& c, const Layer& layer) {
       adapter.modules[std::size_t(dice.below(parts))] = {};
     all.push_back(adapter);
   }
+  if (is_users(c)) all.front() = user_modules(layer);
   return all;
 }
 

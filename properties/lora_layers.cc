@@ -1,5 +1,7 @@
 #include "properties/lora_layers.h"
 
+#include "properties/lora_user.h"
+
 namespace tp::lora {
 
 Base base_of(const Case& c) { return Base(c.options.at("module")); }
@@ -14,7 +16,9 @@ std::int64_t intermediate(const Case& c) {
   return c.options.at("intermediate_per_rank") * c.tp_size;
 }
 bool is_partial(const Case& c) { return base_of(c) >= Base::o_proj && c.options.at("joins") == 0; }
-Layer layer_of(const Case& c) {
+namespace {
+
+Layer drawn_layer_of(const Case& c) {
   const ModelShape m = shape_of(c);
   const int tp_size = c.tp_size;
   switch (base_of(c)) {
@@ -67,6 +71,16 @@ Layer layer_of(const Case& c) {
                 return std::vector<Shard>{{0, rows}};
               },
           .replicas = {1}};
+}
+
+}  // namespace
+
+Layer layer_of(const Case& c) {
+  Layer layer = drawn_layer_of(c);
+  if (!is_users(c)) return layer;
+  layer.prefix = user_layer(c).prefix;
+  if (!user_layer(c).fused.empty()) layer.fused = user_layer(c).fused;
+  return layer;
 }
 
 }  // namespace tp::lora

@@ -4,8 +4,10 @@
 #include <cmath>
 
 #include "harness/base/philox.h"
+#include "harness/base/user_adapter.h"
 #include "kernels/lora_layer.h"
 #include "properties/linear.h"
+#include "properties/lora_user.h"
 #include "reference/checkpoint.h"
 #include "reference/lora.h"
 #include "reference/row_linear.h"
@@ -109,8 +111,14 @@ std::vector<StoredSpec> stored_tensors(const Case& c, const Layer& layer, const 
         double factor = c.fill == Fill::exact || !is_a ? 1 : 1 / root(layer.in_features);
         if (v.law == "alpha" && what != kB) factor /= 2;
         if (v.law == "zero_b" && !is_a) factor = 0;
-        TensorSpec t{stored_name(i, m.name, what), file_dtype(c), shape.size() == 1 ? 1 : shape[0],
-                     shape.back(), Role::weight};
+        const std::string name = stored_name(i, m.name, what);
+        if (i == 0 && is_users(c)) {
+          all.push_back({user_tensor(name, layer.prefix + m.name, what),
+                         {.tensor = name, .shape = std::move(shape)}});
+          return;
+        }
+        TensorSpec t{name, file_dtype(c), shape.size() == 1 ? 1 : shape[0], shape.back(),
+                     Role::weight};
         t.drawn = [=, is_exact = c.fill == Fill::exact](const DataRegime&, std::uint32_t bits,
                                                         std::int64_t row, std::int64_t col) {
           return factor * drawn_value(is_exact, kLargest, bits, row, col);
@@ -218,6 +226,7 @@ void run_load(RankRun& run, const Case& c, const Layer& layer, const ShardingRul
   const std::int64_t n = slots(c);
   const std::vector<Adapter> of_case = adapters(c, layer);
   const auto adapter = [&](std::size_t i) {
+    if (i == 0 && is_users(c)) return *user_adapter();
     const double alpha_times = v.law == "alpha" ? 2 : 1;
     return PeftAdapter(
         parse_peft_config(config_text(c, layer, of_case[i], alpha_times), "adapter_config.json"),
@@ -313,14 +322,18 @@ Stage load_stage(const Case& c, const Layer& layer, const ShardingRules& rules,
     stage.inputs.push_back(std::move(t.spec));
     stage.stored.push_back(std::move(t.stored));
   }
+  if (is_users(c)) stage.checkpoints = {&user_adapter()->tensors()};
   stage.outputs = slot_tensors(c, layer).all();
   stage.buffers = [=](int tp_rank) { return slot_buffers(c, layer, rules, Use::output, tp_rank); };
   stage.run = [=](RankRun& run) {
     try {
+      if (is_users(c)) run.checkpoint().check_unchanged();
       dispatch(c.dtype, [&]<typename T>(T) { run_load<T>(run, c, layer, rules, v); });
+      if (is_users(c)) run.checkpoint().check_unchanged();  // while it was read
     } catch (const BadInput& e) {
       // Files that were made for the case are legal, so it is the loader that is wrong.
-      throw Fault{Outcome::BadLaunch, e.what(), run.group.tp_rank()};
+      throw Fault{is_users(c) ? Outcome::Refused : Outcome::BadLaunch, e.what(),
+                  run.group.tp_rank()};
     }
   };
   stage.reference = [=](const WholeInputs& in) { return load_reference(c, layer, v, in); };
@@ -723,6 +736,7 @@ LawRun law_alpha() {
               },
           .twin = same_place,
           .refuse = [](const Case& c) -> std::optional<std::string> {
+            if (is_users(c)) return "law=alpha halves A, and that is the user's";
             if (c.dtype == DType::f16 && c.fill != Fill::exact)
               return "halves of f16 numbers may be subnormal";
             return std::nullopt;
@@ -765,7 +779,11 @@ LawRun law_zero_b() {
           // The original has another B: the varied run is judged by itself, and its outputs are the
           // base's, exactly.
           .twin = [](const Case&, const Variation&, const TensorSpec&, std::int64_t,
-                     std::int64_t) -> std::optional<Place> { return std::nullopt; }};
+                     std::int64_t) -> std::optional<Place> { return std::nullopt; },
+          .refuse = [](const Case& c) -> std::optional<std::string> {
+            if (!is_users(c)) return std::nullopt;
+            return "law=zero_b zeroes B, and that is the user's";
+          }};
 }
 
 LawRun law_tp1() {

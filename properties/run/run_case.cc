@@ -290,6 +290,7 @@ Operator make_operator(OperatorSpec spec) {
               .work = spec.work,
               .adopt = spec.adopt,
               .checkpoint_cases = spec.checkpoint_cases,
+              .adapter_cases = spec.adapter_cases,
               .check_checkpoint = spec.check_checkpoint};
   Key law{.name = "law",
           .help = "a metamorphic law that is checked, too",

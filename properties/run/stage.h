@@ -216,6 +216,7 @@ struct OperatorSpec {
   std::function<double(const Case&)> work = {};                       // see Operator
   std::function<void(Case&, const Model&)> adopt = {};                // see Operator
   std::function<CheckpointCases(int tp_size)> checkpoint_cases = {};  // see Operator
+  std::function<CheckpointCases(int tp_size)> adapter_cases = {};     // see Operator
   std::function<void()> check_checkpoint = {};                        // see Operator
   std::function<DataRegime(const Case&, const Variation&)> regime;
   std::function<std::vector<Stage>(const Case&, const ShardingRules&, const Variation&)> stages;
