@@ -129,9 +129,7 @@ LawRun law_one_rank() {
 }
 
 std::optional<std::string> refuse(const Case& c) {
-  if (lora::is_attention(c)) {
-    if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
-  }
+  if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
   if (lora::is_users(c)) {
     if (auto reason = lora::refuse_users(c)) return reason;
   }

@@ -5,7 +5,6 @@
 namespace tp::lora {
 
 Base base_of(const Case& c) { return Base(c.options.at("module")); }
-bool is_attention(const Case& c) { return base_of(c) == Base::qkv || base_of(c) == Base::o_proj; }
 
 ModelShape shape_of(const Case& c) {
   ModelShape m = c.model;

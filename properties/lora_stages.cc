@@ -788,7 +788,12 @@ LawRun law_zero_b() {
 
 LawRun law_tp1() {
   LawRun law = tp::law_tp1();
-  law.twin = same_place;
+  // Where shrunk activations differ, so may what is made of them.
+  law.twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
+                std::int64_t col) -> std::optional<Place> {
+    if (t.name == "lora_h") return Place{row, col};
+    return same_place(c, v, t, row, col);
+  };
   law.refuse = [](const Case& c) -> std::optional<std::string> {
     const auto module = c.options.find("module");
     if (module != c.options.end() && module->second >= 2 && c.options.at("joins") == 0)

@@ -625,7 +625,7 @@ Operator make_merged_linear() {
       .name = "merged_linear",
       .what = "fused gate and up projection, column-parallel, and silu(gate) * up",
       .keys = keys(),
-      .laws = {lora::with_adapters(stored_linear::without_local_scales(law_one_rank())),
+      .laws = {stored_linear::without_local_scales(law_one_rank()),
                lora::with_adapters(stored_linear::law_tokens()), law_tile(),
                stored_linear::law_files()},
       .mutants = all_mutants(),
