@@ -1,7 +1,7 @@
 #pragma once
 // Patterns of module names, as the Python package peft has them in target_modules, exclude_modules,
-// rank_pattern and alpha_pattern: Python's regular expressions, as far as std::regex means the same
-// by them.
+// rank_pattern and alpha_pattern, and compressed-tensors in its lists of layers to ignore: Python's
+// regular expressions, as far as std::regex means the same by them.
 
 #include <optional>
 #include <string>

@@ -11,6 +11,7 @@
 
 #include "harness/base/check.h"
 #include "harness/base/config_json.h"
+#include "harness/base/peft_pattern.h"
 #include "harness/base/quantization_json.h"
 #include "harness/base/text.h"
 
@@ -20,23 +21,12 @@ namespace {
 
 constexpr std::string_view kRegex = "re:";
 constexpr int kMaxBlock = 1 << 20;
-// std::regex recurses as deep as they are long.
-constexpr std::size_t kMaxPattern = 1000, kMaxName = 1000;
-
-// \1 and the like, which the polynomial matcher does not have, and whose numbers libstdc++ lets
-// overflow.
-bool has_back_reference(std::string_view regex) {
-  for (std::size_t i = 0; i + 1 < regex.size(); ++i) {
-    if (regex[i] != '\\') continue;
-    ++i;  // what is escaped escapes nothing
-    if (regex[i] >= '0' && regex[i] <= '9') return true;
-  }
-  return false;
-}
+// std::regex recurses as deep as a name is long.
+constexpr std::size_t kMaxName = 1000;
 
 // nullptr for a pattern that std::regex does not know (Python's have more), or that could take
-// without end: {1,999} becomes as many states. Matching takes polynomial time (libstdc++'s flag),
-// whatever somebody wrote. Compiled once: thousands of modules are asked about.
+// without end (peft_pattern.h). Matching takes polynomial time (libstdc++'s flag), whatever
+// somebody wrote. Compiled once: thousands of modules are asked about.
 const std::regex* regex_of(std::string_view pattern) {
   constexpr std::size_t kKept = 1000;
   thread_local std::map<std::string, std::optional<std::regex>, std::less<>> compiled;
@@ -45,15 +35,10 @@ const std::regex* regex_of(std::string_view pattern) {
   if (compiled.size() >= kKept) compiled.clear();
   std::optional<std::regex>& made = compiled[std::string(pattern)];
   const std::string_view regex = pattern.substr(kRegex.size());
-  if (regex.size() > kMaxPattern || regex.find('{') != regex.npos || has_back_reference(regex))
-    return nullptr;
-  try {
-    made.emplace(regex.begin(), regex.end(),
-                 std::regex::ECMAScript | std::regex_constants::__polynomial);
-  } catch (const std::regex_error&) {
-    made.reset();
-  }
-  return made ? &*made : nullptr;
+  if (not_understood(regex)) return nullptr;
+  made.emplace(regex.begin(), regex.end(),
+               std::regex::ECMAScript | std::regex_constants::__polynomial);
+  return &*made;
 }
 
 // * and ? as in file names, but * goes across dots.

@@ -198,6 +198,7 @@ TEST(QuantizationConfig, PatternsOfModules) {
       {"re:.*experts\\.\\d+\\.up_proj", "model.layers.1.mlp.experts.17.up_proj", true},
       {"re:(", "(", false},
       {"re:(x)\\1", "xx", false},
+      {"re:(?=.*(?=.*(?=.*x)))x", "x", false},  // steps to the power of their depth
       {"re:(x)\\77777777777777777777", "xx", false},
   };
   for (const auto& row : table)
