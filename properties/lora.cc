@@ -10,6 +10,7 @@
 
 #include "harness/base/models.h"
 #include "properties/linear.h"
+#include "properties/lora_laws.h"
 #include "properties/lora_layers.h"
 #include "properties/lora_mutants.h"
 #include "properties/lora_stages.h"
@@ -153,7 +154,7 @@ Operator make_lora() {
       .what = "LoRA over a sharded linear layer: adapters in slots, shrink, expand",
       .keys = keys(),
       .laws = {law_one_rank(), lora::law_tokens(), lora::law_alpha(), lora::law_slots(),
-               lora::law_alone(), lora::law_zero_b()},
+               lora::law_alone()},
       .mutants = lora::mutants(layer_of),
       .refuse = refuse,
       .work = [](const Case& c) { return lora::work(c, layer_of(c)); },

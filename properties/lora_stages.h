@@ -22,6 +22,14 @@ namespace tp::lora {
 std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x, DType base_dtype,
                           const ShardingRules& rules, const Variation& variation);
 
+// Each of them: lora_load.cc, lora_shrink.cc, lora_expand.cc.
+Stage load_stage(const Case& c, const Layer& layer, const ShardingRules& rules,
+                 const Variation& variation);
+Stage shrink_stage(const Case& c, const Layer& layer, const TensorSpec& x,
+                   const ShardingRules& rules, const Variation& variation);
+Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const ShardingRules& rules,
+                   const Variation& variation);
+
 // Of the first adapter: what it adds to matrix `part` is scale B A. It must be stored split.
 struct Delta {
   TensorSpec a, b;
@@ -31,13 +39,5 @@ Delta first_delta(const Case& c, const Layer& layer, std::size_t part);
 
 // Multiply-adds of the reference, and of filling and loading the adapters, as linear::work counts.
 double work(const Case& c, const Layer& layer);
-
-// Laws.
-LawRun law_tp1();  // not of ranks that round parts of their own
-LawRun law_tokens();
-LawRun law_alpha();  // twice the alpha, half of A
-LawRun law_slots();  // adapters in each other's slots
-LawRun law_alone();  // one adapter of the batch alone
-LawRun law_zero_b();
 
 }  // namespace tp::lora

@@ -14,6 +14,7 @@
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
+#include "properties/lora_laws.h"
 #include "properties/lora_option.h"
 #include "properties/lora_stages.h"
 #include "properties/run/stage.h"
@@ -627,7 +628,7 @@ Operator make_merged_linear() {
       .keys = keys(),
       .laws = {stored_linear::without_local_scales(law_one_rank()),
                lora::with_adapters(stored_linear::law_tokens()), law_tile(),
-               stored_linear::law_files()},
+               stored_linear::law_files(), lora::law_zero_b(lora::has_adapters)},
       .mutants = all_mutants(),
       .refuse = [](const Case& c) -> std::optional<std::string> {
         const std::int64_t width = fused_width(c) * c.tp_size, hidden = c.model.hidden_size;

@@ -9,6 +9,7 @@
 #include "harness/base/models.h"
 #include "harness/device/matmul.h"
 #include "properties/linear.h"
+#include "properties/lora_laws.h"
 #include "properties/lora_option.h"
 #include "properties/lora_stages.h"
 #include "properties/run/stage.h"
@@ -443,7 +444,7 @@ Operator make_qkv_linear() {
       .keys = keys(),
       .laws = {stored_linear::without_local_scales(tp1),
                lora::with_adapters(stored_linear::law_tokens()), stored_linear::law_files(),
-               lora::law_merged()},
+               lora::law_merged(), lora::law_zero_b(lora::has_adapters)},
       .mutants = all_mutants(),
       .refuse =
           [](const Case& c) {

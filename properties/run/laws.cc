@@ -46,8 +46,9 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
   for (std::size_t o = 0; o < varied.outputs.size(); ++o) {
     const Gathered& mine = varied.outputs[o];
     const TensorSpec& t = mine.tensor;
+    const std::string name = law.counterpart ? law.counterpart(t.name) : t.name;
     const auto same = std::find_if(original.outputs.begin(), original.outputs.end(),
-                                   [&](const Gathered& g) { return g.tensor.name == t.name; });
+                                   [&](const Gathered& g) { return g.tensor.name == name; });
     if (same == original.outputs.end() || mine.stage > comparable_stages) continue;
     const std::vector<bool>& exact = varied.exact[o];
     const std::vector<bool>& exact_there =

@@ -201,6 +201,8 @@ struct LawRun {
   std::function<std::optional<Place>(const Case&, const Variation&, const TensorSpec& tensor,
                                      std::int64_t row, std::int64_t col)>
       twin = {};
+  // The original's output that has the twins of output `tensor`. Empty: the one of the same name.
+  std::function<std::string(const std::string& tensor)> counterpart = {};
   // Why the law has nothing to say of a case, in one sentence; empty: it has of every case.
   std::function<std::optional<std::string>(const Case&)> refuse = {};
 };

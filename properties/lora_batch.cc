@@ -1,0 +1,86 @@
+#include "properties/lora_batch.h"
+
+#include <cstring>
+
+#include "properties/lora_tensors.h"
+
+namespace tp::lora {
+
+std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v, const ShardingRules& rules) {
+  std::vector<std::int32_t> of = slot_of_token(c, v.rotate_rows);
+  for (std::int32_t& slot : of) {
+    if (slot < 0) continue;
+    if (v.law == "merged" || (v.law == "alone" && slot != v.argument)) {
+      slot = -1;
+    } else {
+      slot = rules.lora.slot_of_token(std::int32_t(slot_of_adapter(c, v, slot)),
+                                      std::int32_t(slots(c)));
+    }
+  }
+  return of;
+}
+
+std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
+                                       const ShardingRules& rules) {
+  const LoraPlan plan = lora_plan(tokens_of(c, v, rules), std::int32_t(slots(c)));
+  std::vector<std::int32_t> tiles(plan.tiles.size() * sizeof(LoraTile) / sizeof(std::int32_t));
+  std::memcpy(tiles.data(), plan.tiles.data(), plan.tiles.size() * sizeof(LoraTile));
+  return {local_values("lora_order", plan.order), local_values("lora_tiles", tiles)};
+}
+
+LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer, const Variation& v,
+                   const ShardingRules& rules) {
+  return {.order = run.integers("lora_order"),
+          .tiles = reinterpret_cast<const LoraTile*>(run.integers("lora_tiles")),
+          .num_tiles =
+              std::int32_t(lora_plan(tokens_of(c, v, rules), std::int32_t(slots(c))).tiles.size()),
+          .ranks = run.view<std::int32_t>("lora_ranks").data,
+          .scales = run.view<float>("lora_scales").data,
+          .slots = std::int32_t(slots(c)),
+          .parts = std::int32_t(layer.parts.size())};
+}
+
+Places places(const Case& c, const Layer& layer) {
+  const std::int64_t parts = std::int64_t(layer.parts.size()), tokens = c.num_tokens,
+                     room = max_rank(c, layer);
+  switch (layout(c)) {
+    case Layout::parts:
+      return {parts * tokens, room, tokens * room, room, 1};
+    case Layout::tokens:
+      return {tokens * parts, room, room, parts * room, 1};
+    case Layout::ranks:
+      break;
+  }
+  return {room, parts * tokens, tokens, 1, parts * tokens};
+}
+
+bool has_own_part(const Case& c, const Layer& layer) {
+  return sharding_rules().lora.shrink_collective(layer.cuts_columns, shares_out_rank(c),
+                                                 joins(c, layer)) == ShrinkCollective::none &&
+         layer.cuts_columns;
+}
+
+TensorSpec h_spec(const Case& c, const Layer& layer) {
+  const Places at = places(c, layer);
+  const std::int64_t ranks = has_own_part(c, layer) ? c.tp_size : 1;
+  return {"lora_h", intermediate_dtype(c), ranks * at.rows, at.cols};
+}
+LocalBuffer h_buffer(const Case& c, const Layer& layer, Use use, int tp_rank) {
+  const Places at = places(c, layer);
+  const std::int64_t first = has_own_part(c, layer) ? tp_rank * at.rows : 0;
+  return {"lora_h",    use,     intermediate_dtype(c),
+          2 * at.rows, at.cols, {{"lora_h", {0, at.cols}, 0, Shard{first, at.rows}}}};
+}
+
+Matrix h_of_part(const Case& c, const Layer& layer, const Matrix& h, std::size_t part,
+                 int tp_rank) {
+  const Places at = places(c, layer);
+  Matrix m(c.num_tokens, max_rank(c, layer));
+  const double* own = h.row(has_own_part(c, layer) ? tp_rank * at.rows : 0);
+  for (std::int64_t t = 0; t < m.rows; ++t) {
+    for (std::int64_t j = 0; j < m.cols; ++j) m.row(t)[j] = own[at.at(std::int64_t(part), t, j)];
+  }
+  return m;
+}
+
+}  // namespace tp::lora

@@ -1,0 +1,62 @@
+#pragma once
+// What the kernels of lora are told of a batch, and the shrunk activations that go from one to the
+// other.
+
+#include <vector>
+
+#include "kernels/lora.h"
+#include "properties/lora_call.h"
+#include "properties/run/stage.h"
+
+namespace tp::lora {
+
+// The slot of each token, as these rules have it; -1: none.
+std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v, const ShardingRules& rules);
+// The order of the tokens, and their tiles.
+std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
+                                       const ShardingRules& rules);
+LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer, const Variation& v,
+                   const ShardingRules& rules);
+
+// Where part p, token t, LoRA rank j of a rank's shrunk activations are in the buffer.
+struct Places {
+  std::int64_t rows = 0, cols = 0;
+  std::int64_t part = 0, token = 0, rank = 0;  // strides, the buffer being dense
+  std::int64_t at(std::int64_t p, std::int64_t t, std::int64_t j) const {
+    return p * part + t * token + j * rank;
+  }
+};
+Places places(const Case& c, const Layer& layer);
+
+template <typename H>
+LoraIntermediate<H> intermediate(const View<H>& view, const Case& c, const Layer& layer) {
+  const Places at = places(c, layer);
+  return {.data = view.data,
+          .tokens = c.num_tokens,
+          .cols = max_rank(c, layer),
+          .part_stride = at.part,
+          .token_stride = at.token,
+          .col_stride = at.rank};
+}
+
+// Whether ranks have shrunk activations of their own: those of their columns.
+bool has_own_part(const Case& c, const Layer& layer);
+TensorSpec h_spec(const Case& c, const Layer& layer);
+// With as many rows again that are nobody's: where a wrong stride leads to.
+LocalBuffer h_buffer(const Case& c, const Layer& layer, Use use, int tp_rank);
+// [tokens, LoRA ranks] of one part, as rank `tp_rank` has it.
+Matrix h_of_part(const Case& c, const Layer& layer, const Matrix& h, std::size_t part, int tp_rank);
+
+// Calls f with values of the type of the activations and of that of the intermediate.
+template <typename F>
+void with_types(const Case& c, F f) {
+  dispatch(c.dtype, [&]<typename T>(T) {
+    if (intermediate_dtype(c) == c.dtype) {
+      f(T{}, T{});
+    } else {
+      f(T{}, float{});
+    }
+  });
+}
+
+}  // namespace tp::lora
