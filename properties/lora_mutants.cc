@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 namespace tp::lora {
 
@@ -96,11 +97,23 @@ Shard a_rows_of_rank_0(std::int64_t max_rank, bool is_shared_out, int tp_size, i
 }
 
 Mutant mutant(const LayerOf& layer_of, std::string id, std::string what, std::string upstream,
-              void (*change)(LoraRules&)) {
-  Mutant m{std::move(id), std::move(what), std::move(upstream), sharding_rules()};
-  change(m.rules.lora);
-  m.decides = [layer_of, rules = m.rules](const Case& c) { return differs(c, layer_of(c), rules); };
+              const ShardingRules& rules) {
+  Mutant m{std::move(id), std::move(what), std::move(upstream), rules};
+  m.decides = [layer_of, rules](const Case& c) { return differs(c, layer_of(c), rules); };
   return m;
+}
+Mutant mutant(const LayerOf& layer_of, std::string id, std::string what, std::string upstream,
+              void (*change)(LoraRules&)) {
+  ShardingRules rules = sharding_rules();
+  change(rules.lora);
+  return mutant(layer_of, std::move(id), std::move(what), std::move(upstream), rules);
+}
+
+// Every rank adds the bias of the delta to its part of the sum.
+ShardingRules bias_on_every_rank() {
+  ShardingRules rules = sharding_rules();
+  rules.linear.row_adds_bias = [](int) { return true; };
+  return rules;
 }
 
 // ---- What differs.
@@ -112,13 +125,15 @@ std::vector<Adapter> own_adapters(const Case& c, const Layer& layer) {
   return all;
 }
 
-bool any_token_uses(const Case& c, const Layer& layer) {
+// Whether a token has an adapter that changes any of the matrices from `first` on.
+bool any_token_uses(const Case& c, const Layer& layer, std::int64_t first = 0) {
   const std::vector<Adapter> all = adapters(c, layer);
   const std::vector<std::int32_t> slot_of = slot_of_token(c, 0);
   return std::any_of(slot_of.begin(), slot_of.end(), [&](std::int32_t slot) {
     if (slot < 0) return false;
     const std::vector<Module>& modules = all[std::size_t(slot)].modules;
-    return std::any_of(modules.begin(), modules.end(), [](const Module& m) { return m.rank > 0; });
+    return std::any_of(modules.begin() + first, modules.end(),
+                       [](const Module& m) { return m.rank > 0; });
   });
 }
 
@@ -144,30 +159,41 @@ bool slots_differ(const Case& c, const Layer& layer, const ShardingRules& mine) 
 }
 
 bool scales_differ(const Case& c, const Layer& layer, const LoraRules& rules) {
-  const LoraRules& right = sharding_rules().lora;
-  if (rules.scales_b(merges_scale(c)) != right.scales_b(merges_scale(c))) return true;
-  const std::int64_t room = max_rank(c, layer);
-  std::vector<Adapter> all = adapters(c, layer);
-  all.resize(std::size_t(slots(c)));  // the former one leaves nothing
-  for (const Adapter& adapter : all) {
+  // What B is multiplied by when it is loaded, and the delta in each call.
+  const auto factors = [&](const LoraRules& r, const Module& m, bool use_rslora) {
+    const auto factor = float(r.scale(m.alpha, m.rank, max_rank(c, layer), use_rslora));
+    return std::pair{r.scales_b(merges_scale(c)) ? factor : 1.0f,
+                     r.scales_delta(merges_scale(c)) ? factor : 1.0f};
+  };
+  for (const Adapter& adapter : own_adapters(c, layer)) {
     for (const Module& m : adapter.modules) {
-      if (m.rank > 0 && float(rules.scale(m.alpha, m.rank, room, adapter.use_rslora)) !=
-                            float(right.scale(m.alpha, m.rank, room, adapter.use_rslora)))
+      if (m.rank > 0 && factors(rules, m, adapter.use_rslora) !=
+                            factors(sharding_rules().lora, m, adapter.use_rslora))
         return true;
     }
   }
-  return rules.scales_delta(merges_scale(c)) != right.scales_delta(merges_scale(c));
+  return false;
 }
 
-// A slot that was used before, and whose adapter leaves something of the former one uncovered.
+// Whether an adapter does not cover all of its slot, in which there is something else: the adapter
+// before it, or, where there was none, what memory held.
 bool leaves_former(const Case& c, const Layer& layer) {
-  const std::vector<Adapter> all = adapters(c, layer);
-  const std::int64_t room = max_rank(c, layer);
-  if (all.size() == std::size_t(slots(c))) return false;
-  for (std::size_t slot = 0; slot < std::size_t(slots(c));
-       slot += 2) {  // others are unloaded first
+  const std::vector<Adapter> all = own_adapters(c, layer);
+  const bool reload = adapters(c, layer).size() > all.size();
+  // Of those that held others, every second one was unloaded, which leaves zeros.
+  for (std::size_t slot = 0; slot < all.size(); slot += reload ? 2 : 1) {
     if (std::any_of(all[slot].modules.begin(), all[slot].modules.end(),
-                    [&](const Module& m) { return m.rank < room; }))
+                    [&](const Module& m) { return m.rank < max_rank(c, layer); }))
+      return true;
+  }
+  return false;
+}
+
+// Whether other ranks than the right ones add a bias of the delta to their part of a sum.
+bool biases_differ(const Case& c, const Layer& layer, const ShardingRules& rules) {
+  if (!has_bias(c) || joins(c, layer) != DeltaJoins::partial || shares_out_rank(c)) return false;
+  for (int rank = 0; rank < c.tp_size; ++rank) {
+    if (rules.linear.row_adds_bias(rank) != sharding_rules().linear.row_adds_bias(rank))
       return true;
   }
   return false;
@@ -183,6 +209,7 @@ bool differs(const Case& c, const Layer& layer, const ShardingRules& rules) {
     if (slot >= 0 && mine.slot_of_token(slot, std::int32_t(slots(c))) != slot) return true;
   }
   if (!any_token_uses(c, layer)) return false;
+  if (biases_differ(c, layer, rules)) return true;
   if (mine.shrink_collective(layer.cuts_columns, shares_out_rank(c), joins(c, layer)) !=
           right.shrink_collective(layer.cuts_columns, shares_out_rank(c), joins(c, layer)) &&
       c.tp_size > 1)
@@ -192,7 +219,9 @@ bool differs(const Case& c, const Layer& layer, const ShardingRules& rules) {
   const std::int64_t stride = layout(c) == Layout::parts    ? tokens * room
                               : layout(c) == Layout::tokens ? room
                                                             : tokens;
-  return parts > 1 && mine.slice_stride(stride, parts * tokens * room, int(parts)) != stride;
+  // It leads to the second matrix and on from there.
+  return any_token_uses(c, layer, 1) &&
+         mine.slice_stride(stride, parts * tokens * room, int(parts)) != stride;
 }
 
 std::vector<Mutant> mutants(const LayerOf& of) {
@@ -318,6 +347,9 @@ std::vector<Mutant> mutants(const LayerOf& of) {
              "-", [](LoraRules& r) { r.a_columns = columns_of_next_rank; }),
       mutant(of, "own:lora-a-rows-of-rank-0", "every rank has the first share of A's rows", "-",
              [](LoraRules& r) { r.a_rows = a_rows_of_rank_0; }),
+      mutant(of, "own:lora-bias-on-every-rank",
+             "every rank adds the bias of the delta to its part of the sum, not rank 0 alone", "-",
+             bias_on_every_rank()),
       mutant(of, "own:lora-next-slot", "tokens get the adapter of the next slot", "-",
              [](LoraRules& r) {
                r.slot_of_token = [](std::int32_t slot, std::int32_t slots) {

@@ -153,7 +153,8 @@ class Places {
   std::string element(const TensorSpec& t, std::int64_t row, std::int64_t col) const {
     std::string text = fmt::format("{}[{}, {}]", t.name, row, col);
     const std::int64_t heads = t.cols / t.entity_cols;
-    const bool by_head = heads > 1 && t.cols % t.entity_cols == 0 &&
+    // What says nothing of its columns has as many by chance.
+    const bool by_head = heads > 1 && t.entity_cols > 1 && t.cols % t.entity_cols == 0 &&
                          (heads == model_.num_heads || heads == model_.num_kv_heads);
     if (stage_ && by_head) text += fmt::format(" (token {}, head {})", row, col / t.entity_cols);
     return text;
