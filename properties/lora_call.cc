@@ -7,6 +7,7 @@
 
 #include "properties/dice.h"
 #include "properties/lora_user.h"
+#include "properties/run/stage.h"
 
 namespace tp::lora {
 
@@ -148,7 +149,11 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer) {
       return fmt::format("shared_out=1: {} rows of B are not {} equal shares", layer.rows.front(),
                          c.tp_size);
   }
-  return std::nullopt;
+  const std::int64_t rows = *std::max_element(layer.rows.begin(), layer.rows.end()),
+                     room = max_rank(c, layer) * slots(c);
+  if (auto reason = too_large(rows, room)) return reason;
+  if (auto reason = too_large(layer.in_features, room)) return reason;
+  return too_large(std::int64_t{c.num_tokens} * c.tp_size, std::max(rows, layer.in_features));
 }
 
 std::vector<Adapter> adapters(const Case& c, const Layer& layer) {

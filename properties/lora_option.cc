@@ -66,7 +66,7 @@ std::optional<std::string> refuse_option(const Case& c, const Case& lora_case) {
   const auto gathers = c.options.find("gather");
   if (gathers != c.options.end() && gathers->second == 1)
     return "adapters take activations as they are, and gather=1 gives ranks the codes of most";
-  return find_operator("lora").refuse(lora_case);
+  return refuse(lora_case, layer_of(lora_case));
 }
 
 LawRun with_adapters(LawRun law) {
