@@ -108,7 +108,7 @@ std::vector<StoredSpec> stored_tensors(const Case& c, const Layer& layer, const 
         const bool is_a = what == kA;
         double factor = c.fill == Fill::exact || !is_a ? 1 : 1 / root(layer.in_features);
         if (v.law == "alpha" && what != kB) factor /= 2;
-        if (v.law == "zero_b" && !is_a) factor = 0;
+        if (v.law == "zero_b" && !is_a && std::int64_t(i) == v.argument) factor = 0;
         TensorSpec t{stored_name(i, m.name, what), file_dtype(c), shape.size() == 1 ? 1 : shape[0],
                      shape.back(), Role::weight};
         t.drawn = [=, is_exact = c.fill == Fill::exact](const DataRegime&, std::uint32_t bits,
@@ -738,15 +738,20 @@ LawRun law_slots() {
           .twin = same_place};
 }
 
+// The adapter of the last token that has one.
+std::int64_t last_used(const Case& c) {
+  std::int64_t used = 0;
+  for (const std::int32_t slot : slot_of_token(c, 0)) {
+    if (slot >= 0) used = slot;
+  }
+  return used;
+}
+
 LawRun law_alone() {
   return {.law = {"alone", "an adapter's tokens have the same bits where no other token has one"},
           .vary =
               [](const Case& c) {
-                std::int64_t used = 0;
-                for (const std::int32_t slot : slot_of_token(c, 0)) {
-                  if (slot >= 0) used = slot;
-                }
-                return std::pair{c, Variation{.law = "alone", .argument = used}};
+                return std::pair{c, Variation{.law = "alone", .argument = last_used(c)}};
               },
           .twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
                      std::int64_t col) -> std::optional<Place> {
@@ -757,15 +762,21 @@ LawRun law_alone() {
 }
 
 LawRun law_zero_b() {
-  return {.law = {"zero_b", "where B is zero the base is what it was"},
+  return {.law = {"zero_b",
+                  "where an adapter's B is zero its tokens have the base's outputs, and the others "
+                  "the bits that they had"},
           .vary =
               [](const Case& c) {
-                return std::pair{c, Variation{.law = "zero_b"}};
+                return std::pair{c, Variation{.law = "zero_b", .argument = last_used(c)}};
               },
-          // The original has another B: the varied run is judged by itself, and its outputs are the
-          // base's, exactly.
-          .twin = [](const Case&, const Variation&, const TensorSpec&, std::int64_t,
-                     std::int64_t) -> std::optional<Place> { return std::nullopt; }};
+          // Of its own tokens the original has another B: there the varied run is judged by itself,
+          // and nothing but the base's outputs is within its budget.
+          .twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
+                     std::int64_t col) -> std::optional<Place> {
+            if (!is_by_token(c, t) || slot_of_token(c, 0)[std::size_t(row)] == v.argument)
+              return std::nullopt;
+            return Place{row, col};
+          }};
 }
 
 LawRun law_tp1() {
