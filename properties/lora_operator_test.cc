@@ -82,7 +82,7 @@ const Planted kPlanted[] = {
      "hidden_size=1 num_tokens=1",
      kWrong, "stage lora_load, tp_rank 0, lora_b.k_proj[0, 0]"},
     {"lora-fused-adapter-contiguous-split:b",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 stored=fused "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 stored=fused "
      "max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 1, lora_b.gate_proj[1, 0]"},
     {"lora-fused-adapter-contiguous-split:b",
@@ -102,21 +102,21 @@ const Planted kPlanted[] = {
      "max_rank=1 hidden_size=1",
      Outcome::Uninitialised, "tp_rank 0, v_lora[1, 0]"},
     {"lora-gather-when-replicated:gather",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
      "hidden_size=1 num_tokens=1 head_dim=1",
      Outcome::BadLaunch,
      "lora_shrink: 2 times 1 LoRA ranks are not the 1 that B is multiplied with"},
     {"lora-gather-when-replicated:sum",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
      "hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_shrink, tp_rank 0, lora_h[0, 0]"},
     {"lora-gather-when-replicated:gather-for-sum",
-     "module=down_proj num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 joins=whole "
+     "module=down_proj num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 joins=whole "
      "max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      Outcome::BadLaunch,
      "lora_shrink: 2 times 1 LoRA ranks are not the 1 that B is multiplied with"},
     {"lora-gather-when-replicated:gather-for-sum",
-     "module=down_proj num_heads=1 num_kv_heads=1 hidden_size=2 tp_size=2 intermediate_per_rank=1 "
+     "module=down_proj num_heads=2 num_kv_heads=1 hidden_size=2 tp_size=2 intermediate_per_rank=1 "
      "shared_out=1 max_rank=1 num_tokens=1 head_dim=1",
      Outcome::BadLaunch,
      "lora_shrink: 2 times 1 LoRA ranks are not the 1 that B is multiplied with"},
@@ -133,7 +133,7 @@ const Planted kPlanted[] = {
      "hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 0, lora_scales[0, 0]"},
     {"rslora-scale:max-rank",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 ranks=lower "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 ranks=lower "
      "shared_out=1 max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 0, lora_scales[0, 0]"},
     {"rslora-scale:max-rank",
@@ -153,7 +153,7 @@ const Planted kPlanted[] = {
      "max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 0, lora_scales[0, 0]"},
     {"lora-delta-wrong-parallel-state:whole-on-partial",
-     "module=down_proj num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
+     "module=down_proj num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
      "hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_shrink, tp_rank 0, lora_h[0, 0]"},
     {"lora-delta-wrong-parallel-state:whole-on-partial",
@@ -161,7 +161,7 @@ const Planted kPlanted[] = {
      "hidden_size=1 num_tokens=1",
      kWrong, "stage lora_shrink, tp_rank 0, lora_h[0, 0]"},
     {"lora-delta-wrong-parallel-state:partial-on-whole",
-     "module=down_proj num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 joins=whole "
+     "module=down_proj num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 joins=whole "
      "max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_shrink, tp_rank 0, lora_h[0, 0]"},
     {"lora-delta-wrong-parallel-state:partial-on-whole",
@@ -181,7 +181,7 @@ const Planted kPlanted[] = {
      "ranks=lower hidden_size=1 num_tokens=1 head_dim=1",
      Outcome::Uninitialised, "tp_rank 0, lora_a.down_proj[1, 0]"},
     {"own:lora-b-of-next-rank",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
      "hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 0, lora_b.gate_proj[0, 0]"},
     {"own:lora-b-of-next-rank",
@@ -189,15 +189,15 @@ const Planted kPlanted[] = {
      "hidden_size=1 num_tokens=1",
      kWrong, "stage lora_load, tp_rank 0, lora_b.q_proj[0, 0]"},
     {"own:lora-a-columns-of-next-rank",
-     "module=down_proj num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
+     "module=down_proj num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 max_rank=1 "
      "hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 0, lora_a.down_proj[0, 0]"},
     {"own:lora-a-rows-of-rank-0",
-     "module=gate_up num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 shared_out=1 "
+     "module=gate_up num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 shared_out=1 "
      "max_rank=1 hidden_size=1 num_tokens=1 head_dim=1",
      kWrong, "stage lora_load, tp_rank 1, lora_a.gate_proj[1, 0]"},
     {"own:lora-bias-on-every-rank",
-     "module=down_proj num_heads=1 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 lora_bias=1 "
+     "module=down_proj num_heads=2 num_kv_heads=1 tp_size=2 intermediate_per_rank=1 lora_bias=1 "
      "hidden_size=1 num_tokens=1 head_dim=1 max_rank=1",
      kWrong, "stage lora_expand, tp_rank 1, partial_lora[1, 0]"},
     {"own:lora-next-slot",
