@@ -1,11 +1,14 @@
 #include "properties/lora_stages.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <memory>
 
 #include "harness/base/philox.h"
 #include "kernels/lora_layer.h"
 #include "properties/linear.h"
+#include "properties/lora_layers.h"
 #include "reference/checkpoint.h"
 #include "reference/lora.h"
 #include "reference/row_linear.h"
@@ -662,7 +665,7 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
 
 // ---- Laws.
 
-// Of outputs that have a row a token; the others have no twin.
+// Of outputs that have a row a token.
 bool is_by_token(const Case& c, const TensorSpec& t) {
   const std::string& name = t.name;
   return t.rows == c.num_tokens &&
@@ -672,6 +675,75 @@ std::optional<Place> same_place(const Case& c, const Variation&, const TensorSpe
                                 std::int64_t row, std::int64_t col) {
   if (!is_by_token(c, t)) return std::nullopt;
   return Place{row, col};
+}
+
+// Where the element of lora_h is that stands to token `other(token)` as this one to its own;
+// nothing if there is no such token.
+template <typename Other>
+std::optional<Place> of_other_token(const Case& c, const TensorSpec& h, std::int64_t row,
+                                    std::int64_t col, Other other) {
+  const std::int64_t tokens = c.num_tokens;
+  const bool has_own_parts = is_partial(c) && !shares_out_rank(c);
+  // Elements from a token to the next one, in rows or in columns.
+  const bool in_columns = layout(c) == Layout::ranks;
+  const std::int64_t step =
+      layout(c) == Layout::tokens ? h.rows / (tokens * (has_own_parts ? c.tp_size : 1)) : 1;
+  const std::int64_t token = (in_columns ? col : row) / step % tokens;
+  const std::optional<std::int64_t> to = other(token);
+  if (!to) return std::nullopt;
+  const std::int64_t move = (*to - token) * step;
+  return in_columns ? Place{row, col + move} : Place{row + move, col};
+}
+
+// The place of another token's element, of the outputs that have elements of tokens: what comes of
+// the layer, and the shrunk activations, whose bits the sum with the base may hide.
+template <typename Other>
+std::optional<Place> of_token(const Case& c, const TensorSpec& t, std::int64_t row,
+                              std::int64_t col, Other other) {
+  if (t.name == "lora_h") return of_other_token(c, t, row, col, other);
+  if (!is_by_token(c, t)) return std::nullopt;
+  const std::optional<std::int64_t> to = other(row);
+  if (!to) return std::nullopt;
+  return Place{*to, col};
+}
+
+// slot_of_token() of the case that was asked about last: twins ask element by element.
+class SlotOfToken {
+ public:
+  std::int32_t operator()(const Case& c, std::int64_t token) {
+    const Key key{std::int64_t(c.seed), c.num_tokens, slots(c), c.options.at("segments")};
+    if (of_.empty() || key != key_) {
+      of_ = slot_of_token(c, 0);
+      key_ = key;
+    }
+    return of_[std::size_t(token)];
+  }
+
+ private:
+  using Key = std::array<std::int64_t, 4>;  // what it depends on
+  Key key_{};
+  std::vector<std::int32_t> of_;
+};
+
+// The adapter of the last token that has one.
+std::int64_t last_used(const Case& c) {
+  std::int64_t used = 0;
+  for (const std::int32_t slot : slot_of_token(c, 0)) {
+    if (slot >= 0) used = slot;
+  }
+  return used;
+}
+
+// Twins of the tokens that use adapter Variation::argument, or of those that do not.
+auto twin_of_users(bool are_users) {
+  return [are_users, slot_of = std::make_shared<SlotOfToken>()](
+             const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
+             std::int64_t col) {
+    return of_token(c, t, row, col, [&](std::int64_t token) {
+      const bool is_user = (*slot_of)(c, token) == v.argument;
+      return is_user == are_users ? std::optional(token) : std::nullopt;
+    });
+  };
 }
 
 }  // namespace
@@ -708,9 +780,10 @@ double work(const Case& c, const Layer& layer) {
 LawRun law_tokens() {
   LawRun law = tp::law_tokens();
   law.twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
-                std::int64_t col) -> std::optional<Place> {
-    if (!is_by_token(c, t)) return std::nullopt;
-    return Place{(row + v.rotate_rows) % t.rows, col};
+                std::int64_t col) {
+    return of_token(c, t, row, col, [&](std::int64_t token) {
+      return std::optional((token + v.rotate_rows) % c.num_tokens);
+    });
   };
   return law;
 }
@@ -735,16 +808,12 @@ LawRun law_slots() {
               [](const Case& c) {
                 return std::pair{c, Variation{.law = "slots"}};
               },
-          .twin = same_place};
-}
-
-// The adapter of the last token that has one.
-std::int64_t last_used(const Case& c) {
-  std::int64_t used = 0;
-  for (const std::int32_t slot : slot_of_token(c, 0)) {
-    if (slot >= 0) used = slot;
-  }
-  return used;
+          .twin =
+              [](const Case& c, const Variation&, const TensorSpec& t, std::int64_t row,
+                 std::int64_t col) {
+                return of_token(c, t, row, col,
+                                [](std::int64_t token) { return std::optional(token); });
+              }};
 }
 
 LawRun law_alone() {
@@ -753,12 +822,7 @@ LawRun law_alone() {
               [](const Case& c) {
                 return std::pair{c, Variation{.law = "alone", .argument = last_used(c)}};
               },
-          .twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
-                     std::int64_t col) -> std::optional<Place> {
-            if (!is_by_token(c, t) || slot_of_token(c, 0)[std::size_t(row)] != v.argument)
-              return std::nullopt;
-            return Place{row, col};
-          }};
+          .twin = twin_of_users(true)};
 }
 
 LawRun law_zero_b() {
@@ -771,12 +835,7 @@ LawRun law_zero_b() {
               },
           // Of its own tokens the original has another B: there the varied run is judged by itself,
           // and nothing but the base's outputs is within its budget.
-          .twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
-                     std::int64_t col) -> std::optional<Place> {
-            if (!is_by_token(c, t) || slot_of_token(c, 0)[std::size_t(row)] == v.argument)
-              return std::nullopt;
-            return Place{row, col};
-          }};
+          .twin = twin_of_users(false)};
 }
 
 LawRun law_tp1() {
