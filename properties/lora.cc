@@ -130,7 +130,9 @@ LawRun law_one_rank() {
 }
 
 std::optional<std::string> refuse(const Case& c) {
-  if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
+  if (lora::has_heads(c)) {
+    if (auto reason = partitionable(lora::shape_of(c), c.tp_size)) return reason;
+  }
   if (lora::is_users(c)) {
     if (auto reason = lora::refuse_users(c)) return reason;
   }

@@ -14,6 +14,7 @@ ModelShape shape_of(const Case& c) {
 std::int64_t intermediate(const Case& c) {
   return c.options.at("intermediate_per_rank") * c.tp_size;
 }
+bool has_heads(const Case& c) { return base_of(c) == Base::qkv || base_of(c) == Base::o_proj; }
 bool is_partial(const Case& c) { return base_of(c) >= Base::o_proj && c.options.at("joins") == 0; }
 namespace {
 

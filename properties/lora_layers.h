@@ -11,6 +11,8 @@ namespace tp::lora {
 enum class Base : std::int64_t { qkv, gate_up, o_proj, down_proj };
 
 Base base_of(const Case& c);
+// Whether it is cut by head.
+bool has_heads(const Case& c);
 // Columns of gate, and of up, on all ranks.
 std::int64_t intermediate(const Case& c);
 // The case's model, with the gate of its attention if the queries have one.

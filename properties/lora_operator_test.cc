@@ -232,6 +232,17 @@ TEST_P(LoraMutants, AreFoundWhereTheyCanShow) {
   }
 }
 
+// The heads of a model are nothing to its MLP, and need not be shared out.
+TEST(LoraOfMlp, IsLegalWhateverTheHeadsAre) {
+  for (const std::string module : {"gate_up", "down_proj"}) {
+    const std::string line =
+        "v1 lora hidden_size=8 num_heads=3 num_kv_heads=3 head_dim=4 tp_size=2 num_tokens=2 "
+        "dtype=bf16 seed=1 max_rank=2 module=" +
+        module;
+    EXPECT_EQ(name_of(run(line).outcome), "Pass") << to_line(run(line));
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Zoo, LoraMutants, testing::ValuesIn(kPlanted), [](const auto& info) {
   return test_name(std::to_string(info.index) + "_" + info.param.id);
 });
@@ -420,20 +431,13 @@ TEST(GoldenLora, IsFoundBehindTheSlotsWhereTheyAreRight) {
 
 // ---- Laws: each of a rule that is right in the case itself.
 
-Verdict run_with(const std::string& line, void (*change)(LoraRules&)) {
+Verdict run_with(const std::string& line, void (*change)(ShardingRules&)) {
   const Case c = case_from_line(line);
   Mutant local{"own:local", "", "", sharding_rules()};
-  change(local.rules.lora);
+  change(local.rules);
   return find_operator(c.op).run(test_world(), c,
                                  {.mutant = &local, .deadline = std::chrono::seconds(60)});
 }
-
-struct LawSeenToFail {
-  const char* law;
-  const char* line;  // without the law
-  const char* where;
-  void (*change)(LoraRules&);
-};
 
 // Calls of a rule in one run of a case without a law; of a case with one the second run begins
 // there.
@@ -462,6 +466,32 @@ std::int32_t slot_0_later(std::int32_t slot, std::int32_t) {
   return asked++ < of_first_run ? slot : 0;
 }
 
+void expect_only_law_shows(const std::string& line, const std::string& law,
+                           const std::string& where, void (*change)(ShardingRules&)) {
+  const std::string with_law = line + " law=" + law;
+  EXPECT_EQ(name_of(run(with_law).outcome), "Pass") << with_law << "\n  " << to_line(run(with_law));
+  const auto verdict = [&](const std::string& text, long calls) {
+    asked = 0;
+    of_first_run = calls;
+    first_plan.clear();
+    in_use.clear();
+    return run_with(text, change);
+  };
+  const Verdict without = verdict(line, 1L << 40);
+  EXPECT_EQ(name_of(without.outcome), "Pass") << line << "\n  " << to_line(without);
+  const Verdict v = verdict(with_law, asked);
+  EXPECT_EQ(name_of(v.outcome), "LawBroken") << with_law << "\n  " << to_line(v);
+  EXPECT_EQ(v.detail.find("law " + law + ": " + where), 0u) << with_law << "\n  " << to_line(v);
+}
+
+struct LawSeenToFail {
+  const char* law;
+  const char* line;  // without the law
+  const char* where;
+  void (*change)(ShardingRules&);
+  std::vector<const char*> data = {"dtype=bf16 fill=exact", "dtype=bf16 fill=dense"};
+};
+
 const LawSeenToFail kLaws[] = {
     // One rank has all KV heads, and a fused adapter's are swapped.
     {"tp1",
@@ -469,8 +499,8 @@ const LawSeenToFail kLaws[] = {
      "module=qkv "
      "max_rank=2 stored=fused",
      "stage lora_load, tp_rank 0, lora_b.k_proj[0, 0]",
-     [](LoraRules& r) {
-       r.b_rows = [](const LoraBase& base, int part, bool is_fused) {
+     [](ShardingRules& r) {
+       r.lora.b_rows = [](const LoraBase& base, int part, bool is_fused) {
          const int other = base.tp_size == 1 && part > 0 ? 3 - part : part;
          return sharding_rules().lora.b_rows(base, other, is_fused);
        };
@@ -480,15 +510,15 @@ const LawSeenToFail kLaws[] = {
      "module=qkv "
      "max_rank=2 adapters=2 segments=mixed",
      "stage lora_shrink, tp_rank 0, lora_h[",
-     [](LoraRules& r) { r.slot_of_token = of_first_plan; }},
+     [](ShardingRules& r) { r.lora.slot_of_token = of_first_plan; }},
     // alpha is 4 or more.
     {"alpha",
      "lora seed=1 hidden_size=8 num_heads=1 num_kv_heads=1 head_dim=4 tp_size=1 num_tokens=1 "
      "module=qkv "
      "max_rank=4",
      "stage lora_load, tp_rank 0, lora_scales[0, 0]",
-     [](LoraRules& r) {
-       r.scale = [](double alpha, std::int64_t rank, std::int64_t room, bool use_rslora) {
+     [](ShardingRules& r) {
+       r.lora.scale = [](double alpha, std::int64_t rank, std::int64_t room, bool use_rslora) {
          return sharding_rules().lora.scale(std::min(alpha, 16.0), rank, room, use_rslora);
        };
      }},
@@ -497,42 +527,53 @@ const LawSeenToFail kLaws[] = {
      "module=qkv "
      "max_rank=2 adapters=2",
      "stage lora_shrink, tp_rank 0, lora_h[0, 0]",
-     [](LoraRules& r) {
-       r.slot_of_token = [](std::int32_t slot, std::int32_t) { return slot == 1 ? 0 : slot; };
+     [](ShardingRules& r) {
+       r.lora.slot_of_token = [](std::int32_t slot, std::int32_t) { return slot == 1 ? 0 : slot; };
      }},
     {"alone",
      "lora seed=7 hidden_size=8 num_heads=1 num_kv_heads=1 head_dim=4 tp_size=1 num_tokens=5 "
      "module=qkv "
      "max_rank=2 adapters=2 segments=mixed",
      "stage lora_shrink, tp_rank 0, lora_h[",
-     [](LoraRules& r) { r.slot_of_token = number_in_use; }},
+     [](ShardingRules& r) { r.lora.slot_of_token = number_in_use; }},
     {"zero_b",
      "qkv_linear seed=1 hidden_size=8 num_heads=1 num_kv_heads=1 head_dim=4 tp_size=1 num_tokens=5 "
      "lora=2 lora_rank=2",
-     "stage lora_shrink, tp_rank 0, lora_h[", [](LoraRules& r) { r.slot_of_token = slot_0_later; }},
+     "stage lora_shrink, tp_rank 0, lora_h[",
+     [](ShardingRules& r) { r.lora.slot_of_token = slot_0_later; }},
+    // Weights that the adapter was merged into, and of them other K heads than before.
+    {"merged",
+     "qkv_linear seed=1 hidden_size=8 num_heads=2 num_kv_heads=2 head_dim=4 tp_size=2 num_tokens=3 "
+     "lora=1",
+     "stage qkv_linear, tp_rank 0, k[0, 0]",
+     [](ShardingRules& r) {
+       r.linear.qkv_weight_rows = [](const ModelShape& m, int tp_size, int tp_rank) {
+         const bool is_later = asked++ >= of_first_run;
+         QkvRows rows = sharding_rules().linear.qkv_weight_rows(m, tp_size, tp_rank);
+         if (is_later) rows.k = {m.num_kv_heads * m.head_dim - rows.k.end(), rows.k.size};
+         return rows;
+       };
+     },
+     {"dtype=f32 fill=exact"}},
+    // Sums within the budget, of other bits: the base's bias is added by another rank.
+    {"tokens",
+     "row_linear seed=1 hidden_size=24 in_per_rank=8 tp_size=4 num_tokens=6 bias=yes lora=2 "
+     "lora_joins=whole",
+     "out[",
+     [](ShardingRules& r) {
+       r.linear.row_adds_bias = [](int tp_rank) {
+         return tp_rank == (asked++ < of_first_run ? 0 : 3);
+       };
+     },
+     {"dtype=f32 fill=dense"}},
 };
 
 class LoraLaws : public testing::TestWithParam<LawSeenToFail> {};
 
 TEST_P(LoraLaws, ShowWhatTheCaseHides) {
-  const auto& [law, rest, where, change] = GetParam();
-  for (const std::string fill : {" fill=exact", " fill=dense"}) {
-    const std::string line = std::string("v1 ") + rest + " dtype=bf16" + fill,
-                      with_law = line + " law=" + law;
-    EXPECT_EQ(name_of(run(with_law).outcome), "Pass") << to_line(run(with_law));
-    const auto verdict = [&](const std::string& text, long calls) {
-      asked = 0;
-      of_first_run = calls;
-      first_plan.clear();
-      in_use.clear();
-      return run_with(text, change);
-    };
-    const Verdict without = verdict(line, 1L << 40);
-    EXPECT_EQ(name_of(without.outcome), "Pass") << line << "\n  " << to_line(without);
-    const Verdict v = verdict(with_law, asked);
-    EXPECT_EQ(name_of(v.outcome), "LawBroken") << with_law << "\n  " << to_line(v);
-    EXPECT_EQ(v.detail.find(std::string("law ") + law + ": " + where), 0u) << v.detail;
-  }
+  const LawSeenToFail& p = GetParam();
+  for (const char* data : p.data)
+    expect_only_law_shows(std::string("v1 ") + p.line + " " + data, p.law, p.where, p.change);
 }
 
 INSTANTIATE_TEST_SUITE_P(Laws, LoraLaws, testing::ValuesIn(kLaws), [](const auto& info) {

@@ -210,7 +210,6 @@ CheckpointCases adapter_cases(int tp_size) {
                     user_adapter()->modules().front().name));
   }
   const ModelShape& shape = user_adapter_base()->shape;
-  if (const auto why = partitionable(shape, tp_size)) return {.left_out = *why};
   for (const auto& [key, layer] : layers()) {
     Case c = op.blank();
     c.tp_size = tp_size;
@@ -228,6 +227,9 @@ CheckpointCases adapter_cases(int tp_size) {
         continue;
       }
       set("intermediate_per_rank", width / tp_size);
+    } else if (const auto why = partitionable(shape, tp_size)) {
+      leave_out(*why);
+      continue;
     }
     check_fits(c);
     std::int64_t rank = 1;
