@@ -13,7 +13,7 @@ namespace tp {
 template <typename H>
 struct LoraScratch {
   H* mine = nullptr;      // [matrices][tokens][this rank's rows of A]
-  H* gathered = nullptr;  // tp_size times that
+  H* gathered = nullptr;  // all of h, where rows of A are shared out
 };
 
 // h: what lora_expand takes on this rank. Of columns of x (cuts_columns) it is this rank's part, or

@@ -124,7 +124,7 @@ LawRun law_one_rank() {
     one.tp_size = 1;
     one.options["max_rank"] = lora::max_rank(c, layer_of(c));
     one.options["intermediate_per_rank"] = lora::intermediate(c);
-    return std::pair{one, Variation{.law = "tp1"}};
+    return std::pair{one, Variation{.law = "tp1", .argument = c.tp_size}};
   };
   return law;
 }

@@ -6,23 +6,32 @@
 
 namespace tp::lora {
 
-std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v, const ShardingRules& rules) {
+std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v) {
   std::vector<std::int32_t> of = slot_of_token(c, v.rotate_rows);
   for (std::int32_t& slot : of) {
     if (slot < 0) continue;
-    if (v.law == "merged" || (v.law == "alone" && slot != v.argument)) {
-      slot = -1;
-    } else {
-      slot = rules.lora.slot_of_token(std::int32_t(slot_of_adapter(c, v, slot)),
-                                      std::int32_t(slots(c)));
-    }
+    const bool has_none = v.law == "merged" || (v.law == "alone" && slot != v.argument);
+    slot = has_none ? -1 : std::int32_t(slot_of_adapter(c, v, slot));
   }
   return of;
 }
 
+namespace {
+
+LoraPlan plan_of(const Case& c, const Variation& v, const ShardingRules& rules) {
+  const auto n = std::int32_t(slots(c));
+  std::vector<std::int32_t> of = tokens_of(c, v);
+  for (std::int32_t& slot : of) {
+    if (slot >= 0) slot = rules.lora.slot_of_token(slot, n);
+  }
+  return lora_plan(of, n);
+}
+
+}  // namespace
+
 std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
                                        const ShardingRules& rules) {
-  const LoraPlan plan = lora_plan(tokens_of(c, v, rules), std::int32_t(slots(c)));
+  const LoraPlan plan = plan_of(c, v, rules);
   std::vector<std::int32_t> tiles(plan.tiles.size() * sizeof(LoraTile) / sizeof(std::int32_t));
   std::memcpy(tiles.data(), plan.tiles.data(), plan.tiles.size() * sizeof(LoraTile));
   return {local_values("lora_order", plan.order), local_values("lora_tiles", tiles)};
@@ -32,8 +41,7 @@ LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer, const Variat
                    const ShardingRules& rules) {
   return {.order = run.integers("lora_order"),
           .tiles = reinterpret_cast<const LoraTile*>(run.integers("lora_tiles")),
-          .num_tiles =
-              std::int32_t(lora_plan(tokens_of(c, v, rules), std::int32_t(slots(c))).tiles.size()),
+          .num_tiles = std::int32_t(plan_of(c, v, rules).tiles.size()),
           .ranks = run.view<std::int32_t>("lora_ranks").data,
           .scales = run.view<float>("lora_scales").data,
           .slots = std::int32_t(slots(c)),
@@ -55,9 +63,7 @@ Places places(const Case& c, const Layer& layer) {
 }
 
 bool has_own_part(const Case& c, const Layer& layer) {
-  return sharding_rules().lora.shrink_collective(layer.cuts_columns, shares_out_rank(c),
-                                                 joins(c, layer)) == ShrinkCollective::none &&
-         layer.cuts_columns;
+  return joins(c, layer) == DeltaJoins::partial && !shares_out_rank(c);
 }
 
 TensorSpec h_spec(const Case& c, const Layer& layer) {

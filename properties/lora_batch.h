@@ -10,8 +10,8 @@
 
 namespace tp::lora {
 
-// The slot of each token, as these rules have it; -1: none.
-std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v, const ShardingRules& rules);
+// The slot of each token; -1: none.
+std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v);
 // The order of the tokens, and their tiles.
 std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
                                        const ShardingRules& rules);

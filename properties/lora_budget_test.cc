@@ -207,8 +207,9 @@ std::vector<reference::LoraDelta> deltas_of(const Data& d) {
 }
 
 Budget budget_of_y(const Data& d, const Matrix& h, Order order) {
-  return reference::lora_expand(d.base, h, deltas_of(d), d.adapters, d.types.t,
-                                declared(order, kMaxRank), d.types.out);
+  std::vector<reference::LoraDelta> deltas = deltas_of(d);
+  for (reference::LoraDelta& delta : deltas) delta.accumulation = declared(order, kMaxRank);
+  return reference::lora_expand(d.base, h, deltas, d.adapters, d.types.t, d.types.out);
 }
 
 std::vector<std::byte> bytes_of(const Matrix& m, DType t) {
@@ -401,7 +402,7 @@ Budget one(double base, double h, float scale, DType operand = f32, DType out = 
   m.values[0] = base;
   of_h.values[0] = h;
   b.values[0] = 1;
-  return reference::lora_expand(m, of_h, {{&b, nullptr, scale}}, {0}, operand, {.depth = 1}, out);
+  return reference::lora_expand(m, of_h, {{&b, nullptr, scale, {.depth = 1}}}, {0}, operand, out);
 }
 
 bool takes(const Budget& budget, float y) { return !compare(f32, &y, budget).first.has_value(); }
@@ -466,7 +467,7 @@ TEST(LoraBudget, KnowsMatricesWithoutAnAdapter) {
   h.values = {7, 11};
   bias.values = {2};
   const Budget y =
-      reference::lora_expand(base, h, {{}, {&none, &bias, 3}}, {0, 1}, f32, {.depth = 1}, f32);
+      reference::lora_expand(base, h, {{}, {&none, &bias, 3, {.depth = 1}}}, {0, 1}, f32, f32);
   EXPECT_EQ(y.r, (std::vector<double>{3, 11}));
   EXPECT_EQ(y.rho, (std::vector<double>{0, 0}));
 }

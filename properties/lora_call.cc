@@ -113,7 +113,8 @@ std::vector<Key> keys() {
        .max = 1,
        .words = {"activation", "f32"},
        .weights = {60, 40}},
-      flag("lora_bias", "1: B has a bias", {75, 25}),
+      flag("lora_bias", "1: B of some adapters has a bias", {75, 25}),
+      flag("in_place", "1: the delta is added where the base's output is", {60, 40}),
       flag("reload", "1: slots held other adapters before"),
   };
   return all;
@@ -172,13 +173,15 @@ std::vector<Adapter> adapters(const Case& c, const Layer& layer) {
       // A slot that was full shows what is left of it.
       if (option(c, "ranks") != 0 && !is_former) m.rank = 1 + dice.below(room);
       // So that exact data stay exact: the rank times a power of two other than 1.
-      static constexpr double kFactors[] = {0.5, 2, 4};
-      static constexpr double kAlphas[] = {6, 12, 24, 40};
+      static constexpr double kFactors[] = {0.5, 2, -4};
+      static constexpr double kAlphas[] = {6, 12, -24, 40};
       const std::int64_t which = dice.below(12);
       m.alpha = c.fill == Fill::exact ? double(m.rank) * kFactors[which % 3] : kAlphas[which % 4];
       if (m.alpha == double(m.rank)) m.alpha += 2;
       return m;
     };
+    // An adapter without a bias may get the slot of one that has it.
+    adapter.has_bias = has_bias(c) && (slot == 0 || is_former || dice.below(3) != 0);
     const Module first = drawn();
     for (std::int64_t p = 0; p < parts; ++p) {
       const bool is_own = option(c, "ranks") == 2 && !adapter.is_fused && p > 0;
@@ -192,8 +195,7 @@ std::vector<Adapter> adapters(const Case& c, const Layer& layer) {
   return all;
 }
 
-std::string config_text(const Case& c, const Layer& layer, const Adapter& adapter,
-                        double alpha_times) {
+std::string config_text(const Layer& layer, const Adapter& adapter, double alpha_times) {
   std::string targets, ranks, alphas;
   const auto add = [](std::string& list, const std::string& item) {
     if (!list.empty()) list += ", ";
@@ -216,7 +218,7 @@ std::string config_text(const Case& c, const Layer& layer, const Adapter& adapte
   return fmt::format(
       R"({{"peft_type": "LORA", "r": {}, "lora_alpha": {}, "use_rslora": {}, "lora_bias": {}, )"
       R"("bias": "none", "target_modules": [{}], "rank_pattern": {{{}}}, "alpha_pattern": {{{}}}}})",
-      first->rank, first->alpha * alpha_times, adapter.use_rslora, has_bias(c), targets, ranks,
+      first->rank, first->alpha * alpha_times, adapter.use_rslora, adapter.has_bias, targets, ranks,
       alphas);
 }
 

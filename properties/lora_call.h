@@ -38,7 +38,7 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer);
 
 bool shares_out_rank(const Case& c);  // "fully sharded"
 bool merges_scale(const Case& c);
-bool has_bias(const Case& c);  // B has one
+bool has_bias(const Case& c);  // some adapters' B has one
 DeltaJoins joins(const Case& c, const Layer& layer);
 std::int64_t slots(const Case& c);
 // LoRA ranks that a slot has room for; ranks that share them out have equal shares.
@@ -59,12 +59,12 @@ struct Adapter {
   bool is_fused = false;
   std::vector<Module> modules;  // of each part; of a fused one all are the same
   bool use_rslora = false;
+  bool has_bias = false;  // behind B
 };
 // Of each slot; and, where slots are used again, last the one that all of them had before.
 std::vector<Adapter> adapters(const Case& c, const Layer& layer);
 // Its adapter_config.json. `alpha_times`: a law's factor.
-std::string config_text(const Case& c, const Layer& layer, const Adapter& adapter,
-                        double alpha_times);
+std::string config_text(const Layer& layer, const Adapter& adapter, double alpha_times);
 
 // Which slot each token uses, -1: none; token i does what token i + rotate does otherwise.
 std::vector<std::int32_t> slot_of_token(const Case& c, std::int64_t rotate);

@@ -2,6 +2,7 @@
 
 #include "harness/base/philox.h"
 #include "kernels/lora_layer.h"
+#include "kernels/row_linear.h"
 #include "properties/linear.h"
 #include "properties/lora_batch.h"
 #include "properties/lora_stages.h"
@@ -13,15 +14,20 @@ namespace tp::lora {
 
 namespace {
 
-// The base's output where no stage before makes it: of each rank's tokens, tokens being rotated.
+// The base's output where no stage before makes it: of each rank's tokens, tokens being rotated; or
+// the sum of what `ranks` ranks have.
 TensorSpec base_tensor(const Case& c, const std::string& name, DType dtype, std::int64_t rows,
-                       std::int64_t cols) {
+                       std::int64_t cols, std::int64_t ranks) {
   TensorSpec t{name, dtype, rows, cols, Role::activation};
   t.value = [=, is_exact = c.fill == Fill::exact, tokens = c.num_tokens](
                 const DataRegime& g, std::int64_t row, std::int64_t col) {
-    const std::int64_t from = row / tokens * tokens + (row % tokens + g.rotate_rows) % tokens;
-    const Random4 bits = philox(g.seed, stream_of(name), std::uint64_t(from * cols + col));
-    return drawn_value(is_exact, linear::kLargestBias, bits[0], from, col);
+    double sum = 0;
+    for (std::int64_t rank = row / tokens; rank < row / tokens + ranks; ++rank) {
+      const std::int64_t from = rank * tokens + (row % tokens + g.rotate_rows) % tokens;
+      const Random4 bits = philox(g.seed, stream_of(name), std::uint64_t(from * cols + col));
+      sum += drawn_value(is_exact, linear::kLargestBias, bits[0], from, col);
+    }
+    return sum;
   };
   return t;
 }
@@ -38,8 +44,7 @@ std::vector<Budget> expand_reference(const Case& c, const Layer& layer, DType ba
                                      const Variation& v, const WholeInputs& in) {
   const std::int64_t tokens = c.num_tokens;
   const bool partial = joins(c, layer) == DeltaJoins::partial;
-  const std::vector<std::int32_t> slot_of = tokens_of(c, v, sharding_rules());
-  const Accumulation accumulation = lora_expand_accumulation(c.dtype, max_rank(c, layer));
+  const std::vector<std::int32_t> slot_of = tokens_of(c, v);
   std::vector<Budget> all;
   for (std::size_t p = 0; p < layer.parts.size(); ++p) {
     const Matrix& base = in[layer.outputs[p]];
@@ -70,14 +75,15 @@ std::vector<Budget> expand_reference(const Case& c, const Layer& layer, DType ba
       std::vector<reference::LoraDelta> deltas;
       for (std::int64_t slot = 0; slot < slots(c); ++slot) {
         const auto s = std::size_t(slot);
-        const bool bias = adds_bias(c, layer, sharding_rules(), rank);
+        // Once in a sum of the ranks' parts, and wherever the delta is whole.
+        const bool bias = has_bias(c) && (!partial || shares_out_rank(c) || rank == 0);
         deltas.push_back({.b = b[s].cols > 0 ? &b[s] : nullptr,
                           .bias = bias ? &biases[s] : nullptr,
-                          .scale = float(in["lora_scales"].row(slot)[p])});
+                          .scale = float(in["lora_scales"].row(slot)[p]),
+                          .accumulation = lora_expand_accumulation(c.dtype, b[s].cols)});
       }
-      const Budget part =
-          reference::lora_expand(mine, h_of_part(c, layer, in["lora_h"], p, rank), deltas, slot_of,
-                                 c.dtype, accumulation, base_dtype);
+      const Budget part = reference::lora_expand(mine, h_of_part(c, layer, in["lora_h"], p, rank),
+                                                 deltas, slot_of, c.dtype, base_dtype);
       for (std::int64_t t = 0; t < tokens; ++t) {
         const std::size_t to = std::size_t((rank * tokens + t) * base.cols + of_part.offset),
                           from = std::size_t(t * of_part.size);
@@ -105,7 +111,9 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
   stage.inputs.insert(stage.inputs.end(), {slots_of.ranks, slots_of.scales, h_spec(c, layer)});
   for (std::size_t p = 0; p < layer.parts.size(); ++p) {
     const std::int64_t rows = partial ? c.tp_size * tokens : tokens;
-    stage.inputs.push_back(base_tensor(c, layer.outputs[p], base_dtype, rows, layer.rows[p]));
+    const std::int64_t ranks = partial && v.law == "tp1" ? v.argument : 1;
+    stage.inputs.push_back(
+        base_tensor(c, layer.outputs[p], base_dtype, rows, layer.rows[p], ranks));
     stage.outputs.push_back({of_lora(layer.outputs[p]), base_dtype, rows, layer.rows[p]});
   }
   // The rows of the base, and of what they become.
@@ -145,18 +153,19 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
       columns.at[p] = width + (layer.cuts_columns ? of_rank.base.own[p].offset : 0);
       width += layer.own(tp_rank)[p].size;
     }
-    const bool bias = adds_bias(c, layer, rules, tp_rank);
+    const bool bias = adds_bias(c, layer, rules, tp_rank), in_place = c.options.at("in_place") == 1;
     with_types(c, [&]<typename T, typename H>(T, H) {
       const auto expand = [&]<typename Out>(Out) {
         LoraIntermediate<const H> h = intermediate<const H>(run.view<H>("lora_h"), c, layer);
         h.part_stride =
             rules.lora.slice_stride(h.part_stride, columns.parts * tokens * h.cols, columns.parts);
+        const View<Out> base = run.view<Out>(layer.buffer).columns(0, width),
+                        y = run.view<Out>(of_lora(layer.buffer)).columns(0, width);
+        if (in_place) store_sums<Out, Out>(base, y, run.stream);
         lora_expand<T, H, Out>(
             h, first_rows<const T>(run.view<T>("lora_b"), slots(c) * lora_b_rows(of_rank, rules)),
             bias ? View<const T>(run.view<T>("lora_bias")) : View<const T>{},
-            batch_of(run, c, layer, v, rules), columns,
-            run.view<Out>(layer.buffer).columns(0, width),
-            run.view<Out>(of_lora(layer.buffer)).columns(0, width), run.stream);
+            batch_of(run, c, layer, v, rules), columns, in_place ? y : base, y, run.stream);
       };
       if (base_dtype == c.dtype) {
         expand(T{});

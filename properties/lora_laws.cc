@@ -143,13 +143,17 @@ LawRun law_alone() {
 LawRun law_tp1() {
   LawRun law = tp::law_tp1();
   // Shrunk activations of ranks that round parts of them differ within their budget, and what comes
-  // of them with them.
-  law.twin = same_token;
+  // of them with them; ranks that have parts of their own have no twin.
+  law.twin = [](const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
+                std::int64_t col) -> std::optional<Place> {
+    if (is_partial(c) && t.name != "out") return std::nullopt;
+    return same_token(c, v, t, row, col);
+  };
   law.refuse = [](const Case& c) -> std::optional<std::string> {
-    const auto module = c.options.find("module");
-    if (module != c.options.end() && module->second >= 2 && c.options.at("joins") == 0)
-      return "ranks whose parts are rounded add up to something else than one rank has";
-    return std::nullopt;
+    const bool is_exact =
+        c.fill == Fill::exact && c.dtype == DType::f32 && c.options.at("rslora") == 0;
+    if (!is_partial(c) || is_exact) return std::nullopt;
+    return "law=tp1: ranks whose parts are rounded add up to something else than one rank has";
   };
   return law;
 }

@@ -21,7 +21,7 @@ void run_load(RankRun& run, const Case& c, const Layer& layer, const ShardingRul
     if (i == 0 && is_users(c)) return *user_adapter();
     const double alpha_times = v.law == "alpha" ? 2 : 1;
     return PeftAdapter(
-        parse_peft_config(config_text(c, layer, of_case[i], alpha_times), "adapter_config.json"),
+        parse_peft_config(config_text(layer, of_case[i], alpha_times), "adapter_config.json"),
         run.checkpoint(i));
   };
   LoraSlots<T> all(of_rank, rules, run.view<T>("lora_a"),
@@ -94,7 +94,7 @@ std::vector<Budget> load_reference(const Case& c, const Layer& layer, const Vari
               scaled(stored("lora_B.weight").row(first + row)[r]);
         }
       }
-      for (std::int64_t row = 0; has_bias(c) && row < layer.rows[p]; ++row) {
+      for (std::int64_t row = 0; adapter.has_bias && row < layer.rows[p]; ++row) {
         bias[p].r[std::size_t(slot * layer.rows[p] + row)] =
             scaled(stored("lora_B.bias").row(0)[first + row]);
       }

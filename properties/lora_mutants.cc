@@ -191,7 +191,12 @@ bool leaves_former(const Case& c, const Layer& layer) {
 
 // Whether other ranks than the right ones add a bias of the delta to their part of a sum.
 bool biases_differ(const Case& c, const Layer& layer, const ShardingRules& rules) {
-  if (!has_bias(c) || joins(c, layer) != DeltaJoins::partial || shares_out_rank(c)) return false;
+  const std::vector<Adapter> all = adapters(c, layer);
+  const std::vector<std::int32_t> slot_of = slot_of_token(c, 0);
+  const bool is_added = std::any_of(slot_of.begin(), slot_of.end(), [&](std::int32_t slot) {
+    return slot >= 0 && all[std::size_t(slot)].has_bias;
+  });
+  if (!is_added || joins(c, layer) != DeltaJoins::partial || shares_out_rank(c)) return false;
   for (int rank = 0; rank < c.tp_size; ++rank) {
     if (rules.linear.row_adds_bias(rank) != sharding_rules().linear.row_adds_bias(rank))
       return true;

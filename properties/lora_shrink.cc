@@ -16,7 +16,7 @@ namespace {
 std::vector<Budget> shrink_reference(const Case& c, const Layer& layer, const Variation& v,
                                      const WholeInputs& in) {
   const std::int64_t room = max_rank(c, layer), in_features = layer.in_features;
-  const std::vector<std::int32_t> slot_of = tokens_of(c, v, sharding_rules());
+  const std::vector<std::int32_t> slot_of = tokens_of(c, v);
   const Places at = places(c, layer);
   const TensorSpec spec = h_spec(c, layer);
   const bool own = has_own_part(c, layer);
@@ -74,7 +74,7 @@ Stage shrink_stage(const Case& c, const Layer& layer, const TensorSpec& x,
     all.push_back(h_buffer(c, layer, Use::output, tp_rank));
     const std::int64_t elements = parts * tokens * max_rank(c, layer);
     all.push_back({"lora_mine", Use::workspace, intermediate_dtype(c), 1, elements});
-    all.push_back({"lora_gathered", Use::workspace, intermediate_dtype(c), c.tp_size, elements});
+    all.push_back({"lora_gathered", Use::workspace, intermediate_dtype(c), 1, elements});
     return all;
   };
   stage.run = [=](RankRun& run) {

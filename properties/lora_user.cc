@@ -171,7 +171,7 @@ const UserLayer& user_layer(const Case& c) {
 
 Adapter user_modules(const Layer& layer) {
   const PeftAdapter& adapter = *user_adapter();
-  Adapter all{.use_rslora = adapter.config().use_rslora};
+  Adapter all{.use_rslora = adapter.config().use_rslora, .has_bias = adapter.config().lora_bias};
   const PeftModule* fused =
       layer.fused.empty() ? nullptr : adapter.find(layer.prefix + layer.fused);
   all.is_fused = fused != nullptr;

@@ -626,7 +626,7 @@ Operator make_merged_linear() {
       .name = "merged_linear",
       .what = "fused gate and up projection, column-parallel, and silu(gate) * up",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank()),
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(law_one_rank())),
                lora::with_adapters(stored_linear::law_tokens()), law_tile(),
                stored_linear::law_files(), lora::law_zero_b(lora::has_adapters)},
       .mutants = all_mutants(),

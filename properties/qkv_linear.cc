@@ -442,7 +442,7 @@ Operator make_qkv_linear() {
       .name = "qkv_linear",
       .what = "fused q, k, v projection, column-parallel, cut by head",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(tp1),
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(tp1)),
                lora::with_adapters(stored_linear::law_tokens()), stored_linear::law_files(),
                lora::law_merged(), lora::law_zero_b(lora::has_adapters)},
       .mutants = all_mutants(),

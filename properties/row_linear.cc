@@ -720,7 +720,7 @@ Operator make_row_linear() {
       .name = "row_linear",
       .what = "row-parallel linear layer, and the sum over the ranks that it needs",
       .keys = keys(),
-      .laws = {stored_linear::without_local_scales(law_one_rank(), "", "out"),
+      .laws = {lora::with_adapters(stored_linear::without_local_scales(law_one_rank(), "", "out")),
                lora::with_adapters(stored_linear::law_tokens()), law_other_reduce(),
                stored_linear::law_files(), lora::law_zero_b(lora::has_adapters)},
       .mutants = all_mutants(),

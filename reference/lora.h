@@ -70,6 +70,7 @@ struct LoraDelta {
   const Matrix* b = nullptr;
   const Matrix* bias = nullptr;
   float scale = 1;
+  Accumulation accumulation = {};  // over b's columns
 };
 
 // y[t] = base[t] + scale (B_(adapter of t) h[t] + bias): h is rounded to type `operand` before the
@@ -84,8 +85,7 @@ struct LoraDelta {
 //  - + base: plus(), one rounding to fp32, or to `out` where that is fp32.
 // What is not finite in h or in base is so in y, in any order.
 inline Budget lora_expand(const Matrix& base, const Matrix& h, const std::vector<LoraDelta>& deltas,
-                          const AdapterOfToken& adapters, DType operand,
-                          const Accumulation& accumulation, DType out) {
+                          const AdapterOfToken& adapters, DType operand, DType out) {
   Budget y(base.rows, base.cols);
   y.r = base.values;
   for (std::size_t which = 0; which < deltas.size(); ++which) {
@@ -94,8 +94,9 @@ inline Budget lora_expand(const Matrix& base, const Matrix& h, const std::vector
     const std::vector<std::int64_t> tokens = tokens_of(adapters, which);
     Matrix operands = taken_rows(h, tokens);
     for (double& v : operands.values) v = round_to(operand, v);
-    const Budget sums = product(operands, *delta.b, {0, delta.b->cols}, delta.bias, accumulation,
-                                /*bias_is_last=*/false);
+    const Budget sums =
+        product(operands, *delta.b, {0, delta.b->cols}, delta.bias, delta.accumulation,
+                /*bias_is_last=*/false);
     for (std::size_t i = 0; i < tokens.size(); ++i) {
       for (std::int64_t j = 0; j < sums.cols; ++j) {
         const std::size_t from = i * std::size_t(sums.cols) + std::size_t(j),

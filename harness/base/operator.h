@@ -82,8 +82,8 @@ struct Operator {
   // The same on the modules of user_adapter(), for the shape of user_adapter_base(). Empty: the
   // operator runs no adapter, and is not drawn where there is one.
   std::function<CheckpointCases(int tp_size)> adapter_cases = {};
-  // Whether the checkpoint's tensors are what they should be, in all layers, whatever it is that is drawn.
-  // Throws BadInput naming file, tensor and numbers.
+  // Whether the checkpoint's tensors are what they should be, in all layers, whatever it is that is
+  // drawn. Throws BadInput naming file, tensor and numbers.
   std::function<void()> check_checkpoint = {};
   // Runs a legal case on all processes of the world and returns the same verdict on each of them.
   std::function<Verdict(World&, const Case&, const RunOptions&)> run;
