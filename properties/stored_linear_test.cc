@@ -454,7 +454,12 @@ const Loaded kLoaded[] = {
 
 class LoadedLaws : public testing::TestWithParam<Loaded> {
  protected:
-  static const std::vector<Law>& laws() { return find_operator(GetParam().name).laws; }
+  // But for the one that is about weights which were not loaded.
+  static std::vector<Law> laws() {
+    std::vector<Law> all = find_operator(GetParam().name).laws;
+    std::erase_if(all, [](const Law& law) { return law.name == "merged"; });
+    return all;
+  }
   static std::vector<std::string> formats() {
     std::vector<std::string> all(std::begin(kFormats), std::end(kFormats));
     // Of layers that do not cut the columns of x.
