@@ -645,6 +645,16 @@ INSTANTIATE_TEST_SUITE_P(Zoo, LoraOnLinears, testing::ValuesIn(kOnLinears), [](c
   return test_name(std::to_string(info.index) + "_" + info.param.id);
 });
 
+// One rank has other scales of its columns, other sums within their budget, and adapters add to
+// those exactly.
+TEST(LoraOnQuantisedLinears, OneRankAddsTheDeltaToAnotherSum) {
+  const Verdict v =
+      run("v1 row_linear hidden_size=1 in_per_rank=1 tp_size=2 num_tokens=1 dtype=f32 seed=330491 "
+          "weights=split quant=fp8_tensor activations=tensor lora=2 lora_rank=1 lora_joins=whole "
+          "law=tp1");
+  EXPECT_EQ(name_of(v.outcome), "Pass") << to_line(v);
+}
+
 // ---- Refusals.
 
 std::string refusal(const std::string& line) {
