@@ -83,12 +83,13 @@ std::optional<std::string> refuse_option(const Case& c, const Case& lora_case) {
 }
 
 LawRun with_adapters(LawRun law) {
-  law.twin = [twin = law.twin, is_tp1 = law.law.name == "tp1"](
-                 const Case& c, const Variation& v, const TensorSpec& t, std::int64_t row,
-                 std::int64_t col) -> std::optional<Place> {
+  law.twin = [twin = law.twin](const Case& c, const Variation& v, const TensorSpec& t,
+                               std::int64_t row, std::int64_t col) -> std::optional<Place> {
     if (t.name.starts_with("partial")) return std::nullopt;
-    // Ranks may add it up to other bits than one rank does: what is made of it is other, too.
-    if (t.name == "lora_h") return is_tp1 ? std::optional(Place{row, col}) : std::nullopt;
+    if (t.name == "lora_h") {  // matrix by matrix, token by token
+      const std::int64_t token = row % c.num_tokens;
+      return Place{row - token + (token + v.rotate_rows) % c.num_tokens, col};
+    }
     if (!twin) return Place{row, col};
     // An output has a twin where what it was made of has one.
     constexpr std::string_view kEnd = "_lora";

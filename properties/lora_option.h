@@ -27,8 +27,8 @@ double work(const Case& lora_case);
 // Why a linear layer cannot have the adapters that it is to have, in one sentence.
 std::optional<std::string> refuse_option(const Case& c, const Case& lora_case);
 
-// Leaves out of a law what is nobody's twin: parts of sums, and, but for the law tp1, shrunk
-// activations.
+// Makes a law one about adapters, too: shrunk activations are compared token by token, sums with a
+// delta where the base is; parts of sums have no twins.
 LawRun with_adapters(LawRun law);
 
 // A weight with its only adapter merged into it: w + scale B A. `part`: which of the layer's.

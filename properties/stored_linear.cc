@@ -259,8 +259,7 @@ LawRun without_local_scales(LawRun law, const std::string& prefix, const std::st
                                                const TensorSpec& t, std::int64_t row,
                                                std::int64_t col) -> std::optional<Place> {
     if (t.name == prefix + "x_scale" || t.name == prefix + "groups") return std::nullopt;
-    const bool is_of_scales = t.name == prefix + "x_codes" || t.name == output ||
-                              t.name == output + "_lora";  // what adapters add to it
+    const bool is_of_scales = t.name == prefix + "x_codes" || t.name == output;
     if (!output.empty() && is_of_scales && makes_scales(c)) return std::nullopt;
     if (twin) return twin(c, v, t, row, col);
     return Place{row, col};
