@@ -182,9 +182,9 @@ bool leaves_former(const Case& c, const Layer& layer) {
   const bool reload = adapters(c, layer).size() > all.size();
   // Of those that held others, every second one was unloaded, which leaves zeros.
   for (std::size_t slot = 0; slot < all.size(); slot += reload ? 2 : 1) {
-    if (std::any_of(all[slot].modules.begin(), all[slot].modules.end(),
-                    [&](const Module& m) { return m.rank < max_rank(c, layer); }))
-      return true;
+    const bool has_room = std::any_of(all[slot].modules.begin(), all[slot].modules.end(),
+                                      [&](const Module& m) { return m.rank < max_rank(c, layer); });
+    if (has_room || has_bias(c) != all[slot].has_bias) return true;
   }
   return false;
 }

@@ -511,15 +511,15 @@ const LawSeenToFail kLaws[] = {
      "max_rank=2 adapters=2 segments=mixed",
      "stage lora_shrink, tp_rank 0, lora_h[",
      [](ShardingRules& r) { r.lora.slot_of_token = of_first_plan; }},
-    // alpha is 4 or more.
+    // alpha is -16 (exact) or -24.
     {"alpha",
-     "lora seed=1 hidden_size=8 num_heads=1 num_kv_heads=1 head_dim=4 tp_size=1 num_tokens=1 "
+     "lora seed=2 hidden_size=8 num_heads=1 num_kv_heads=1 head_dim=4 tp_size=1 num_tokens=1 "
      "module=qkv "
      "max_rank=4",
      "stage lora_load, tp_rank 0, lora_scales[0, 0]",
      [](ShardingRules& r) {
        r.lora.scale = [](double alpha, std::int64_t rank, std::int64_t room, bool use_rslora) {
-         return sharding_rules().lora.scale(std::min(alpha, 16.0), rank, room, use_rslora);
+         return sharding_rules().lora.scale(std::clamp(alpha, -24.0, 24.0), rank, room, use_rslora);
        };
      }},
     {"slots",
@@ -691,7 +691,7 @@ TEST(LoraRefusals, SayWhyInOneSentence) {
             "reduce and reduce_dtype are about ranks' parts, which only a row-parallel layer with "
             "joins=partial leaves");
   EXPECT_EQ(refusal(lora + "o_proj law=tp1"),
-            "ranks whose parts are rounded add up to something else than one rank has");
+            "law=tp1: ranks whose parts are rounded add up to something else than one rank has");
   EXPECT_EQ(refusal(lora + "o_proj joins=whole law=tp1"), "accepted");
   EXPECT_EQ(refusal("lora hidden_size=6 num_heads=4 num_kv_heads=3 head_dim=2 tp_size=2 max_rank=2 "
                     "module=qkv"),
