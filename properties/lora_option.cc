@@ -91,10 +91,11 @@ LawRun with_adapters(LawRun law) {
       return Place{row - token + (token + v.rotate_rows) % c.num_tokens, col};
     }
     if (!twin) return Place{row, col};
-    // An output has a twin where what it was made of has one.
     constexpr std::string_view kEnd = "_lora";
+    if (!t.name.ends_with(kEnd)) return twin(c, v, t, row, col);
+    // An output has a twin where what it was made of has one.
     TensorSpec base = t;
-    if (t.name.ends_with(kEnd)) base.name.resize(t.name.size() - kEnd.size());
+    base.name.resize(t.name.size() - kEnd.size());
     return twin(c, v, base, row, col);
   };
   return law;
