@@ -31,6 +31,31 @@ inline Key bias_key() {
           .words = {"none", "yes"}};
 }
 
+// A width that is given for one rank, so that any tp_size cuts it.
+inline Key per_rank_key(std::string name, std::string help, std::int64_t draw_max,
+                        std::int64_t grain) {
+  return {.name = std::move(name),
+          .help = std::move(help),
+          .min = 1,
+          .max = 1 << 16,
+          .fallback = 8,
+          .always = true,
+          .draw_max = draw_max,
+          .grain = grain,
+          .of_model = true,
+          .is_size = true};
+}
+
+inline Key output_gate_key() {
+  return {.name = "output_gate",
+          .help = "1: q_proj has a gate for each head, behind its query",
+          .min = 0,
+          .max = 1,
+          .words = {"0", "1"},
+          .weights = {75, 25},
+          .of_model = true};
+}
+
 inline bool has_bias(const Case& c) { return c.options.at("bias") == 1; }
 
 inline DataRegime regime(const Case& c, const Variation& v) {

@@ -563,25 +563,18 @@ std::vector<Key> keys() {
            .max = std::ssize(kTileWords) - 1,
            .words = {std::begin(kTileWords), std::end(kTileWords)},
            .weights = {35, 35, 20, 10}};
-  std::vector<Key> all = {linear::width_key("hidden_size"),
-                          {.name = "intermediate_per_rank",
-                           .help = "columns of gate, and of up, that each rank has",
-                           .min = 1,
-                           .max = 1 << 16,
-                           .fallback = 8,
-                           .always = true,
-                           .draw_max = 1024,
-                           .grain = 64,
-                           .of_model = true,
-                           .is_size = true},
-                          shared_key("tp_size"),
-                          linear::tokens_key(),
-                          shared_key("dtype"),
-                          shared_key("fill"),
-                          shared_key("seed"),
-                          linear::bias_key(),
-                          tile,
-                          pad_key("x, of the fused row and of out")};
+  std::vector<Key> all = {
+      linear::width_key("hidden_size"),
+      linear::per_rank_key("intermediate_per_rank",
+                           "columns of gate, and of up, that each rank has", 1024, 64),
+      shared_key("tp_size"),
+      linear::tokens_key(),
+      shared_key("dtype"),
+      shared_key("fill"),
+      shared_key("seed"),
+      linear::bias_key(),
+      tile,
+      pad_key("x, of the fused row and of out")};
   for (auto& more : {stored_linear::keys(true), lora::option_keys(adapters_fit)})
     all.insert(all.end(), more.begin(), more.end());
   stored_linear::mark_keys_of_checkpoint(all);

@@ -410,13 +410,7 @@ std::vector<Key> keys() {
                           shared_key("fill"),
                           shared_key("seed"),
                           linear::bias_key(),
-                          {.name = "output_gate",
-                           .help = "1: q_proj has a gate for each head, behind its query",
-                           .min = 0,
-                           .max = 1,
-                           .words = {"0", "1"},
-                           .weights = {75, 25},
-                           .of_model = true},
+                          linear::output_gate_key(),
                           pad_key("x and of the fused row")};
   for (auto& more : {stored_linear::keys(true), lora::option_keys(lora::fits_gather)})
     all.insert(all.end(), more.begin(), more.end());

@@ -583,16 +583,8 @@ std::vector<Mutant> all_mutants() {
 std::vector<Key> keys() {
   std::vector<Key> all = {
       linear::width_key("hidden_size"),
-      {.name = "in_per_rank",
-       .help = "columns of the input, and of the weight, that each rank has",
-       .min = 1,
-       .max = 1 << 16,
-       .fallback = 8,
-       .always = true,
-       .draw_max = 1024,
-       .grain = 8,
-       .of_model = true,
-       .is_size = true},
+      linear::per_rank_key("in_per_rank",
+                           "columns of the input, and of the weight, that each rank has", 1024, 8),
       shared_key("tp_size"),
       linear::tokens_key(),
       shared_key("dtype"),
