@@ -6,6 +6,12 @@
 
 namespace tp::lora {
 
+namespace {
+
+constexpr std::int64_t kTileIntegers = sizeof(LoraTile) / sizeof(std::int32_t);
+
+}  // namespace
+
 std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v) {
   std::vector<std::int32_t> of = slot_of_token(c, v.rotate_rows);
   for (std::int32_t& slot : of) {
@@ -16,32 +22,23 @@ std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v) {
   return of;
 }
 
-namespace {
-
-LoraPlan plan_of(const Case& c, const Variation& v, const ShardingRules& rules) {
-  const auto n = std::int32_t(slots(c));
-  std::vector<std::int32_t> of = tokens_of(c, v);
-  for (std::int32_t& slot : of) {
-    if (slot >= 0) slot = rules.lora.slot_of_token(slot, n);
-  }
-  return lora_plan(of, n);
-}
-
-}  // namespace
-
 std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
                                        const ShardingRules& rules) {
-  const LoraPlan plan = plan_of(c, v, rules);
-  std::vector<std::int32_t> tiles(plan.tiles.size() * sizeof(LoraTile) / sizeof(std::int32_t));
+  const auto n = std::int32_t(slots(c));
+  std::vector<std::int32_t> slot_of = tokens_of(c, v);
+  for (std::int32_t& slot : slot_of) {
+    if (slot >= 0) slot = rules.lora.slot_of_token(slot, n);
+  }
+  const LoraPlan plan = lora_plan(slot_of, n);
+  std::vector<std::int32_t> tiles(plan.tiles.size() * std::size_t(kTileIntegers));
   std::memcpy(tiles.data(), plan.tiles.data(), plan.tiles.size() * sizeof(LoraTile));
   return {local_values("lora_order", plan.order), local_values("lora_tiles", tiles)};
 }
 
-LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer, const Variation& v,
-                   const ShardingRules& rules) {
+LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer) {
   return {.order = run.integers("lora_order"),
           .tiles = reinterpret_cast<const LoraTile*>(run.integers("lora_tiles")),
-          .num_tiles = std::int32_t(plan_of(c, v, rules).tiles.size()),
+          .num_tiles = std::int32_t(run.view<float>("lora_tiles").cols / kTileIntegers),
           .ranks = run.view<std::int32_t>("lora_ranks").data,
           .scales = run.view<float>("lora_scales").data,
           .slots = std::int32_t(slots(c)),

@@ -15,8 +15,8 @@ std::vector<std::int32_t> tokens_of(const Case& c, const Variation& v);
 // The order of the tokens, and their tiles.
 std::vector<LocalBuffer> batch_buffers(const Case& c, const Variation& v,
                                        const ShardingRules& rules);
-LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer, const Variation& v,
-                   const ShardingRules& rules);
+// These, as they are in the rank's memory.
+LoraBatch batch_of(RankRun& run, const Case& c, const Layer& layer);
 
 // Where part p, token t, LoRA rank j of a rank's shrunk activations are in the buffer.
 struct Places {

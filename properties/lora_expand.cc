@@ -165,7 +165,7 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
         lora_expand<T, H, Out>(
             h, first_rows<const T>(run.view<T>("lora_b"), slots(c) * lora_b_rows(of_rank, rules)),
             bias ? View<const T>(run.view<T>("lora_bias")) : View<const T>{},
-            batch_of(run, c, layer, v, rules), columns, in_place ? y : base, y, run.stream);
+            batch_of(run, c, layer), columns, in_place ? y : base, y, run.stream);
       };
       if (base_dtype == c.dtype) {
         expand(T{});

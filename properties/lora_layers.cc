@@ -16,6 +16,7 @@ std::int64_t intermediate(const Case& c) {
 }
 bool has_heads(const Case& c) { return base_of(c) == Base::qkv || base_of(c) == Base::o_proj; }
 bool is_partial(const Case& c) { return base_of(c) >= Base::o_proj && c.options.at("joins") == 0; }
+
 namespace {
 
 Layer drawn_layer_of(const Case& c) {

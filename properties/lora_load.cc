@@ -73,9 +73,10 @@ std::vector<Budget> load_reference(const Case& c, const Layer& layer, const Vari
       ranks.r[at] = double(module.rank);
       if (!merges_scale(c)) scales.r[at] = scale;
       const std::string& name = adapter.is_fused ? layer.fused : layer.parts[p];
-      const auto stored = [&](const char* what) -> const Matrix& {
+      const auto stored = [&](std::string_view what) -> const Matrix& {
         return in[stored_name(std::size_t(i), name, what)];
       };
+      const Matrix &stored_a = stored(kA), &stored_b = stored(kB);
       const auto rounded = [&](double value) { return round_to(c.dtype, value); };
       const auto scaled = [&](double value) {
         // A product of floats rounds once, to float, before it does to the type.
@@ -87,16 +88,18 @@ std::vector<Budget> load_reference(const Case& c, const Layer& layer, const Vari
       for (std::int64_t r = 0; r < module.rank; ++r) {
         for (std::int64_t k = 0; k < layer.in_features; ++k) {
           a[p].r[std::size_t((slot * room + r) * layer.in_features + k)] =
-              rounded(stored("lora_A.weight").row(r)[k]);
+              rounded(stored_a.row(r)[k]);
         }
         for (std::int64_t row = 0; row < layer.rows[p]; ++row) {
           b[p].r[std::size_t((slot * layer.rows[p] + row) * room + r)] =
-              scaled(stored("lora_B.weight").row(first + row)[r]);
+              scaled(stored_b.row(first + row)[r]);
         }
       }
-      for (std::int64_t row = 0; adapter.has_bias && row < layer.rows[p]; ++row) {
+      if (!adapter.has_bias) continue;
+      const Matrix& stored_bias = stored(kBias);
+      for (std::int64_t row = 0; row < layer.rows[p]; ++row) {
         bias[p].r[std::size_t(slot * layer.rows[p] + row)] =
-            scaled(stored("lora_B.bias").row(0)[first + row]);
+            scaled(stored_bias.row(0)[first + row]);
       }
     }
   }

@@ -5,6 +5,8 @@
 #include <numeric>
 #include <utility>
 
+#include "properties/lora_batch.h"
+
 namespace tp::lora {
 
 namespace {
@@ -179,7 +181,7 @@ bool scales_differ(const Case& c, const Layer& layer, const LoraRules& rules) {
 // before it, or, where there was none, what memory held.
 bool leaves_former(const Case& c, const Layer& layer) {
   const std::vector<Adapter> all = own_adapters(c, layer);
-  const bool reload = adapters(c, layer).size() > all.size();
+  const bool reload = c.options.at("reload") == 1;
   // Of those that held others, every second one was unloaded, which leaves zeros.
   for (std::size_t slot = 0; slot < all.size(); slot += reload ? 2 : 1) {
     const bool has_room = std::any_of(all[slot].modules.begin(), all[slot].modules.end(),
@@ -221,9 +223,7 @@ bool differs(const Case& c, const Layer& layer, const ShardingRules& rules) {
     return true;
   const std::int64_t parts = std::int64_t(layer.parts.size()), tokens = c.num_tokens,
                      room = max_rank(c, layer);
-  const std::int64_t stride = layout(c) == Layout::parts    ? tokens * room
-                              : layout(c) == Layout::tokens ? room
-                                                            : tokens;
+  const std::int64_t stride = places(c, layer).part;
   // It leads to the second matrix and on from there.
   return any_token_uses(c, layer, 1) &&
          mine.slice_stride(stride, parts * tokens * room, int(parts)) != stride;

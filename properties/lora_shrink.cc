@@ -80,9 +80,9 @@ Stage shrink_stage(const Case& c, const Layer& layer, const TensorSpec& x,
   stage.run = [=](RankRun& run) {
     with_types(c, [&]<typename T, typename H>(T, H) {
       lora_shrink_over_ranks<T, H>(
-          run.view<T>("x").columns(0, width), run.view<T>("lora_a"),
-          batch_of(run, c, layer, v, rules), lora_layer(c, layer, run.group.tp_rank()),
-          joins(c, layer), {run.view<H>("lora_mine").data, run.view<H>("lora_gathered").data},
+          run.view<T>("x").columns(0, width), run.view<T>("lora_a"), batch_of(run, c, layer),
+          lora_layer(c, layer, run.group.tp_rank()), joins(c, layer),
+          {run.view<H>("lora_mine").data, run.view<H>("lora_gathered").data},
           intermediate(run.view<H>("lora_h"), c, layer), rules, run.group, run.stream);
     });
   };

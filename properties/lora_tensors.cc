@@ -86,7 +86,7 @@ std::vector<StoredSpec> stored_tensors(const Case& c, const Layer& layer, const 
       };
       add(kA, {rank, layer.in_features});
       add(kB, {m.rows, rank});
-      if (of_case[i].has_bias) add("lora_B.bias", {m.rows});
+      if (of_case[i].has_bias) add(kBias, {m.rows});
     }
   }
   return all;
