@@ -284,7 +284,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   }
   if (s.splits == 1) return;
   constexpr int kMergeWarps = 4;
-  launch("attention.merge", merge_kernel<T>,
+  launch("attention.merge", merge_kernel<T, 1>,
          dim3(unsigned((t.q.rows * counts.heads + kMergeWarps - 1) / kMergeWarps)),
          dim3(32 * kMergeWarps), 0, stream, a);
 }

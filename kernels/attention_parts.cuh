@@ -20,6 +20,7 @@ struct AttentionLaunch {
   View<T> out;
   View<float> lse;
   float* parts;  // of all splits: out [split][token][head][v_dim], then lse [split][token][head]
+  unsigned* arrivals;
 
   const std::int32_t* query_start;
   const std::int32_t* kv_len;
@@ -35,6 +36,7 @@ struct AttentionLaunch {
   int splits, tiles_of_split;
   bool causal;
   bool vectors;  // rows of q, k and v are whole 16-byte vectors
+  bool pairs;    // two neighbours of the output, or of a part, can be stored as one
   int causal_ahead, behind_context, length_unit;
   std::int32_t window_left, window_right;  // keys in front of and behind the own; -1: no window
 
@@ -53,13 +55,17 @@ struct AttentionBlock {
   int first_row;  // of the pack
 
   __device__ explicit AttentionBlock(const AttentionLaunch<T>& launch) : a(launch) {
-    sequence = int(blockIdx.z);
-    kv_head = int(blockIdx.y) / a.splits;
-    split = int(blockIdx.y) % a.splits;
+    sequence = int(blockIdx.y);
+    // The last rows see the most keys: the blocks that have them begin first, of all heads.
+    const unsigned columns = unsigned(a.heads / a.group * a.splits),
+                   row_block = gridDim.x / columns - 1 - blockIdx.x / columns,
+                   column = blockIdx.x % columns;
+    kv_head = int(column) / a.splits;
+    split = int(column) % a.splits;
     first_query = a.query_start[sequence];
     queries = a.query_start[sequence + 1] - first_query;
     keys = a.kv_len[sequence];
-    first_row = int(blockIdx.x) * a.rows_of_block;
+    first_row = int(row_block) * a.rows_of_block;
   }
   __device__ int rows() const { return queries * a.group; }
   __device__ bool has_row(int row) const { return row < rows(); }
@@ -110,12 +116,20 @@ struct AttentionBlock {
            (a.first_kv_head + kv_head) * std::int64_t(a.v_head_stride);
   }
   __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
+    return offset_in(page(position), position, row_stride);
+  }
+  // The same in two steps: the entry of the page table (or the first key's row), and the rest.
+  __device__ std::int32_t page(int position) const {
     const std::int32_t* row = a.table + sequence * a.table_stride;
-    if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
+    if (a.page_size == 0) return row[0];
     const int last = (keys - 1) / a.page_size - a.stale_pages;
-    const int page = min(position / a.page_size, last < 0 ? 0 : last);
+    return row[min(position / a.page_size, last < 0 ? 0 : last)];
+  }
+  __device__ std::int64_t offset_in(std::int32_t page, int position,
+                                    std::int64_t row_stride) const {
+    if (a.page_size == 0) return (page + std::int64_t(position)) * row_stride;
     const int unused = 64 - a.offset_bits;
-    const std::uint64_t begin = std::uint64_t(row[page] * (a.page_size * row_stride));
+    const std::uint64_t begin = std::uint64_t(page * (a.page_size * row_stride));
     return std::int64_t(begin << unused >> unused) + position % a.page_size * row_stride;
   }
 };
@@ -206,34 +220,57 @@ struct RowResult {
       out[d] = from_float<T>(value * scale);
     }
   }
+  // Of columns d, which is even, and d + 1.
+  __device__ void store_pair(int d, float left, float right) const {
+    left *= scale, right *= scale;
+    if (part != nullptr) {
+      store_vector<float, 2>(part + d, {left, right});
+    } else {
+      store_vector<T, 2>(out + d, {from_float<T>(left), from_float<T>(right)});
+    }
+  }
   __device__ void store_lse() const { *lse_at = lse; }
 };
 
-// One warp for each token and head: merges the states of the splits, and the sink.
-template <typename T>
-__global__ void merge_kernel(AttentionLaunch<T> a) {
-  const std::int64_t warp = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (warp >= a.q.rows * a.heads) return;
-  const std::int64_t token = warp / a.heads;
-  const int head = int(warp % a.heads), lane = int(threadIdx.x % 32);
+// Merges the states of the splits, and the sink, for one token and head. `lane` of 32 takes every
+// 32nd kWidth columns.
+template <int kWidth, typename T>
+__device__ void merge_row(const AttentionLaunch<T>& a, std::int64_t token, int head, int lane) {
+  const std::int64_t stride = a.q.rows * a.heads, at = part_of(a, 0, token, head);
+  const float* lse = part_lse(a) + at;  // of split s at s * stride
   float m = a.sinks == nullptr ? -INFINITY : a.sinks[head];
-  for (int s = 0; s < a.splits; ++s) m = larger(m, part_lse(a)[part_of(a, s, token, head)]);
+#pragma unroll 8
+  for (int s = 0; s < a.splits; ++s) m = larger(m, lse[s * stride]);
   // All parts may be empty: exp(-infinity - -infinity) would be NaN (vllm#28181).
   const float base = exponent_base(m, a.empty_maximum);
   float sum = a.sinks == nullptr ? 0.0f : weight(a.sinks[head], base);
-  for (int s = 0; s < a.splits; ++s) sum += weight(part_lse(a)[part_of(a, s, token, head)], base);
+#pragma unroll 8
+  for (int s = 0; s < a.splits; ++s) sum += weight(lse[s * stride], base);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
   T* out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
-  for (int d = lane; d < a.v_dim; d += 32) {
-    float total = 0.0f;
+  for (int d = kWidth * lane; d < a.v_dim; d += kWidth * 32) {
+    Vec<float, kWidth> total = {};
+    const float* part = a.parts + at * a.v_dim + d;
+#pragma unroll 8
     for (int s = 0; s < a.splits; ++s) {
-      const std::int64_t part = part_of(a, s, token, head);
-      total = fmaf(weight(part_lse(a)[part], base), a.parts[part * a.v_dim + d], total);
+      const float w = weight(lse[s * stride], base);
+      const auto x = load_vector<float, kWidth>(part + s * stride * a.v_dim);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) total[i] = fmaf(w, x[i], total[i]);
     }
-    out[d] = from_float<T>(total * inverse);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) out[d + i] = from_float<T>(total[i] * inverse);
   }
   if (lane == 0)
     a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
+}
+
+// One warp for each token and head.
+template <typename T, int kWidth>
+__global__ void merge_kernel(AttentionLaunch<T> a) {
+  const std::int64_t warp = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+  if (warp < a.q.rows * a.heads)
+    merge_row<kWidth>(a, warp / a.heads, int(warp % a.heads), int(threadIdx.x % 32));
 }
 
 }  // namespace tp
