@@ -116,7 +116,7 @@ void bench_attention(benchmark::State& state, DType dtype, ModelShape model, int
     const reference::Attention expected =
         reference::attention(one, keys, values, nullptr, nullptr, model, {sequence},
                              {.scale = settings.scale, .mask = settings.mask()},
-                             attention_profile(dtype, model, kv_len, settings));
+                             attention_profile(dtype, model, 1, batch, settings));
     const auto mismatch = compare(dtype, row.data(), expected.out).first;
     return mismatch ? fmt::format("out[last, {}] is {}, not {} .. {}", mismatch->col, mismatch->got,
                                   mismatch->lo, mismatch->hi)

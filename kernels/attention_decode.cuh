@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   T* const q_tile = dynamic_shared<T>();
   T* const all_stages = q_tile + kDecodeRows * kStride;
   T* const stages = all_stages + warp * kStages * kStage;
-  auto* const offsets = reinterpret_cast<KeyOffsets*>(all_stages + Shape::kWarps * kStages * kStage) +
-                        warp * kStages * kTile;  // [kStages][kTile]
+  auto* const offsets =
+      reinterpret_cast<KeyOffsets*>(all_stages + Shape::kWarps * kStages * kStage) +
+      warp * kStages * kTile;  // [kStages][kTile]
 
   const int bring_row = lane / kLanes, bring_col = lane % kLanes * kVector;
   const T* const k_head =
@@ -56,9 +57,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const int first_seen = block.first_key(), end_seen = block.end_key();
   const int first = block.first_tile(), end = block.end_tile();
   const auto first_key_of = [&](int tile) { return tile * Shape::kKeys + warp * kTile; };
-  const auto is_seen = [&](int position) {
-    return first_seen <= position && position < end_seen;
-  };
+  const auto is_seen = [&](int position) { return first_seen <= position && position < end_seen; };
   // A key's page is asked for one tile before where the key lies is computed.
   const auto page_of = [&](int tile) {
     const int position = first_key_of(tile) + lane % kTile;
@@ -79,8 +78,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
       const KeyOffsets at = from[i];
       copy_async_or_zero<16>(to + i * kStride, k_head + (at.k < 0 ? 0 : at.k), at.k >= 0);
-      copy_async_or_zero<16>(to + (kTile + i) * kStride, v_head + (at.v < 0 ? 0 : at.v),
-                             at.v >= 0);
+      copy_async_or_zero<16>(to + (kTile + i) * kStride, v_head + (at.v < 0 ? 0 : at.v), at.v >= 0);
     }
   };
 
@@ -135,7 +133,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int d = 0; d < kDim / 32; ++d) {
       FragmentB2<T> k[kTile / 8];
 #pragma unroll
-      for (int n = 0; n < kTile / 8; ++n) k[n] = load_b2(k_tile + 8 * n * kStride + 32 * d, kStride);
+      for (int n = 0; n < kTile / 8; ++n)
+        k[n] = load_b2(k_tile + 8 * n * kStride + 32 * d, kStride);
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) mma(s[n], q[2 * d], k[n].x[0]);
 #pragma unroll
@@ -149,7 +148,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         for (int n = 0; n < kTile / 8; ++n) {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            if (!row.sees(first_key + 8 * n + 2 * (lane % 4) + j)) s[n].x[2 * i + j] = a.hidden_logit;
+            if (!row.sees(first_key + 8 * n + 2 * (lane % 4) + j))
+              s[n].x[2 * i + j] = a.hidden_logit;
           }
         }
       }
@@ -214,37 +214,38 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   constexpr int kOfRow = Shape::kThreads / kDecodeRows;
   const int row = int(threadIdx.x) / kOfRow;
   if (block.has_row(block.first_row + row)) {
-  float maximum = parts[0].state[row].maximum;
+    float maximum = parts[0].state[row].maximum;
 #pragma unroll
-  for (int w = 1; w < Shape::kWarps; ++w)
-    maximum = fmaxf(maximum, parts[w].state[row].maximum);
-  const float base = exponent_base(maximum, a.empty_maximum);
-  float weights[Shape::kWarps], sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < Shape::kWarps; ++w) {
-    weights[w] = exp2_flushed((parts[w].state[row].maximum - base) * unit);
-    sum += parts[w].state[row].sum * weights[w];
-  }
-  const RowResult<T> result(block, block.first_row + row, {maximum * a.scale, sum});
-  const int column = int(threadIdx.x) % kOfRow * 2;
-#pragma unroll
-  for (int d = column; d < kDim; d += 2 * kOfRow) {
-    float left = 0.0f, right = 0.0f;
+    for (int w = 1; w < Shape::kWarps; ++w) maximum = fmaxf(maximum, parts[w].state[row].maximum);
+    const float base = exponent_base(maximum, a.empty_maximum);
+    float weights[Shape::kWarps], sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      const Vec<float, 2> o = load_vector<float, 2>(&parts[w].o[row][d]);
-      left += o[0] * weights[w], right += o[1] * weights[w];
+      weights[w] = exp2_flushed((parts[w].state[row].maximum - base) * unit);
+      sum += parts[w].state[row].sum * weights[w];
     }
-    result.store_pair(d, left, right);
-  }
-  if (column == 0) result.store_lse();
+    const RowResult<T> result(block, block.first_row + row, {maximum * a.scale, sum});
+    const int column = int(threadIdx.x) % kOfRow * 2;
+#pragma unroll
+    for (int d = column; d < kDim; d += 2 * kOfRow) {
+      float left = 0.0f, right = 0.0f;
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) {
+        const Vec<float, 2> o = load_vector<float, 2>(&parts[w].o[row][d]);
+        left += o[0] * weights[w], right += o[1] * weights[w];
+      }
+      result.store_pair(d, left, right);
+    }
+    if (column == 0) result.store_lse();
   }
   if (a.splits == 1 || a.arrivals == nullptr) return;
   __threadfence();
   __syncthreads();
   auto* const last = reinterpret_cast<int*>(dynamic_shared<T>());
   if (threadIdx.x == 0) {
-    unsigned* const at = a.arrivals + (block.sequence * gridDim.y + blockIdx.y) * (gridDim.x / a.splits) + block.kv_head;
+    unsigned* const at =
+        a.arrivals + (block.sequence * (gridDim.x / a.splits) +
+                      (block.first_row / kDecodeRows) * (a.heads / a.group) + block.kv_head);
     *last = atomicAdd(at, 1u) == unsigned(a.splits - 1);
     if (*last) *at = 0;
   }

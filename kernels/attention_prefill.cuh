@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     for (int i = 0; i < kTile; i += kRowsAtOnce) {
       const KeyOffsets at = from[i];
       copy_async_or_zero<16>(to + i * kStride, k_head + (at.k < 0 ? 0 : at.k), at.k >= 0);
-      copy_async_or_zero<16>(to + (kTile + i) * kStride, v_head + (at.v < 0 ? 0 : at.v),
-                             at.v >= 0);
+      copy_async_or_zero<16>(to + (kTile + i) * kStride, v_head + (at.v < 0 ? 0 : at.v), at.v >= 0);
     }
   };
 

@@ -335,7 +335,7 @@ Stage make_stage(const Case& c, const ShardingRules& rules, const Variation& var
             {.scale = plan.settings.scale,
              .mask = plan.settings.mask(),
              .softcap = plan.settings.softcap},
-            attention_profile(c.dtype, m, plan.call.batch.max_kv_len(), plan.settings));
+            attention_profile(c.dtype, m, c.tp_size, plan.call.batch, plan.settings));
         return {std::move(result.out), std::move(result.lse)};
       },
       .blind_to = {},
