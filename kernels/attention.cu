@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "harness/device/require.h"
@@ -16,14 +17,14 @@ namespace {
 constexpr int kMaxWarps = 4;
 constexpr int kPlainRows = 4;  // of a warp in fp32
 
-// Measured on an H100 (benches/attention.cc). Fewer, larger warps of prefill would read less of
-// shared memory, but hide less of their waiting.
-using Prefill = PrefillShape<8, 1, 64, 2, 2>;
+// Measured on an H100: of prefill, shapes of 16 rows a warp, of 32 keys a tile and with more in
+// flight were all slower; of decode, more stages or keys a tile changed little.
+using Prefill = PrefillShape<4, 2, 64, 2, 2>;
 using Decode = DecodeShape<4, 16, 3, 2>;
 
 // Splits that the kernel chooses: enough blocks for the chip's 132 multiprocessors, and not more
 // than there are keys worth a block.
-constexpr std::int64_t kBlocksOfChip = 264, kLeastOfSplit = 128, kMaxSplits = 64;
+constexpr std::int64_t kBlocksOfChip = 132, kLeastOfSplit = 64;
 
 std::int64_t largest(const std::vector<std::int32_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
@@ -139,21 +140,26 @@ void launch_prefill(const AttentionLaunch<T>& a, dim3 grid, Stream& stream) {
          prefill_shared_bytes<T, kDim, Prefill>(), stream, a);
 }
 template <typename T, int kDim>
-void launch_decode(const AttentionLaunch<T>& a, dim3 grid, Stream& stream) {
+void launch_decode(const AttentionLaunch<T>& a, std::int64_t sequences, Stream& stream) {
+  const dim3 grid(unsigned(a.splits), unsigned(a.heads / a.group), unsigned(sequences));
   launch("attention", attention_decode_kernel<T, kDim, Decode>, grid, dim3(Decode::kThreads),
          decode_shared_bytes<T, kDim, Decode>(), stream, a);
+}
+
+template <typename T>
+void launch_merge(const AttentionLaunch<T>& a, bool aligned, Stream& stream) {
+  const int warps = (a.splits + kMergedByWarp - 1) / kMergedByWarp;
+  const std::size_t shared = warps > 1 ? std::size_t(warps * a.v_dim) * sizeof(float) : 0;
+  const dim3 grid(unsigned(a.q.rows), unsigned(a.heads)), block(unsigned(32 * warps));
+  launch_overlapping("attention.merge",
+                     aligned && a.v_dim % 4 == 0 ? merge_kernel<T, 4> : merge_kernel<T, 1>, grid,
+                     block, shared, stream, a);
 }
 
 template <typename T, int kRows>
 void launch_plain(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
   launch("attention", attention_plain_kernel<T, kRows>, grid, dim3(unsigned(32 * warps)),
          std::size_t(plain_shared_floats(a.dim, a.v_dim, warps, kRows)) * sizeof(float), stream, a);
-}
-
-// Whether the kernels for the chip's limit can take a call, and for which some are instantiated.
-template <typename T>
-bool is_simple(const AttentionLaunch<T>& a) {
-  return a.vectors && a.softcap == 0.0f && a.slopes == nullptr && a.scale > 0.0f && a.pairs;
 }
 
 }  // namespace
@@ -256,8 +262,9 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   check_batch(batch, t.q.rows, t.k.rows);
   require(!s.window || *s.window >= 1, op, "a window of {} keys is below 1",
           {s.window.value_or(0)});
-  require(s.splits >= 1 && kv_heads * s.splits <= 65535 && batch.sequences() <= 65535, op,
-          "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
+  require(s.splits >= 1 && s.splits <= kMaxSplits && counts.heads <= 65535 &&
+              batch.sequences() <= 65535,
+          op, "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
   require(s.splits == 1 || t.workspace != nullptr, op, "{} splits without a workspace", {s.splits});
   if (t.q.rows == 0) return;
 
@@ -282,6 +289,9 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .table = batch.device.table,
       .table_stride = r.table_stride(batch.pages_per_sequence, std::max<std::int64_t>(1, pages)),
       .page_size = std::int32_t(batch.page_size),
+      .page_shift = std::has_single_bit(std::uint64_t(batch.page_size))
+                        ? std::countr_zero(std::uint64_t(batch.page_size))
+                        : -1,
       .offset_bits = r.offset_bits,
       .stale_pages = r.stale_pages,
       .dim = model.head_dim,
@@ -290,6 +300,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .heads = int(counts.heads),
       .group = int(map.group),
       .first_kv_head = int(map.first),
+      .inverse_group = 1.0f / float(map.group),
       .splits = int(s.splits),
       .causal = s.causal,
       .causal_ahead = int(r.causal_ahead),
@@ -313,7 +324,8 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
             is_multiple(t.out.data, 2 * sizeof(T)) && is_multiple(t.workspace, 8);
 
   const auto [kernel, tile, rows, warps] =
-      choose_attention(kType, model, map.group, max_queries, visible, is_simple(a));
+      choose_attention(kType, model, map.group, max_queries, visible,
+                       a.softcap == 0.0f && a.slopes == nullptr && a.scale > 0.0f);
   a.tile = tile;
   a.rows_of_block = rows;
   // The rows of a block see `visible` keys each, from as many different positions as they have
@@ -332,7 +344,8 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   } else if (kernel == AttentionKernel::prefill) {
     a.dim == 64 ? launch_prefill<T, 64>(a, grid, stream) : launch_prefill<T, 128>(a, grid, stream);
   } else if (kernel == AttentionKernel::decode) {
-    a.dim == 64 ? launch_decode<T, 64>(a, grid, stream) : launch_decode<T, 128>(a, grid, stream);
+    a.dim == 64 ? launch_decode<T, 64>(a, batch.sequences(), stream)
+                : launch_decode<T, 128>(a, batch.sequences(), stream);
   } else if (tile == 16) {
     a.v_dim <= 64 ? launch_matrix<T, 16, 64>(a, grid, warps, stream)
                   : launch_matrix<T, 16, 256>(a, grid, warps, stream);
@@ -343,12 +356,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   } else {
     launch_matrix<T, 64, 128>(a, grid, warps, stream);
   }
-  if (s.splits == 1) return;
-  constexpr int kMergeWarps = 4;
-  const dim3 merges(unsigned((t.q.rows * counts.heads + kMergeWarps - 1) / kMergeWarps));
-  const bool wide = a.v_dim % 4 == 0 && is_multiple(t.workspace, 16);
-  launch("attention.merge", wide ? merge_kernel<T, 4> : merge_kernel<T, 1>, merges,
-         dim3(32 * kMergeWarps), 0, stream, a);
+  if (s.splits > 1) launch_merge(a, is_multiple(t.workspace, 16), stream);
 }
 
 template void attention(const AttentionTensors<float>&, const AttentionBatch&,

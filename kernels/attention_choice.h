@@ -25,8 +25,7 @@ struct AttentionChoice {
 };
 
 // `group` query heads share a KV head; no query sees more than `visible` keys. `simple`: logits are
-// products and a scale above 0, nothing else, and rows of q, k and v are whole vectors of 16 bytes
-// that begin at multiples of them.
+// products and a scale above 0, nothing else.
 AttentionChoice choose_attention(DType dtype, const ModelShape& model, std::int64_t group,
                                  std::int64_t max_queries, std::int64_t visible, bool simple);
 

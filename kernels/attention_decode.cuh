@@ -1,8 +1,8 @@
 #pragma once
-// Attention of few queries that see many keys, with wide heads in f16 and bf16, for the chip's
-// limit, which is how fast k and v can be read (FlashDecoding): all rows of a pack are one matrix
-// step, the warps of a block take different keys, and each has several tiles of them on their way.
-// No softcap and no slopes.
+// Attention of few queries that see many keys, with heads of a known width in f16 and bf16, for the
+// chip's limit, which is how fast k and v can be read (FlashDecoding): all rows of a pack are one
+// matrix step, the warps of a block take different keys, and each has tiles of them on their way.
+// Logits as in attention_prefill.cuh.
 
 #include "kernels/attention_prefill.cuh"
 
@@ -27,93 +27,96 @@ struct DecodePart {
 
 template <typename T, int kDim, typename Shape>
 constexpr std::size_t decode_shared_bytes() {
-  constexpr std::size_t kStages = sizeof(T) * hot_stride(kDim) * 2 * Shape::kTile * Shape::kStages;
+  constexpr std::size_t kStages = sizeof(T) * padded(kDim) * 2 * Shape::kTile * Shape::kStages;
   static_assert(sizeof(DecodePart<kDim>) <= kStages);
-  return sizeof(T) * hot_stride(kDim) * kDecodeRows +
-         Shape::kWarps * (kStages + Shape::kStages * Shape::kTile * sizeof(KeyOffsets));
+  return sizeof(T) * padded(kDim) * kDecodeRows +
+         Shape::kWarps * (kStages + Shape::kStages * Shape::kTile * sizeof(KeyAndValue<T>));
 }
 
+// Grid: (splits, KV heads, sequences).
 template <typename T, int kDim, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     attention_decode_kernel(AttentionLaunch<T> a) {
-  constexpr int kTile = Shape::kTile, kStages = Shape::kStages, kStride = hot_stride(kDim),
-                kVector = 8, kLanes = kDim / kVector, kRowsAtOnce = 32 / kLanes,
-                kStage = 2 * kTile * kStride;
-  const AttentionBlock<T> block(a);
-  if (!block.has_row(block.first_row)) return;  // the whole block: this sequence is a short one
+  constexpr int kTile = Shape::kTile, kStages = Shape::kStages, kStride = padded(kDim),
+                kStage = 2 * kTile * kStride, kVector = 8, kLanes = kDim / kVector,
+                kRowsAtOnce = 32 / kLanes;
+  let_next_kernel_start();  // merging, which waits
+  const AttentionBlock<T> block(a, int(blockIdx.z), int(blockIdx.y), int(blockIdx.x), 0);
+  if (block.queries == 0) return;
   const int warp = int(threadIdx.x / 32), lane = int(threadIdx.x % 32);
   T* const q_tile = dynamic_shared<T>();
   T* const all_stages = q_tile + kDecodeRows * kStride;
   T* const stages = all_stages + warp * kStages * kStage;
-  auto* const offsets =
-      reinterpret_cast<KeyOffsets*>(all_stages + Shape::kWarps * kStages * kStage) +
-      warp * kStages * kTile;  // [kStages][kTile]
+  auto* const found =  // [kStages][kTile]
+      reinterpret_cast<KeyAndValue<T>*>(all_stages + Shape::kWarps * kStages * kStage) +
+      warp * kStages * kTile;
 
-  const int bring_row = lane / kLanes, bring_col = lane % kLanes * kVector;
-  const T* const k_head =
-      a.k.data + (a.first_kv_head + block.kv_head) * std::int64_t(kDim) + bring_col;
+  const T* const k_head = a.k.data + (a.first_kv_head + block.kv_head) * std::int64_t(kDim);
   const T* const v_head =
-      a.v.data + (a.first_kv_head + block.kv_head) * std::int64_t(a.v_head_stride) + bring_col;
-  const int first_seen = block.first_key(), end_seen = block.end_key();
-  const int first = block.first_tile(), end = block.end_tile();
+      a.v.data + (a.first_kv_head + block.kv_head) * std::int64_t(a.v_head_stride);
+  const int last_row = block.rows() - 1;
+  const int first_seen = block.first_key(0), end_seen = block.end_key(last_row);
+  const unsigned seen_keys = unsigned(max(0, end_seen - first_seen));
+  const auto is_seen = [&](int position) { return unsigned(position - first_seen) < seen_keys; };
+  // Tiles of all warps together.
+  const int first = first_seen / Shape::kKeys + block.split * a.tiles_of_split,
+            end = min((end_seen + Shape::kKeys - 1) / Shape::kKeys, first + a.tiles_of_split);
   const auto first_key_of = [&](int tile) { return tile * Shape::kKeys + warp * kTile; };
-  const auto is_seen = [&](int position) { return first_seen <= position && position < end_seen; };
-  // A key's page is asked for one tile before where the key lies is computed.
+  // A lane finds one key of a tile; its page was asked for one tile before.
   const auto page_of = [&](int tile) {
     const int position = first_key_of(tile) + lane % kTile;
     return tile < end && is_seen(position) ? block.page(position) : 0;
   };
   const auto find_keys = [&](int tile, std::int32_t page) {
     const int position = first_key_of(tile) + lane;
-    if (kTile < 32 && lane >= kTile) return;
-    const bool seen = is_seen(position);
-    offsets[tile % kStages * kTile + lane] = {
-        seen ? block.offset_in(page, position, a.k.row_stride) : -1,
-        seen ? block.offset_in(page, position, a.v.row_stride) : -1};
+    if (lane >= kTile) return;
+    KeyAndValue<T> key{k_head, v_head};
+    if (is_seen(position)) {
+      key.k += block.offset_in(page, position, a.k.row_stride);
+      key.v += block.offset_in(page, position, a.v.row_stride);
+    }
+    found[tile % kStages * kTile + lane] = key;
   };
+  const int bring_row = lane / kLanes, bring_col = lane % kLanes * kVector;
   const auto bring_tile = [&](int tile) {
     T* const to = stages + tile % kStages * kStage + bring_row * kStride + bring_col;
-    const KeyOffsets* const from = offsets + tile % kStages * kTile + bring_row;
+    const KeyAndValue<T>* const from = found + tile % kStages * kTile + bring_row;
+    const int position = first_key_of(tile) + bring_row;
+    const auto bring = [&](bool whole) {
 #pragma unroll
-    for (int i = 0; i < kTile; i += kRowsAtOnce) {
-      const KeyOffsets at = from[i];
-      copy_async_or_zero<16>(to + i * kStride, k_head + (at.k < 0 ? 0 : at.k), at.k >= 0);
-      copy_async_or_zero<16>(to + (kTile + i) * kStride, v_head + (at.v < 0 ? 0 : at.v), at.v >= 0);
-    }
+      for (int i = 0; i < kTile; i += kRowsAtOnce) {
+        const KeyAndValue<T> key = from[i];
+        const bool seen = is_seen(position + i);
+        bring_vector(to + i * kStride, key.k + bring_col, seen, whole);
+        bring_vector(to + (kTile + i) * kStride, key.v + bring_col, seen, whole);
+      }
+    };
+    a.vectors ? bring(true) : bring(false);
   };
 
   std::int32_t pages[kStages + 1];
 #pragma unroll
   for (int i = 0; i <= kStages; ++i) pages[i] = page_of(first + i);
-  for (int i = int(threadIdx.x) / kLanes; i < kDecodeRows; i += Shape::kThreads / kLanes) {
-    const int row = block.first_row + i;
-    const bool there = block.has_row(row);
-    const std::int64_t at = there ? block.token_of(row) * a.q.row_stride +
-                                        block.head_of(row) * std::int64_t(kDim) + bring_col
-                                  : 0;
-    copy_async_or_zero<16>(q_tile + i * kStride + bring_col, a.q.data + at, there);
-  }
-  copy_async_commit();
 #pragma unroll
   for (int i = 0; i < kStages; ++i) find_keys(first + i, pages[i]);
   std::int32_t page = pages[kStages];
   __syncwarp();
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) {
-    if (first + i < end) bring_tile(first + i);
+  for (int i = int(threadIdx.x) / kLanes; i < kDecodeRows; i += Shape::kThreads / kLanes)
+    bring_query(block, q_tile + i * kStride + bring_col, i, bring_col);
+  for (int tile = first; tile < first + kStages - 1; ++tile) {
+    if (tile < end) bring_tile(tile);
     copy_async_commit();
   }
-  copy_async_wait<kStages - 1>();
+  copy_async_wait<kStages - 2>();
   __syncthreads();
   FragmentA<T> q[kDim / 16];
 #pragma unroll
   for (int d = 0; d < kDim / 16; ++d) q[d] = load_a(q_tile + 16 * d, kStride);
 
-  const int last_row = min(block.first_row + kDecodeRows, block.rows()) - 1,
-            whole_first = block.first_key(last_row), whole_end = block.end_key(block.first_row);
+  // Keys that all rows see.
+  const int whole_first = block.first_key(last_row), whole_end = block.end_key(0);
   SoftmaxState state[2] = {{a.hidden_logit, 0.0f}, {a.hidden_logit, 0.0f}};
   FragmentC o[kDim / 8] = {};
-  const float unit = a.scale * kLog2E;  // of exponents to base 2
 
   for (int tile = first; tile < end; ++tile) {
     copy_async_wait<kStages - 2>();
@@ -140,48 +143,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
       for (int n = 0; n < kTile / 8; ++n) mma(s[n], q[2 * d + 1], k[n].x[1]);
     }
-    if (first_key < whole_first || first_key + kTile > whole_end) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const AttentionRow row(block, block.first_row + 8 * i + lane / 4);
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            if (!row.sees(first_key + 8 * n + 2 * (lane % 4) + j))
-              s[n].x[2 * i + j] = a.hidden_logit;
-          }
-        }
-      }
-    }
+    if (first_key < whole_first || first_key + kTile > whole_end) hide(block, 0, first_key, s);
     float alpha[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float maximum = s[0].x[2 * i];
-#pragma unroll
-      for (int n = 0; n < kTile / 8; ++n)
-        maximum = fmaxf(maximum, fmaxf(s[n].x[2 * i], s[n].x[2 * i + 1]));
-      maximum = fmaxf(state[i].maximum, quad_max(maximum));
-      const float base = exponent_base(maximum, a.empty_maximum);
-      alpha[i] = exp2_flushed((state[i].maximum - base) * unit);
-      float sum = state[i].sum * alpha[i];  // of this lane's columns
-#pragma unroll
-      for (int n = 0; n < kTile / 8; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& x = s[n].x[2 * i + j];
-          sum += x = exp2_flushed((x - base) * unit);
-        }
-      }
-      state[i] = {maximum, sum};
-    }
-    if (alpha[0] != 1.0f || alpha[1] != 1.0f) {
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) {
-#pragma unroll
-        for (int x = 0; x < 4; ++x) o[n].x[x] *= alpha[x / 2];
-      }
-    }
+    weigh(a, s, state, alpha);
+    rescale(o, alpha);
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
       const FragmentA<T> p = to_a<T>(s[2 * k], s[2 * k + 1]);
@@ -202,8 +167,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   for (int i = 0; i < 2; ++i) {
     const int row = 8 * i + lane / 4;
     const float sum = quad_sum(state[i].sum);
+    if (!block.has_row(row)) continue;
     if (lane % 4 == 0) parts[warp].state[row] = {state[i].maximum, sum};
-    if (!block.has_row(block.first_row + row)) continue;
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
       store_vector<float, 2>(&parts[warp].o[row][8 * n + 2 * (lane % 4)],
@@ -213,49 +178,30 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   // As many threads for each row.
   constexpr int kOfRow = Shape::kThreads / kDecodeRows;
   const int row = int(threadIdx.x) / kOfRow;
-  if (block.has_row(block.first_row + row)) {
-    float maximum = parts[0].state[row].maximum;
+  if (!block.has_row(row)) return;
+  float maximum = parts[0].state[row].maximum;
 #pragma unroll
-    for (int w = 1; w < Shape::kWarps; ++w) maximum = fmaxf(maximum, parts[w].state[row].maximum);
-    const float base = exponent_base(maximum, a.empty_maximum);
-    float weights[Shape::kWarps], sum = 0.0f;
+  for (int w = 1; w < Shape::kWarps; ++w) maximum = fmaxf(maximum, parts[w].state[row].maximum);
+  const float unit = a.scale * kLog2E, base = exponent_base(maximum, a.empty_maximum);
+  float weights[Shape::kWarps], sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < Shape::kWarps; ++w) {
+    weights[w] = exp2_flushed((parts[w].state[row].maximum - base) * unit);
+    sum += parts[w].state[row].sum * weights[w];
+  }
+  const RowResult<T> result(block, row, {maximum * a.scale, sum});
+  const int column = int(threadIdx.x) % kOfRow * 2;
+#pragma unroll
+  for (int d = column; d < kDim; d += 2 * kOfRow) {
+    float left = 0.0f, right = 0.0f;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      weights[w] = exp2_flushed((parts[w].state[row].maximum - base) * unit);
-      sum += parts[w].state[row].sum * weights[w];
+      const Vec<float, 2> x = load_vector<float, 2>(&parts[w].o[row][d]);
+      left += x[0] * weights[w], right += x[1] * weights[w];
     }
-    const RowResult<T> result(block, block.first_row + row, {maximum * a.scale, sum});
-    const int column = int(threadIdx.x) % kOfRow * 2;
-#pragma unroll
-    for (int d = column; d < kDim; d += 2 * kOfRow) {
-      float left = 0.0f, right = 0.0f;
-#pragma unroll
-      for (int w = 0; w < Shape::kWarps; ++w) {
-        const Vec<float, 2> o = load_vector<float, 2>(&parts[w].o[row][d]);
-        left += o[0] * weights[w], right += o[1] * weights[w];
-      }
-      result.store_pair(d, left, right);
-    }
-    if (column == 0) result.store_lse();
+    result.store_pair(d, left, right);
   }
-  if (a.splits == 1 || a.arrivals == nullptr) return;
-  __threadfence();
-  __syncthreads();
-  auto* const last = reinterpret_cast<int*>(dynamic_shared<T>());
-  if (threadIdx.x == 0) {
-    unsigned* const at =
-        a.arrivals + (block.sequence * (gridDim.x / a.splits) +
-                      (block.first_row / kDecodeRows) * (a.heads / a.group) + block.kv_head);
-    *last = atomicAdd(at, 1u) == unsigned(a.splits - 1);
-    if (*last) *at = 0;
-  }
-  __syncthreads();
-  if (!*last) return;
-  __threadfence();
-  for (int r = warp; r < kDecodeRows; r += Shape::kWarps) {
-    const int row = block.first_row + r;
-    if (block.has_row(row)) merge_row<4>(a, block.token_of(row), block.head_of(row), lane);
-  }
+  if (column == 0) result.store_lse();
 }
 
 }  // namespace tp
