@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 #include "harness/device/require.h"
@@ -218,8 +217,9 @@ std::int64_t attention_splits(DType dtype, const ModelShape& model, int tp_size,
   const std::int64_t row_blocks =
       std::max<std::int64_t>(1, (batch.max_queries() * group + choice.rows - 1) / choice.rows);
   const std::int64_t blocks = rank.kv_heads.size * batch.sequences() * row_blocks;
-  return std::clamp<std::int64_t>(kBlocksOfChip / blocks, 1,
-                                  std::clamp<std::int64_t>(visible / kLeastOfSplit, 1, kMaxSplits));
+  return std::clamp<std::int64_t>(
+      kBlocksOfChip / blocks, 1,
+      std::clamp<std::int64_t>(visible / kLeastOfSplit, 1, kMaxAttentionSplits));
 }
 
 AttentionProfile attention_profile(DType dtype, const ModelShape& model, int tp_size,
@@ -262,7 +262,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   check_batch(batch, t.q.rows, t.k.rows);
   require(!s.window || *s.window >= 1, op, "a window of {} keys is below 1",
           {s.window.value_or(0)});
-  require(s.splits >= 1 && s.splits <= kMaxSplits && counts.heads <= 65535 &&
+  require(s.splits >= 1 && s.splits <= kMaxAttentionSplits && counts.heads <= 65535 &&
               batch.sequences() <= 65535,
           op, "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
   require(s.splits == 1 || t.workspace != nullptr, op, "{} splits without a workspace", {s.splits});
@@ -289,9 +289,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .table = batch.device.table,
       .table_stride = r.table_stride(batch.pages_per_sequence, std::max<std::int64_t>(1, pages)),
       .page_size = std::int32_t(batch.page_size),
-      .page_shift = std::has_single_bit(std::uint64_t(batch.page_size))
-                        ? std::countr_zero(std::uint64_t(batch.page_size))
-                        : -1,
+      .page_divisor = Divisor(std::max<std::int64_t>(1, batch.page_size)),
       .offset_bits = r.offset_bits,
       .stale_pages = r.stale_pages,
       .dim = model.head_dim,
@@ -300,7 +298,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .heads = int(counts.heads),
       .group = int(map.group),
       .first_kv_head = int(map.first),
-      .inverse_group = 1.0f / float(map.group),
+      .group_divisor = Divisor(map.group),
       .splits = int(s.splits),
       .causal = s.causal,
       .causal_ahead = int(r.causal_ahead),

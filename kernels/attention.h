@@ -85,5 +85,6 @@ AttentionProfile attention_profile(DType dtype, const ModelShape& model, int tp_
                                    const AttentionBatch& batch, const AttentionSettings& settings);
 
 inline constexpr std::int64_t kMaxAttentionHeadDim = 256;
+inline constexpr std::int64_t kMaxAttentionSplits = 64;
 
 }  // namespace tp

@@ -28,9 +28,8 @@ struct DecodePart {
 template <typename T, int kDim, typename Shape>
 constexpr std::size_t decode_shared_bytes() {
   constexpr std::size_t kStages = sizeof(T) * padded(kDim) * 2 * Shape::kTile * Shape::kStages;
-  static_assert(sizeof(DecodePart<kDim>) <= kStages);
-  return sizeof(T) * padded(kDim) * kDecodeRows +
-         Shape::kWarps * (kStages + Shape::kStages * Shape::kTile * sizeof(KeyAndValue<T>));
+  static_assert(sizeof(DecodePart<kDim>) <= kStages && kDecodeRows <= 2 * Shape::kTile);
+  return Shape::kWarps * (kStages + 2 * Shape::kTile * sizeof(KeyAndValue<T>));
 }
 
 // Grid: (splits, KV heads, sequences).
@@ -44,12 +43,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const AttentionBlock<T> block(a, int(blockIdx.z), int(blockIdx.y), int(blockIdx.x), 0);
   if (block.queries == 0) return;
   const int warp = int(threadIdx.x / 32), lane = int(threadIdx.x % 32);
-  T* const q_tile = dynamic_shared<T>();
-  T* const all_stages = q_tile + kDecodeRows * kStride;
+  T* const all_stages = dynamic_shared<T>();
   T* const stages = all_stages + warp * kStages * kStage;
-  auto* const found =  // [kStages][kTile]
+  auto* const found =  // [2][kTile]
       reinterpret_cast<KeyAndValue<T>*>(all_stages + Shape::kWarps * kStages * kStage) +
-      warp * kStages * kTile;
+      warp * 2 * kTile;
 
   const T* const k_head = a.k.data + (a.first_kv_head + block.kv_head) * std::int64_t(kDim);
   const T* const v_head =
@@ -75,59 +73,50 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       key.k += block.offset_in(page, position, a.k.row_stride);
       key.v += block.offset_in(page, position, a.v.row_stride);
     }
-    found[tile % kStages * kTile + lane] = key;
+    found[tile % 2 * kTile + lane] = key;
   };
   const int bring_row = lane / kLanes, bring_col = lane % kLanes * kVector;
   const auto bring_tile = [&](int tile) {
     T* const to = stages + tile % kStages * kStage + bring_row * kStride + bring_col;
-    const KeyAndValue<T>* const from = found + tile % kStages * kTile + bring_row;
+    const KeyAndValue<T>* const from = found + tile % 2 * kTile + bring_row;
     const int position = first_key_of(tile) + bring_row;
-    const auto bring = [&](bool whole) {
-#pragma unroll
-      for (int i = 0; i < kTile; i += kRowsAtOnce) {
-        const KeyAndValue<T> key = from[i];
-        const bool seen = is_seen(position + i);
-        bring_vector(to + i * kStride, key.k + bring_col, seen, whole);
-        bring_vector(to + (kTile + i) * kStride, key.v + bring_col, seen, whole);
-      }
-    };
-    a.vectors ? bring(true) : bring(false);
+    bring_keys<kTile, kRowsAtOnce, kStride>(to, from, bring_col, a.vectors,
+                                            [&](int i) { return is_seen(position + i); });
   };
 
-  std::int32_t pages[kStages + 1];
-#pragma unroll
-  for (int i = 0; i <= kStages; ++i) pages[i] = page_of(first + i);
-#pragma unroll
-  for (int i = 0; i < kStages; ++i) find_keys(first + i, pages[i]);
-  std::int32_t page = pages[kStages];
-  __syncwarp();
-  for (int i = int(threadIdx.x) / kLanes; i < kDecodeRows; i += Shape::kThreads / kLanes)
+  // q lies where the warp's last stage will be.
+  T* const q_tile = stages + (first + kStages - 1) % kStages * kStage;
+#pragma unroll 1
+  for (int i = bring_row; i < kDecodeRows; i += kRowsAtOnce)
     bring_query(block, q_tile + i * kStride + bring_col, i, bring_col);
-  for (int tile = first; tile < first + kStages - 1; ++tile) {
-    if (tile < end) bring_tile(tile);
-    copy_async_commit();
-  }
-  copy_async_wait<kStages - 2>();
-  __syncthreads();
+  copy_async_commit();
+  find_keys(first, page_of(first));
+  std::int32_t page = page_of(first + 1);
   FragmentA<T> q[kDim / 16];
-#pragma unroll
-  for (int d = 0; d < kDim / 16; ++d) q[d] = load_a(q_tile + 16 * d, kStride);
 
   // Keys that all rows see.
   const int whole_first = block.first_key(last_row), whole_end = block.end_key(0);
   SoftmaxState state[2] = {{a.hidden_logit, 0.0f}, {a.hidden_logit, 0.0f}};
   FragmentC o[kDim / 8] = {};
 
-  for (int tile = first; tile < end; ++tile) {
+  // From the first tile that is brought on, kStages - 1 before the first that is worked on.
+#pragma unroll 1
+  for (int tile = first - (kStages - 1); tile < end; ++tile) {
     copy_async_wait<kStages - 2>();
     __syncwarp();
+    if (tile == first) {
+#pragma unroll
+      for (int d = 0; d < kDim / 16; ++d) q[d] = load_a(q_tile + 16 * d, kStride);
+      __syncwarp();
+    }
     // The warp is done with the tile before this one.
-    if (tile + kStages - 1 < end) bring_tile(tile + kStages - 1);
+    const int next = tile + kStages - 1;
+    if (next < end) bring_tile(next);
     copy_async_commit();
-    find_keys(tile + kStages, page);
-    page = page_of(tile + kStages + 1);
+    find_keys(next + 1, page);
+    page = page_of(next + 2);
     const int first_key = first_key_of(tile);
-    if (first_key >= end_seen || first_key + kTile <= first_seen) continue;
+    if (tile < first || first_key >= end_seen || first_key + kTile <= first_seen) continue;
 
     const T* const k_tile = stages + tile % kStages * kStage;
     const T* const v_tile = k_tile + kTile * kStride;
@@ -159,19 +148,22 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     }
   }
   copy_async_wait<0>();
-  __syncthreads();
+  __syncwarp();
 
-  // The stages make room for what the warps have found.
-  auto* const parts = reinterpret_cast<DecodePart<kDim>*>(all_stages);
+  // The warp's stages make room for what it has found.
+  const auto part_of_warp = [&](int w) {
+    return reinterpret_cast<DecodePart<kDim>*>(all_stages + w * kStages * kStage);
+  };
+  DecodePart<kDim>& mine = *part_of_warp(warp);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = 8 * i + lane / 4;
     const float sum = quad_sum(state[i].sum);
     if (!block.has_row(row)) continue;
-    if (lane % 4 == 0) parts[warp].state[row] = {state[i].maximum, sum};
+    if (lane % 4 == 0) mine.state[row] = {state[i].maximum, sum};
 #pragma unroll
     for (int n = 0; n < kDim / 8; ++n)
-      store_vector<float, 2>(&parts[warp].o[row][8 * n + 2 * (lane % 4)],
+      store_vector<float, 2>(&mine.o[row][8 * n + 2 * (lane % 4)],
                              {o[n].x[2 * i], o[n].x[2 * i + 1]});
   }
   __syncthreads();
@@ -179,24 +171,25 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   constexpr int kOfRow = Shape::kThreads / kDecodeRows;
   const int row = int(threadIdx.x) / kOfRow;
   if (!block.has_row(row)) return;
-  float maximum = parts[0].state[row].maximum;
+  float maximum = part_of_warp(0)->state[row].maximum;
 #pragma unroll
-  for (int w = 1; w < Shape::kWarps; ++w) maximum = fmaxf(maximum, parts[w].state[row].maximum);
+  for (int w = 1; w < Shape::kWarps; ++w)
+    maximum = fmaxf(maximum, part_of_warp(w)->state[row].maximum);
   const float unit = a.scale * kLog2E, base = exponent_base(maximum, a.empty_maximum);
   float weights[Shape::kWarps], sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < Shape::kWarps; ++w) {
-    weights[w] = exp2_flushed((parts[w].state[row].maximum - base) * unit);
-    sum += parts[w].state[row].sum * weights[w];
+    weights[w] = exp2_flushed((part_of_warp(w)->state[row].maximum - base) * unit);
+    sum += part_of_warp(w)->state[row].sum * weights[w];
   }
   const RowResult<T> result(block, row, {maximum * a.scale, sum});
   const int column = int(threadIdx.x) % kOfRow * 2;
-#pragma unroll
+#pragma unroll 2
   for (int d = column; d < kDim; d += 2 * kOfRow) {
     float left = 0.0f, right = 0.0f;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      const Vec<float, 2> x = load_vector<float, 2>(&parts[w].o[row][d]);
+      const Vec<float, 2> x = load_vector<float, 2>(&part_of_warp(w)->o[row][d]);
       left += x[0] * weights[w], right += x[1] * weights[w];
     }
     result.store_pair(d, left, right);

@@ -6,6 +6,7 @@
 
 #include "harness/device/device.h"
 #include "kernels/attention.h"
+#include "kernels/divisor.h"
 
 namespace tp {
 
@@ -26,12 +27,12 @@ struct AttentionLaunch {
   const std::int32_t* table;
   std::int64_t table_stride;
   std::int32_t page_size;  // 0: consecutive rows
-  int page_shift;          // its logarithm, where it is a power of two; else -1
+  Divisor page_divisor;
   int offset_bits, stale_pages;
 
   int dim, v_dim, v_head_stride;
   int heads, group, first_kv_head;
-  float inverse_group;
+  Divisor group_divisor;
   int tile;           // keys
   int rows_of_block;  // of the pack
   int splits, tiles_of_split;
@@ -76,11 +77,7 @@ struct AttentionBlock {
   }
   __device__ int rows() const { return queries * a.group; }
   __device__ bool has_row(int row) const { return row < rows(); }
-  // row / group. As long as (row + 0.5) / group and its three roundings are on the same side of
-  // every whole number, without what a division costs.
-  __device__ int query_of(int row) const {
-    return row < 1 << 20 ? int((float(row) + 0.5f) * a.inverse_group) : row / a.group;
-  }
+  __device__ int query_of(int row) const { return a.group_divisor.quotient(row); }
   __device__ int head_of(int row) const {
     return kv_head * a.group + row - query_of(row) * a.group;
   }
@@ -146,9 +143,7 @@ struct AttentionBlock {
     return std::int64_t(begin << unused >> unused) +
            (position - page_index(position) * a.page_size) * row_stride;
   }
-  __device__ int page_index(int position) const {
-    return a.page_shift >= 0 ? position >> a.page_shift : position / a.page_size;
-  }
+  __device__ int page_index(int position) const { return a.page_divisor.quotient(position); }
 };
 
 // What a row's logits depend on; of a row that is not there, nothing is visible.
@@ -256,8 +251,8 @@ struct RowResult {
   __device__ void store_lse() const { *lse_at = lse; }
 };
 
-// Splits that a warp merges, and those that one block can.
-inline constexpr int kMergedByWarp = 8, kMaxSplits = 64;
+// Splits that a warp merges.
+inline constexpr int kMergedByWarp = 8;
 
 // A block for each token and head, a warp of it for every kMergedByWarp splits: merges their
 // states, and the sink. kWidth columns at a time.
@@ -269,8 +264,23 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
                      at = part_of(a, 0, token, head);
   const float* const lse = part_lse(a) + at;  // of split s at s * stride
   const float sink = a.sinks == nullptr ? -INFINITY : a.sinks[head];
+  T* const out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
+  float* const sums = dynamic_shared<float>();  // [warps][v_dim], where there are several
+  using Columns = Vec<float, kWidth>;
+  Columns x[kMergedByWarp];
+  const auto load = [&](int d) {
+#pragma unroll
+    for (int i = 0; i < kMergedByWarp; ++i) {
+      const std::int64_t s = warp + i * warps;
+      x[i] = Columns{};
+      if (s < a.splits && d < a.v_dim)
+        x[i] = load_vector<float, kWidth>(a.parts + (at + s * stride) * a.v_dim + d);
+    }
+  };
   wait_for_previous_kernel();
-  // A lane has the states of splits `lane` and `lane + 32`.
+  // All loads before the first meeting. A lane has the states of splits `lane` and `lane + 32`.
+  static_assert(kMaxAttentionSplits <= 64);
+  load(kWidth * lane);
   float part[2], w[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -291,16 +301,9 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
     const int s = warp + i * warps;
     own[i] = s < a.splits ? __shfl_sync(0xFFFFFFFFu, s < 32 ? w[0] : w[1], s % 32) : 0.0f;
   }
-  T* const out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
-  float* const sums = dynamic_shared<float>();  // [warps][v_dim], where there are several
   for (int d = kWidth * lane; d < a.v_dim; d += kWidth * 32) {
-    Vec<float, kWidth> x[kMergedByWarp], total = {};
-#pragma unroll
-    for (int i = 0; i < kMergedByWarp; ++i) {
-      const std::int64_t s = warp + i * warps;
-      if (s < a.splits)
-        x[i] = load_vector<float, kWidth>(a.parts + (at + s * stride) * a.v_dim + d);
-    }
+    if (d >= kWidth * 32) load(d);
+    Columns total = {};
 #pragma unroll
     for (int i = 0; i < kMergedByWarp; ++i) {
       if (warp + i * warps >= a.splits) break;

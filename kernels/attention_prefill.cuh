@@ -31,7 +31,30 @@ __device__ void bring_vector(T* to, const T* from, bool wanted, bool whole) {
   if (whole) {
     copy_async_or_zero<16>(to, from, wanted);
   } else {
+#pragma unroll 1
     for (int i = 0; i < 8; ++i) to[i] = wanted ? from[i] : T{};
+  }
+}
+
+// A thread's part of a tile of keys and one of values that begins kTile rows later, `from` and `to`
+// being its first row and others coming each kStep: is_seen(i) says whether row i is wanted.
+template <int kTile, int kStep, int kStride, typename T, typename IsSeen>
+__device__ void bring_keys(T* to, const KeyAndValue<T>* from, int col, bool whole,
+                           const IsSeen& is_seen) {
+  if (whole) {
+#pragma unroll
+    for (int i = 0; i < kTile; i += kStep) {
+      const KeyAndValue<T> key = from[i];
+      copy_async_or_zero<16>(to + i * kStride, key.k + col, is_seen(i));
+      copy_async_or_zero<16>(to + (kTile + i) * kStride, key.v + col, is_seen(i));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kTile; i += kStep) {
+    const KeyAndValue<T> key = from[i];
+    bring_vector(to + i * kStride, key.k + col, is_seen(i), false);
+    bring_vector(to + (kTile + i) * kStride, key.v + col, is_seen(i), false);
   }
 }
 
@@ -153,21 +176,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     T* const to = stages + tile % kStages * kStage + bring_row * kStride + bring_col;
     const KeyAndValue<T>* const from = found + tile % 2 * kTile + bring_row;
     const int position = tile * kTile + bring_row;
-    const auto bring = [&](bool whole) {
-#pragma unroll
-      for (int i = 0; i < kTile; i += kRowsAtOnce) {
-        const KeyAndValue<T> key = from[i];
-        const bool seen = is_seen(position + i);
-        bring_vector(to + i * kStride, key.k + bring_col, seen, whole);
-        bring_vector(to + (kTile + i) * kStride, key.v + bring_col, seen, whole);
-      }
-    };
-    a.vectors ? bring(true) : bring(false);
+    bring_keys<kTile, kRowsAtOnce, kStride>(to, from, bring_col, a.vectors,
+                                            [&](int i) { return is_seen(position + i); });
   };
 
+#pragma unroll 1
   for (int i = bring_row; i < Shape::kRows; i += kRowsAtOnce)
     bring_query(block, q_tile + i * kStride + bring_col, i, bring_col);
   std::int32_t page = page_of(first);
+#pragma unroll 1
   for (int tile = first; tile < first + kStages - 1; ++tile) {
     find_keys(tile, page);
     page = page_of(tile + 1);
