@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "harness/device/require.h"
 #include "kernels/attention.h"
@@ -133,6 +134,14 @@ void launch_matrix(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& st
          std::size_t(matrix_shared_bytes<kTile>(a.dim, a.v_dim, a.rows_of_block)), stream, a);
 }
 
+// Widths of heads that prefill and decode are made for.
+template <typename F>
+void with_dim(int dim, const F& f) {
+  if (dim == 32) f(std::integral_constant<int, 32>{});
+  if (dim == 64) f(std::integral_constant<int, 64>{});
+  if (dim == 128) f(std::integral_constant<int, 128>{});
+}
+
 template <typename T, int kDim>
 void launch_prefill(const AttentionLaunch<T>& a, dim3 grid, Stream& stream) {
   launch("attention", attention_prefill_kernel<T, kDim, Prefill>, grid, dim3(Prefill::kThreads),
@@ -179,10 +188,10 @@ AttentionChoice choose_attention(DType dtype, const ModelShape& model, std::int6
     const int of_warp = pack >= kPlainRows ? kPlainRows : 1, warps = warps_of(of_warp);
     return {AttentionKernel::plain, kPlainTile, warps * of_warp, warps};
   }
-  if (simple && dim == v_dim && (dim == 64 || dim == 128)) {
-    if (pack <= kDecodeRows && visible > 256)
+  if (simple && dim == v_dim && (dim == 32 || dim == 64 || dim == 128)) {
+    if (pack <= kDecodeRows && visible > Decode::kKeys)
       return {AttentionKernel::decode, Decode::kKeys, kDecodeRows, Decode::kWarps};
-    if (pack > 64 && visible > 64)
+    if (pack > kDecodeRows && visible > 32)
       return {AttentionKernel::prefill, Prefill::kTile, Prefill::kRows, Prefill::kWarps};
   }
   // Tiles are short where few keys are visible, and where heads are wide, since a tile's rows fill
@@ -340,10 +349,9 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
     rows == warps ? launch_plain<T, 1>(a, grid, warps, stream)
                   : launch_plain<T, kPlainRows>(a, grid, warps, stream);
   } else if (kernel == AttentionKernel::prefill) {
-    a.dim == 64 ? launch_prefill<T, 64>(a, grid, stream) : launch_prefill<T, 128>(a, grid, stream);
+    with_dim(a.dim, [&](auto dim) { launch_prefill<T, dim()>(a, grid, stream); });
   } else if (kernel == AttentionKernel::decode) {
-    a.dim == 64 ? launch_decode<T, 64>(a, batch.sequences(), stream)
-                : launch_decode<T, 128>(a, batch.sequences(), stream);
+    with_dim(a.dim, [&](auto dim) { launch_decode<T, dim()>(a, batch.sequences(), stream); });
   } else if (tile == 16) {
     a.v_dim <= 64 ? launch_matrix<T, 16, 64>(a, grid, warps, stream)
                   : launch_matrix<T, 16, 256>(a, grid, warps, stream);

@@ -28,8 +28,9 @@ struct DecodePart {
 template <typename T, int kDim, typename Shape>
 constexpr std::size_t decode_shared_bytes() {
   constexpr std::size_t kStages = sizeof(T) * padded(kDim) * 2 * Shape::kTile * Shape::kStages;
-  static_assert(sizeof(DecodePart<kDim>) <= kStages && kDecodeRows <= 2 * Shape::kTile);
-  return Shape::kWarps * (kStages + 2 * Shape::kTile * sizeof(KeyAndValue<T>));
+  static_assert(sizeof(DecodePart<kDim>) <= kStages);
+  return sizeof(T) * padded(kDim) * kDecodeRows +
+         Shape::kWarps * (kStages + 2 * Shape::kTile * sizeof(KeyAndValue<T>));
 }
 
 // Grid: (splits, KV heads, sequences).
@@ -43,7 +44,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const AttentionBlock<T> block(a, int(blockIdx.z), int(blockIdx.y), int(blockIdx.x), 0);
   if (block.queries == 0) return;
   const int warp = int(threadIdx.x / 32), lane = int(threadIdx.x % 32);
-  T* const all_stages = dynamic_shared<T>();
+  T* const q_tile = dynamic_shared<T>();
+  T* const all_stages = q_tile + kDecodeRows * kStride;
   T* const stages = all_stages + warp * kStages * kStage;
   auto* const found =  // [2][kTile]
       reinterpret_cast<KeyAndValue<T>*>(all_stages + Shape::kWarps * kStages * kStage) +
@@ -84,39 +86,46 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
                                             [&](int i) { return is_seen(position + i); });
   };
 
-  // q lies where the warp's last stage will be.
-  T* const q_tile = stages + (first + kStages - 1) % kStages * kStage;
-#pragma unroll 1
-  for (int i = bring_row; i < kDecodeRows; i += kRowsAtOnce)
+  for (int i = int(threadIdx.x) / kLanes; i < kDecodeRows; i += Shape::kThreads / kLanes)
     bring_query(block, q_tile + i * kStride + bring_col, i, bring_col);
   copy_async_commit();
   find_keys(first, page_of(first));
   std::int32_t page = page_of(first + 1);
+  __syncwarp();
+  // Everything of the stages but the last.
+#pragma unroll 1
+  for (int tile = first; tile < first + kStages - 1; ++tile) {
+    if (tile < end) bring_tile(tile);
+    copy_async_commit();
+    find_keys(tile + 1, page);
+    page = page_of(tile + 2);
+    __syncwarp();
+  }
+  copy_async_wait<kStages - 1>();
+  __syncthreads();
   FragmentA<T> q[kDim / 16];
+#pragma unroll
+  for (int d = 0; d < kDim / 16; ++d) q[d] = load_a(q_tile + 16 * d, kStride);
 
   // Keys that all rows see.
   const int whole_first = block.first_key(last_row), whole_end = block.end_key(0);
   SoftmaxState state[2] = {{a.hidden_logit, 0.0f}, {a.hidden_logit, 0.0f}};
   FragmentC o[kDim / 8] = {};
 
-  // From the first tile that is brought on, kStages - 1 before the first that is worked on.
 #pragma unroll 1
-  for (int tile = first - (kStages - 1); tile < end; ++tile) {
+  for (int tile = first; tile < end; ++tile) {
     copy_async_wait<kStages - 2>();
     __syncwarp();
-    if (tile == first) {
-#pragma unroll
-      for (int d = 0; d < kDim / 16; ++d) q[d] = load_a(q_tile + 16 * d, kStride);
-      __syncwarp();
-    }
     // The warp is done with the tile before this one.
     const int next = tile + kStages - 1;
-    if (next < end) bring_tile(next);
+    if (next < end) {
+      bring_tile(next);
+      find_keys(next + 1, page);
+      page = page_of(next + 2);
+    }
     copy_async_commit();
-    find_keys(next + 1, page);
-    page = page_of(next + 2);
     const int first_key = first_key_of(tile);
-    if (tile < first || first_key >= end_seen || first_key + kTile <= first_seen) continue;
+    if (first_key >= end_seen || first_key + kTile <= first_seen) continue;
 
     const T* const k_tile = stages + tile % kStages * kStage;
     const T* const v_tile = k_tile + kTile * kStride;
@@ -184,7 +193,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   }
   const RowResult<T> result(block, row, {maximum * a.scale, sum});
   const int column = int(threadIdx.x) % kOfRow * 2;
-#pragma unroll 2
+#pragma unroll
   for (int d = column; d < kDim; d += 2 * kOfRow) {
     float left = 0.0f, right = 0.0f;
 #pragma unroll

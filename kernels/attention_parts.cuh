@@ -252,7 +252,7 @@ struct RowResult {
 };
 
 // Splits that a warp merges.
-inline constexpr int kMergedByWarp = 8;
+inline constexpr int kMergedByWarp = 4;
 
 // A block for each token and head, a warp of it for every kMergedByWarp splits: merges their
 // states, and the sink. kWidth columns at a time.
@@ -317,12 +317,13 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
       for (int j = 0; j < kWidth; ++j) out[d + j] = from_float<T>(total[j] * inverse);
     }
   }
-  if (threadIdx.x == 0)
+  if (warps > 1) __syncthreads();
+  if (threadIdx.x == blockDim.x - 1)  // who has least to do below
     a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
   if (warps == 1) return;
-  __syncthreads();
   for (int d = int(threadIdx.x); d < a.v_dim; d += int(blockDim.x)) {
     float total = 0.0f;
+#pragma unroll 4
     for (int i = 0; i < warps; ++i) total += sums[i * a.v_dim + d];
     out[d] = from_float<T>(total * inverse);
   }

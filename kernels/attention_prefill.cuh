@@ -263,13 +263,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 #pragma unroll
     for (int k = 0; k < kTile / 16; ++k) {
 #pragma unroll
-      for (int n = 0; n < kDim / 8; n += 8) {
-        FragmentB2<T> v[4];
+      for (int n = 0; n < kDim / 8; n += 4) {
+        FragmentB2<T> v[2];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < 2; ++i)
           v[i] = load_b2_transposed(v_tile + 16 * k * kStride + 8 * (n + 2 * i), kStride);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int m = 0; m < kSteps; ++m) mma(o[m][n + i], p[m][k], v[i / 2].x[i % 2]);
         }

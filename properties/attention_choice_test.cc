@@ -23,13 +23,11 @@ AttentionKernel kernel_of(const ModelShape& model, std::int64_t queries, std::in
 TEST(AttentionChoice, FollowsTheShape) {
   EXPECT_EQ(kernel_of(kModel, 4096, 4096), AttentionKernel::prefill);
   EXPECT_EQ(kernel_of(kModel, 1, 4096), AttentionKernel::decode);
-  // Both sides of each threshold: 64 rows of a pack, 16 of one; 64 keys, 256 of them.
-  EXPECT_EQ(kernel_of(kModel, 11, 65), AttentionKernel::prefill);
-  EXPECT_EQ(kernel_of(kModel, 10, 65), AttentionKernel::matrix);
-  EXPECT_EQ(kernel_of(kModel, 11, 64), AttentionKernel::matrix);
-  EXPECT_EQ(kernel_of(kModel, 2, 257), AttentionKernel::decode);
-  EXPECT_EQ(kernel_of(kModel, 3, 257), AttentionKernel::matrix);
-  EXPECT_EQ(kernel_of(kModel, 2, 256), AttentionKernel::matrix);
+  // Both sides of each threshold: 16 rows of a pack; 32 keys for more, 64 for those.
+  EXPECT_EQ(kernel_of(kModel, 3, 33), AttentionKernel::prefill);
+  EXPECT_EQ(kernel_of(kModel, 3, 32), AttentionKernel::matrix);
+  EXPECT_EQ(kernel_of(kModel, 2, 65), AttentionKernel::decode);
+  EXPECT_EQ(kernel_of(kModel, 2, 64), AttentionKernel::matrix);
   // What only the general kernel can.
   EXPECT_EQ(kernel_of(kModel, 4096, 4096, false), AttentionKernel::matrix);
   EXPECT_EQ(
@@ -58,7 +56,7 @@ TEST(AttentionChoice, TheFuzzerDrawsAllSides) {
   Draw draw(make_domain({"attention"}, {1, 2, 4, 8, 16}, {}, ""), 11);
   std::map<AttentionKernel, int> kernels;
   int split = 0, wide_merges = 0, chosen = 0;
-  constexpr int kDraws = 3000;
+  constexpr int kDraws = 6000;
   for (int i = 0; i < kDraws; ++i) {
     const Case c = draw.next();
     const AttentionSettings s = attention_settings(c);
@@ -69,23 +67,17 @@ TEST(AttentionChoice, TheFuzzerDrawsAllSides) {
                                s.softcap == 0 && c.options.at("alibi") == 0)
                   .kernel];
     split += s.splits > 1;
-    wide_merges += s.splits > 8;  // by several warps
+    wide_merges += s.splits > 4;  // by several warps
     chosen += c.options.at("split_by") == 1 && s.splits > 1;
   }
   EXPECT_GE(kernels[AttentionKernel::plain], kDraws / 10);
   EXPECT_GE(kernels[AttentionKernel::matrix], kDraws / 10);
-  EXPECT_GE(kernels[AttentionKernel::prefill], kDraws / 200);
-  EXPECT_GE(kernels[AttentionKernel::decode], kDraws / 200);
+  EXPECT_GE(kernels[AttentionKernel::prefill], kDraws / 1000);
+  EXPECT_GE(kernels[AttentionKernel::decode], kDraws / 500);
   EXPECT_GE(split, kDraws / 10);
   EXPECT_GE(kDraws - split, kDraws / 10);
-  EXPECT_GE(wide_merges, kDraws / 1000);
-  EXPECT_GE(chosen, kDraws / 100);
-  for (const auto& [kernel, count] : kernels)
-    RecordProperty("kernel_" + std::to_string(int(kernel)), count);
-  printf("plain %d matrix %d prefill %d decode %d split %d wide %d chosen %d\n",
-         kernels[AttentionKernel::plain], kernels[AttentionKernel::matrix],
-         kernels[AttentionKernel::prefill], kernels[AttentionKernel::decode], split, wide_merges,
-         chosen);
+  EXPECT_GE(wide_merges, kDraws / 50);
+  EXPECT_GE(chosen, kDraws / 300);
 }
 
 }  // namespace
