@@ -154,16 +154,6 @@ void launch_decode(const AttentionLaunch<T>& a, std::int64_t sequences, Stream& 
          decode_shared_bytes<T, kDim, Decode>(), stream, a);
 }
 
-template <typename T>
-void launch_merge(const AttentionLaunch<T>& a, bool aligned, Stream& stream) {
-  const int warps = (a.splits + kMergedByWarp - 1) / kMergedByWarp;
-  const std::size_t shared = warps > 1 ? std::size_t(warps * a.v_dim) * sizeof(float) : 0;
-  const dim3 grid(unsigned(a.q.rows), unsigned(a.heads)), block(unsigned(32 * warps));
-  launch_overlapping("attention.merge",
-                     aligned && a.v_dim % 4 == 0 ? merge_kernel<T, 4> : merge_kernel<T, 1>, grid,
-                     block, shared, stream, a);
-}
-
 template <typename T, int kRows>
 void launch_plain(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
   launch("attention", attention_plain_kernel<T, kRows>, grid, dim3(unsigned(32 * warps)),
@@ -226,9 +216,13 @@ std::int64_t attention_splits(DType dtype, const ModelShape& model, int tp_size,
   const std::int64_t row_blocks =
       std::max<std::int64_t>(1, (batch.max_queries() * group + choice.rows - 1) / choice.rows);
   const std::int64_t blocks = rank.kv_heads.size * batch.sequences() * row_blocks;
-  return std::clamp<std::int64_t>(
-      kBlocksOfChip / blocks, 1,
-      std::clamp<std::int64_t>(visible / kLeastOfSplit, 1, kMaxAttentionSplits));
+  const std::int64_t most =
+                         std::clamp<std::int64_t>(visible / kLeastOfSplit, 1, kMaxAttentionSplits),
+                     wanted = std::clamp<std::int64_t>(kBlocksOfChip / blocks, 1, most);
+  // Not more than get tiles, where each takes as many.
+  const std::int64_t tiles = std::max<std::int64_t>(1, (visible + choice.tile - 1) / choice.tile),
+                     tiles_of_split = (tiles + wanted - 1) / wanted;
+  return (tiles + tiles_of_split - 1) / tiles_of_split;
 }
 
 AttentionProfile attention_profile(DType dtype, const ModelShape& model, int tp_size,

@@ -251,17 +251,25 @@ struct RowResult {
   __device__ void store_lse() const { *lse_at = lse; }
 };
 
-// Splits that a warp merges.
-inline constexpr int kMergedByWarp = 4;
+// Splits that one warp merges at most, and how many rows a block takes of which a warp is enough.
+inline constexpr int kMergedByWarp = 8, kMergedRows = 4;
 
-// A block for each token and head, a warp of it for every kMergedByWarp splits: merges their
-// states, and the sink. kWidth columns at a time.
-template <typename T, int kWidth>
+// Merges the states of the splits, and the sink, of each token and head. kFew: a warp for each, and
+// each lane weighs all splits; else a block of as many warps as the splits need, grid (tokens,
+// heads). kWidth columns at a time.
+template <typename T, int kWidth, bool kFew>
 __global__ void merge_kernel(AttentionLaunch<T> a) {
-  const int head = int(blockIdx.y), warps = int(blockDim.x / 32), warp = int(threadIdx.x / 32),
-            lane = int(threadIdx.x % 32);
-  const std::int64_t token = blockIdx.x, stride = a.q.rows * a.heads,
-                     at = part_of(a, 0, token, head);
+  const int lane = int(threadIdx.x % 32), warps = kFew ? 1 : int(blockDim.x / 32),
+            warp = kFew ? 0 : int(threadIdx.x / 32);
+  std::int64_t token = blockIdx.x;
+  int head = int(blockIdx.y);
+  if (kFew) {
+    const std::int64_t row = std::int64_t(blockIdx.x) * kMergedRows + threadIdx.x / 32;
+    if (row >= a.q.rows * a.heads) return;
+    token = row / a.heads;
+    head = int(row - token * a.heads);
+  }
+  const std::int64_t stride = a.q.rows * a.heads, at = part_of(a, 0, token, head);
   const float* const lse = part_lse(a) + at;  // of split s at s * stride
   const float sink = a.sinks == nullptr ? -INFINITY : a.sinks[head];
   T* const out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
@@ -278,29 +286,43 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
     }
   };
   wait_for_previous_kernel();
-  // All loads before the first meeting. A lane has the states of splits `lane` and `lane + 32`.
-  static_assert(kMaxAttentionSplits <= 64);
   load(kWidth * lane);
-  float part[2], w[2];
+  // Weights of this warp's splits; all loads before the first meeting. All parts may be empty:
+  // exp(-infinity - -infinity) would be NaN (vllm#28181).
+  float own[kMergedByWarp], base, sum = 0.0f;
+  if constexpr (kFew) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int s = lane + 32 * i;
-    part[i] = s < a.splits ? lse[s * stride] : -INFINITY;
+    for (int s = 0; s < kMergedByWarp; ++s) own[s] = s < a.splits ? lse[s * stride] : -INFINITY;
+    float m = sink;
+#pragma unroll
+    for (int s = 0; s < kMergedByWarp; ++s) {
+      if (s < a.splits) m = larger(m, own[s]);
+    }
+    base = exponent_base(m, a.empty_maximum);
+    if (a.sinks != nullptr) sum = weight(sink, base);
+#pragma unroll
+    for (int s = 0; s < kMergedByWarp; ++s) {
+      if (s < a.splits) sum += own[s] = weight(own[s], base);
+    }
+  } else {
+    // A lane has the states of splits `lane` and `lane + 32`.
+    static_assert(kMaxAttentionSplits <= 64);
+    float w[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      w[i] = lane + 32 * i < a.splits ? lse[(lane + 32 * i) * stride] : -INFINITY;
+    base = exponent_base(larger(sink, warp_max(larger(w[0], w[1]))), a.empty_maximum);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) w[i] = lane + 32 * i < a.splits ? weight(w[i], base) : 0.0f;
+    sum = warp_sum(w[0] + w[1]);
+    if (a.sinks != nullptr) sum += weight(sink, base);
+#pragma unroll
+    for (int i = 0; i < kMergedByWarp; ++i) {
+      const int s = warp + i * warps;
+      own[i] = s < a.splits ? __shfl_sync(0xFFFFFFFFu, s < 32 ? w[0] : w[1], s % 32) : 0.0f;
+    }
   }
-  const float m = larger(sink, warp_max(larger(part[0], part[1])));
-  // All parts may be empty: exp(-infinity - -infinity) would be NaN (vllm#28181).
-  const float base = exponent_base(m, a.empty_maximum);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) w[i] = lane + 32 * i < a.splits ? weight(part[i], base) : 0.0f;
-  float sum = warp_sum(w[0] + w[1]);
-  if (a.sinks != nullptr) sum += weight(sink, base);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  float own[kMergedByWarp];  // weights of this warp's splits
-#pragma unroll
-  for (int i = 0; i < kMergedByWarp; ++i) {
-    const int s = warp + i * warps;
-    own[i] = s < a.splits ? __shfl_sync(0xFFFFFFFFu, s < 32 ? w[0] : w[1], s % 32) : 0.0f;
-  }
   for (int d = kWidth * lane; d < a.v_dim; d += kWidth * 32) {
     if (d >= kWidth * 32) load(d);
     Columns total = {};
@@ -310,23 +332,42 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) total[j] = fmaf(own[i], x[i][j], total[j]);
     }
-    if (warps > 1) {
+    if (!kFew) {
       store_vector<float, kWidth>(sums + warp * a.v_dim + d, total);
     } else {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) out[d + j] = from_float<T>(total[j] * inverse);
     }
   }
-  if (warps > 1) __syncthreads();
-  if (threadIdx.x == blockDim.x - 1)  // who has least to do below
+  if (!kFew) __syncthreads();
+  if (kFew ? lane == 0 : threadIdx.x == blockDim.x - 1)  // who has least to do below
     a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
-  if (warps == 1) return;
+  if (kFew) return;
   for (int d = int(threadIdx.x); d < a.v_dim; d += int(blockDim.x)) {
     float total = 0.0f;
 #pragma unroll 4
     for (int i = 0; i < warps; ++i) total += sums[i * a.v_dim + d];
     out[d] = from_float<T>(total * inverse);
   }
+}
+
+// Queues it. `aligned`: parts begin at a multiple of 16 bytes. Many splits are those of few rows,
+// for which it pays to overlap; waiting costs the emulator a third of a case.
+template <typename T>
+void launch_merge(const AttentionLaunch<T>& a, bool aligned, Stream& stream) {
+  const bool wide = aligned && a.v_dim % 4 == 0;
+  if (a.splits <= kMergedByWarp) {
+    const std::int64_t rows = a.q.rows * a.heads;
+    launch("attention.merge", wide ? merge_kernel<T, 4, true> : merge_kernel<T, 1, true>,
+           dim3(unsigned((rows + kMergedRows - 1) / kMergedRows)), dim3(32 * kMergedRows), 0,
+           stream, a);
+    return;
+  }
+  const unsigned warps = unsigned(a.splits + kMergedByWarp / 2 - 1) / (kMergedByWarp / 2);
+  launch_overlapping("attention.merge",
+                     wide ? merge_kernel<T, 4, false> : merge_kernel<T, 1, false>,
+                     dim3(unsigned(a.q.rows), unsigned(a.heads)), dim3(32 * warps),
+                     std::size_t(warps) * std::size_t(a.v_dim) * sizeof(float), stream, a);
 }
 
 }  // namespace tp

@@ -72,7 +72,7 @@ std::vector<Key> attention_batch_keys() {
        .min = 1,
        .max = kMaxAttentionSplits,
        .fallback = 1,
-       .draw_max = 6,
+       .draw_max = 10,
        .fits = [](const Case& c, std::int64_t) { return c.options.at("split_by") == 0; }},
       {.name = "placement",
        .help = "which KV heads a rank's cache holds: its own, or the whole model's",
