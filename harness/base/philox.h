@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 namespace tp {
@@ -19,5 +20,9 @@ constexpr std::uint64_t stream_of(std::string_view name) {
 }
 
 Random4 philox(std::uint64_t seed, std::uint64_t stream, std::uint64_t index);
+
+// Words [first, first + out.size()) of a stream: word i is philox(seed, stream, i / 4)[i % 4].
+void philox_words(std::uint64_t seed, std::uint64_t stream, std::uint64_t first,
+                  std::span<std::uint32_t> out);
 
 }  // namespace tp
