@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <set>
 #include <utility>
@@ -82,7 +83,9 @@ class CaseRun {
       if (result.broken) world_.retire();
       if (i == 0) {
         mine.outputs = std::move(result.outputs);
-      } else if (!mine.fault && result.outputs != mine.outputs) {
+      } else if (!mine.fault && (result.outputs.size() != mine.outputs.size() ||
+                                 std::memcmp(result.outputs.data(), mine.outputs.data(),
+                                             mine.outputs.size()) != 0)) {
         const auto [a, b] = std::mismatch(mine.outputs.begin(), mine.outputs.end(),
                                           result.outputs.begin(), result.outputs.end());
         const Shard local = ranks_of_process(c.tp_size, world_.processes(), world_.process());
