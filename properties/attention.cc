@@ -36,10 +36,15 @@ using Value = std::function<double(const DataRegime&, std::int64_t, std::int64_t
 // The value of any tensor's element, also of one that is filled by role and regime.
 Value value_of(const TensorSpec& tensor) {
   if (tensor.value) return tensor.value;
-  return [tensor](const DataRegime& regime, std::int64_t row, std::int64_t col) {
-    alignas(8) std::byte bytes[8];
-    fill_block(tensor, regime, {row, 1}, {col, 1}, bytes, 1);
-    return load(tensor.dtype, bytes, 0);
+  // A row at a time: whoever asks for an element asks for its neighbours next.
+  return [tensor, filled = std::vector<std::byte>(), of = DataRegime(), of_row = std::int64_t{-1}](
+             const DataRegime& regime, std::int64_t row, std::int64_t col) mutable {
+    if (row != of_row || regime != of) {
+      filled.resize(std::size_t(tensor.cols * size_of(tensor.dtype)));
+      fill_block(tensor, regime, {row, 1}, {0, tensor.cols}, filled.data(), tensor.cols);
+      of = regime, of_row = row;
+    }
+    return load(tensor.dtype, filled.data(), col);
   };
 }
 

@@ -52,7 +52,8 @@ class CaseRun {
   // The same data over each of the poisons: the outputs must not know the difference.
   Gathering run(const Case& c, const Variation& variation, std::vector<Poison> poisons,
                 bool is_original) {
-    Gathering all{spec_.stages(c, rules_, variation), InputData(spec_.regime(c, variation))};
+    Gathering all{spec_.stages(c, rules_, variation),
+                  InputData(spec_.regime(c, variation), world_.is_root())};
     const std::size_t passes = options_.poison ? poisons.size() : 1;
     const bool delays = c.options.at("delays") == 1, graph = c.options.at("graph") == 1;
     Share mine;
