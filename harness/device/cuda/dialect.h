@@ -81,3 +81,4 @@ __device__ inline void peer_store(T* address, const std::type_identity_t<T>& val
 
 #include "harness/device/cuda/copy_async.h"
 #include "harness/device/cuda/matrix.h"
+#include "harness/device/cuda/overlap.h"
