@@ -254,6 +254,7 @@ TYPED_TEST(Matrix, ProductsAreRoundedAsDocumented) {
       std::vector<float> c = values<float>(kM * kN, 2 * low, std::min(2 * high, 127), generator);
       for (int i = 0; i < kM * kN; i += 3) c[i] = 0.0f;
       for (int i = 0; i < kM * kK; i += 7) a[i] = 0.0f;
+      std::fill_n(a.begin() + round % kM * kK, kK, -0.0f);  // a row beyond the tokens of a batch
       const std::vector<float> got = product<TypeParam>(a, b, c, round % 2 == 0);
       for (int m = 0; m < kM; ++m) {
         for (int n = 0; n < kN; ++n) {
@@ -322,6 +323,11 @@ TYPED_TEST(Matrix, ProductsOfInfinitiesAndNans) {
     EXPECT_EQ(std::isinf(got[9 * kN + n]), n != 4);
     EXPECT_EQ(got[15 * kN + n], 0.0f);
   }
+  b[2 * kN + 5] = INFINITY;
+  b[6 * kN + 7] = NAN;
+  const std::vector<float> other = product<TypeParam>(a, b, c, true);
+  for (int n = 0; n < kN; ++n)  // also where all of a row are zeros
+    EXPECT_EQ(std::isnan(other[15 * kN + n]), n == 5 || n == 7);
 }
 
 // The accumulators of one product, as the A operand of the next: with columns of the identity for
