@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <tuple>
 
 #include "properties/attention_call.h"
 #include "properties/attention_data.h"
@@ -37,12 +38,15 @@ using Value = std::function<double(const DataRegime&, std::int64_t, std::int64_t
 Value value_of(const TensorSpec& tensor) {
   if (tensor.value) return tensor.value;
   // A row at a time: whoever asks for an element asks for its neighbours next.
-  return [tensor, filled = std::vector<std::byte>(), of = DataRegime(), of_row = std::int64_t{-1}](
+  const auto asked = [](const DataRegime& g, std::int64_t row) {
+    return std::tuple(g.fill, g.seed, g.eps, g.scale_log2, g.rotate_rows, row);
+  };
+  return [tensor, asked, filled = std::vector<std::byte>(), of = asked({}, -1)](
              const DataRegime& regime, std::int64_t row, std::int64_t col) mutable {
-    if (row != of_row || regime != of) {
+    if (of != asked(regime, row)) {
       filled.resize(std::size_t(tensor.cols * size_of(tensor.dtype)));
       fill_block(tensor, regime, {row, 1}, {0, tensor.cols}, filled.data(), tensor.cols);
-      of = regime, of_row = row;
+      of = asked(regime, row);
     }
     return load(tensor.dtype, filled.data(), col);
   };

@@ -40,8 +40,6 @@ struct DataRegime {
   double eps = 0;       // the size of small_rows is sqrt(eps)
   int scale_log2 = 0;   // activations are multiplied by 2^scale_log2 (a law)
   int rotate_rows = 0;  // row i holds what row (i + rotate_rows) % rows would hold (a law)
-
-  bool operator==(const DataRegime&) const = default;
 };
 
 // A global tensor: what the model has, before anything is cut.

@@ -116,6 +116,15 @@ Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) 
       m.values[i] = load(dtype_of<T>::value, bytes.data(), std::int64_t(i));
   };
   switch (tensor.dtype) {
+    case DType::f32:
+      load_as(float{});
+      break;
+    case DType::f16:
+      load_as(f16{});
+      break;
+    case DType::bf16:
+      load_as(bf16{});
+      break;
     case DType::e4m3:
       load_as(e4m3{});
       break;
@@ -125,8 +134,6 @@ Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) 
     case DType::i32:
       load_as(std::int32_t{});
       break;
-    default:
-      dispatch(tensor.dtype, load_as);
   }
   return m;
 }
