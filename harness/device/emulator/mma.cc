@@ -68,9 +68,9 @@ void expand(const std::uint16_t* bits, int count, f16, float* values, std::int16
   for (int i = 0; i < count; ++i) {
     const std::uint32_t sign = std::uint32_t(bits[i] & 0x8000) << 16;
     const std::uint32_t magnitude = bits[i] & 0x7FFF;
-    const std::uint32_t normal = (magnitude << 13) + (112u << 23);
-    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(float(int(magnitude)) * 0x1p-24f);
-    const std::uint32_t finite = magnitude < 0x400 ? subnormal : normal;
+    // The exponents of both formats are biased 112 apart, those of subnormals, too.
+    const float finite_value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    const auto finite = std::bit_cast<std::uint32_t>(finite_value);
     const std::uint32_t special = magnitude >= 0x7C00 ? 0x7F800000u : 0u;
     values[i] = std::bit_cast<float>(sign | finite | special);
   }
