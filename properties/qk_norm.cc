@@ -332,7 +332,7 @@ Stage norm_stage(const Case& c, const ShardingRules& rules, const Variation& var
   const std::int64_t tokens = c.num_tokens, pad = c.options.at("pad"), dim = m.head_dim,
                      v_dim = m.value_head_dim();
   const double eps = norm::eps_of(c, variation);
-  const QkNormProfiles profiles = qk_norm_profiles(m, c.tp_size);
+  const QkNormProfiles profiles = qk_norm_profiles(m, c.dtype, c.tp_size);
   const auto heads = [&](std::string name, std::int64_t rows, std::int64_t count,
                          std::int64_t width, Role role) {
     return TensorSpec{std::move(name), c.dtype, rows, count * width, role, width};

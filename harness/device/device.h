@@ -9,7 +9,8 @@
 //   - matrix products on tensor cores are mma and its helpers (matrix.h), copies to shared memory
 //     that run meanwhile are copy_async and its wait (copy_async.h),
 //   - load_acquire, store_release, load_volatile, store_volatile, peer_load, peer_store are called
-//     wherever memory is shared,
+//     wherever memory is shared, send_words and poll_words where a kernel meets those of other
+//     ranks while they run (peer_words.h),
 // and a kernel file has neither PTX nor #ifdef. In the emulator atomics and that last group are
 // where a thread yields, so that a kernel may spin on memory that another block or another rank's
 // kernel writes.
