@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
       if (thread < 2) {  // 0: q, 1: k
         float total = scratch.received[0][thread];
         for (int r = 1; r < peers.tp_size; ++r) total += scratch.received[r][thread];
-        const std::int64_t statistic = thread * tokens + token;
-        if (statistic < reduced.offset || statistic >= reduced.end()) total = mine[thread];
+        const std::int64_t statistic = thread * tokens + token - reduced.offset;
+        if (statistic < 0 || statistic >= reduced.size) total = mine[thread];
         scratch.inverse[thread] =
             inverse_root(total / (thread == 0 ? norms.q : norms.k).divisor, norms.eps);
       }

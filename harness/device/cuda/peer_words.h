@@ -24,10 +24,17 @@ __device__ inline PeerWords poll_words(const PeerWords* address, Where = {}) {
 // comes at all.
 class SpinLimit {
  public:
-  __device__ bool is_over() const { return clock64() - begin_ > (1ll << 31); }
+  __device__ SpinLimit() : begin_(now()) {}
+  __device__ bool is_over() const { return now() - begin_ > (1ll << 31); }
 
  private:
-  long long begin_ = clock64();
+  __device__ static long long now() {
+    long long cycles;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles));
+    return cycles;
+  }
+
+  long long begin_;
 };
 
 }  // namespace tp
