@@ -28,9 +28,8 @@ const std::vector<std::byte>& bench_data(const TensorSpec& tensor, std::uint64_t
   if (!is_new) return bytes;
   const std::int64_t row_bytes = tensor.cols * size_of(tensor.dtype);
   bytes.resize(std::size_t(tensor.rows * row_bytes));
-  const std::int64_t threads =
-      std::clamp<std::int64_t>(tensor.rows * row_bytes / kThreadBytes, 1,
-                               std::max(1u, std::thread::hardware_concurrency()));
+  const std::int64_t threads = std::clamp<std::int64_t>(
+      tensor.rows * row_bytes / kThreadBytes, 1, std::max(1u, std::thread::hardware_concurrency()));
   const auto fill = [&](std::int64_t i) {
     const std::int64_t first = i * tensor.rows / threads, end = (i + 1) * tensor.rows / threads;
     fill_block(tensor, {.fill = Fill::dense, .seed = seed}, {first, end - first}, {0, tensor.cols},

@@ -114,11 +114,13 @@ class Runner {
                               for (int i = 0; i < kTrials; ++i) sets[0]->launch(stream_);
                             }))) /
                             kTrials;
-    const int copies = int(std::clamp(kReplayUs / estimate, double{kMinCopies}, double{kMaxCopies}));
+    const int copies =
+        int(std::clamp(kReplayUs / estimate, double{kMinCopies}, double{kMaxCopies}));
     if (cache_ == Cache::cold) {
       // No more than so many are needed for the first to have left the caches before its turn.
       const double wanted = std::max(2.0, std::ceil(kSweptBytes / bytes_of(bench_.work)));
-      while (double(sets.size()) < std::min(wanted, double(copies))) sets.push_back(make(kSeedTimed));
+      while (double(sets.size()) < std::min(wanted, double(copies)))
+        sets.push_back(make(kSeedTimed));
     }
     times_.copies = copies;
     times_.sets = int(sets.size());

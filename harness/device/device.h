@@ -7,7 +7,8 @@
 //   - warp_sum, warp_max, block_sum, block_max, load_vector, store_vector are called, not written
 //     again,
 //   - matrix products on tensor cores are mma and its helpers (matrix.h), copies to shared memory
-//     that run meanwhile are copy_async and its wait (copy_async.h),
+//     that run meanwhile are copy_async and its wait (copy_async.h), kernels that begin before the
+//     last one has ended are launched by launch_overlapping (overlap.h),
 //   - load_acquire, store_release, load_volatile, store_volatile, peer_load, peer_store are called
 //     wherever memory is shared, send_words and poll_words where a kernel meets those of other
 //     ranks while they run (peer_words.h),
@@ -29,5 +30,6 @@
 #include "harness/device/copy_async.h"
 #include "harness/device/larger.h"
 #include "harness/device/matrix.h"
+#include "harness/device/overlap.h"
 #include "harness/device/reduce.h"
 #include "harness/device/vector.h"

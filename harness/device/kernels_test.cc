@@ -565,6 +565,34 @@ TEST(Recording, OtherKernelsTheSecondTimeAreRefused) {
   }
 }
 
+std::vector<int> handed_over(OverlapMistake mistake, bool recorded, std::uint64_t seed) {
+  std::vector<int> last;
+  const Report report = run_rank(
+      [&](Stream& stream) {
+        const Buffer data = upload(stream, std::vector<int>((1 + kHandOvers) * kHandedOver));
+        Recording recording;
+        for (int run = 0; run < (recorded ? 2 : 1); ++run) {
+          poison(stream, data, 0);
+          if (recorded) stream.begin_recording(recording);
+          hand_over(stream, data.as<int>(), mistake);
+          if (recorded) stream.end_recording();
+          last = download<int>(stream, data);
+          last.erase(last.begin(), last.end() - kHandedOver);
+        }
+      },
+      seed);
+  EXPECT_FALSE(report.fault) << report.fault->what;
+  return last;
+}
+
+TEST(Overlap, KernelsSeeBehindTheirWaitWhatTheOneBeforeWrote) {
+  for (std::uint64_t seed = 0; seed < 10; ++seed) {
+    for (const bool recorded : {false, true}) {
+      EXPECT_THAT(handed_over(OverlapMistake::none, recorded, seed), Each(kHandOvers)) << seed;
+    }
+  }
+}
+
 TEST(Larger, IsAnOrderOfFloats) {
   EXPECT_EQ(larger(1.0f, 2.0f), 2.0f);
   EXPECT_EQ(larger(2.0f, 1.0f), 2.0f);

@@ -365,6 +365,14 @@ __global__ void two_kinds_of_mma_kernel() {
   threadIdx.x < 20 ? multiply_nothing<f16>() : multiply_nothing<bf16>();
 }
 
+__global__ void hand_over_kernel(const int* from, int* to, OverlapMistake mistake) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (mistake == OverlapMistake::early_start) let_next_kernel_start();
+  if (mistake != OverlapMistake::no_wait) wait_for_previous_kernel();
+  if (mistake == OverlapMistake::none) let_next_kernel_start();
+  to[i] = from[i] + 1;
+}
+
 }  // namespace
 
 void warp_functions(Stream& stream, std::int64_t* out) {
@@ -537,6 +545,19 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out) {
 }
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks) {
   launch("blocks_wait", blocks_wait_kernel, blocks, 32, 0, stream, flag, out);
+}
+void hand_over(Stream& stream, int* data, OverlapMistake mistake) {
+  for (int i = 0; i < kHandOvers; ++i) {
+    const auto launch_it = [&](auto launch_as) {
+      launch_as("hand_over", hand_over_kernel, dim3(kHandedOver / 100), dim3(100), std::size_t{0},
+                stream, data + i * kHandedOver, data + (i + 1) * kHandedOver, mistake);
+    };
+    if (i == 0) {
+      launch_it([](auto&&... a) { launch(a...); });
+    } else {
+      launch_it([](auto&&... a) { launch_overlapping(a...); });
+    }
+  }
 }
 
 }  // namespace tp::testing

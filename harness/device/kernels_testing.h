@@ -106,4 +106,10 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out);
 // Block 0 waits for what the last block writes.
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks);
 
+// data[i][j] = data[i - 1][j] + 1, i = 1 .. kHandOvers, by kernels that overlap each with the one
+// before it, the first one excepted; data [1 + kHandOvers, kHandedOver].
+inline constexpr int kHandOvers = 6, kHandedOver = 300;
+enum class OverlapMistake { none, no_wait, early_start };
+void hand_over(Stream& stream, int* data, OverlapMistake mistake);
+
 }  // namespace tp::testing

@@ -38,8 +38,12 @@ void Stream::push(Operation operation) {
 void Stream::enqueue(std::unique_ptr<Work> work) { push(std::move(work)); }
 
 void Stream::enqueue_kernel(std::unique_ptr<Work> kernel) {
-  if (recording_ == nullptr) return push(std::move(kernel));
-  kernels_.push_back(std::move(kernel));
+  if (recording_ != nullptr) return kernels_.push_back(std::move(kernel));
+  if (!operations_.empty()) {
+    auto* last = std::get_if<std::unique_ptr<Work>>(&operations_.back());
+    if (last != nullptr && (*last)->take_in(kernel)) return;
+  }
+  push(std::move(kernel));
 }
 
 void Stream::call(std::function<void()> f) { push(Call{std::move(f), true}); }

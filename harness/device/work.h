@@ -26,6 +26,8 @@ class Work {
   virtual Progress step(Random& random) = 0;  // throws Fault
   virtual std::string_view name() const = 0;  // for who-runs-now
   virtual std::string describe() const = 0;   // where it is, for the sentence about a hang
+  // Whether it took the next work of its stream in, to run it beside itself.
+  virtual bool take_in(std::unique_ptr<Work>&) { return false; }
   // Whether it only waits for other processes, so that a hang is theirs.
   virtual bool waits_for_others() const { return false; }
 };

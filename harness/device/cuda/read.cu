@@ -1,5 +1,3 @@
-#include "harness/device/cuda/read.h"
-
 #include <cuda_runtime.h>
 
 #include <memory>
@@ -7,6 +5,7 @@
 #include "harness/device/cache.h"
 #include "harness/device/cuda/check.h"
 #include "harness/device/cuda/queue.h"
+#include "harness/device/cuda/read.h"
 
 namespace tp {
 

@@ -112,6 +112,7 @@ void Block::exit(Thread& thread) {
   release(fibers_);
   thread.state = State::unstarted;
   thread.fenced = false;
+  thread.waited = false;
   thread.loaded = nullptr;
   warps_[thread.index / 32].exited |= 1u << thread.index % 32;
   --alive_;
@@ -280,6 +281,24 @@ void yield(const char* what, Where where) {
   thread.what = what;
   thread.where = where;
   block_of(thread).yield(thread);
+}
+
+void wait_for_previous(Where where) {
+  const bool* ended = running->block->previous_ended;
+  while (ended != nullptr && !*ended) yield("wait_for_previous_kernel", where);
+  running->waited = true;
+}
+
+void let_next_start(Where where) {
+  Thread& thread = *running;
+  Block& block = block_of(thread);
+  if (thread.waited || block.previous_ended == nullptr) return;
+  block.fail(thread, [&] {
+    return fmt::format(
+        "let_next_kernel_start ({}) in {}: before wait_for_previous_kernel, so that the next "
+        "kernel could begin while the one before this one runs",
+        to_string(where), block.name());
+  });
 }
 
 void misaligned(const void* address, std::size_t bytes, const char* what, Where where) {

@@ -60,4 +60,5 @@ inline void check_aligned(const void* address, std::size_t bytes, const char* wh
 
 #include "harness/device/emulator/copy_async.h"
 #include "harness/device/emulator/matrix.h"
+#include "harness/device/emulator/overlap.h"
 #include "harness/device/emulator/peer_words.h"

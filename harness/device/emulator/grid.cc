@@ -90,7 +90,31 @@ void Grid::forget_ended_blocks() {
   queue_.fibers().recycle();
 }
 
+bool Grid::take_in(std::unique_ptr<Work>& next) {
+  auto* grid = dynamic_cast<Grid*>(next.get());
+  if (grid == nullptr || !grid->overlaps()) return false;
+  Grid* last = this;
+  while (last->next_) last = last->next_.get();
+  grid->previous_ended_ = &last->complete_;
+  (void)next.release();
+  last->next_.reset(grid);
+  return true;
+}
+
 Progress Grid::step(Random& random) {
+  if (!next_) return run(random);
+  if (complete_) return next_->step(random);
+  bool ahead = !next_->complete_ && random.below(2) == 0;
+  Progress progress = (ahead ? *next_ : *this).run(random);
+  if (ahead && progress == Progress::spun) {  // maybe for this one
+    ahead = false;
+    progress = run(random);
+  }
+  if (progress != Progress::done) return progress;
+  return complete_ && next_->complete_ && !next_->next_ ? Progress::done : Progress::moved;
+}
+
+Progress Grid::run(Random& random) {
   const Overlooked overlooked;
   if (begun_ == 0) begin_launch(random);
   deliver_some(random);
@@ -104,9 +128,9 @@ Progress Grid::step(Random& random) {
   const Progress progress = resident_[pick]->run();
   if (progress != Progress::done) return progress;
   end_block(pick);
-  if (begun_ < blocks_ || !resident_.empty()) return Progress::moved;
-  deliver_all(launch_);
-  return Progress::done;
+  complete_ = begun_ == blocks_ && resident_.empty();
+  if (complete_) deliver_all(launch_);
+  return complete_ ? Progress::done : Progress::moved;
 }
 
 void Grid::begin_block(Random& random) {
@@ -123,6 +147,7 @@ void Grid::begin_block(Random& random) {
   const std::uint64_t index = (begun_++ * stride_ + offset_) % blocks_;
   resident_.back()->begin(launch_, index, shared, stream_.scheduler().options().poison,
                           queue_.fibers(), random.next());
+  resident_.back()->previous_ended = previous_ended_;
   stream_.scheduler().count(1, threads_);
 }
 
@@ -141,6 +166,7 @@ void Grid::end_block(std::size_t resident) {
 std::unique_ptr<Grid> Grid::again() const { return std::make_unique<Grid>(launch_, stream_); }
 
 std::string Grid::describe() const {
+  if (goes_on()) return next_->describe();
   if (resident_.empty()) {
     return fmt::format("runs kernel {}: {} of {} blocks begun", launch_.name, begun_, blocks_);
   }

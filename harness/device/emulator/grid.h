@@ -1,6 +1,7 @@
 #pragma once
 // A launch as a stream runs it: blocks begin in a drawn order, up to a number of them are resident
-// at once, and each step runs one of them until its threads wait or yield.
+// at once, and each step runs one of them until its threads wait or yield. Launches that overlap
+// are a chain, of which two run at a time.
 
 #include <cstdint>
 #include <memory>
@@ -11,6 +12,7 @@
 #include "harness/device/emulator/launch.h"
 #include "harness/device/emulator/queue.h"
 #include "harness/device/emulator/shared_memory.h"
+#include "harness/device/sanitizer.h"
 #include "harness/device/work.h"
 
 namespace tp::emulator {
@@ -21,12 +23,18 @@ class Grid final : public Work {
   ~Grid() override;
 
   Progress step(Random& random) override;
-  std::string_view name() const override { return launch_.name; }
+  std::string_view name() const override { return goes_on() ? next_->name() : launch_.name; }
   std::string describe() const override;
+  bool take_in(std::unique_ptr<Work>& next) override;
   // The same launch, not yet begun.
   std::unique_ptr<Grid> again() const;
+  // Whether it may begin before the launch before it has ended, where streams do not stand for
+  // threads of TSan's.
+  bool overlaps() const { return launch_.overlaps && !kTsan; }
 
  private:
+  bool goes_on() const { return complete_ && next_ != nullptr; }
+  Progress run(Random& random);  // this launch alone
   bool has_room() const;
   void forget_ended_blocks();
   void begin_block(Random& random);
@@ -39,6 +47,9 @@ class Grid final : public Work {
   SharedMemory shared_;
   std::uint64_t blocks_;
   std::uint64_t threads_;  // of a block
+  bool complete_ = false;
+  const bool* previous_ended_ = nullptr;  // of the launch with which this one overlaps
+  std::unique_ptr<Grid> next_;            // overlaps with this one
   std::uint64_t begun_ = 0;
   std::uint64_t stride_ = 0;  // the i-th block to begin is (i * stride + offset) % blocks
   std::uint64_t offset_ = 0;

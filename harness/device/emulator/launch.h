@@ -25,6 +25,7 @@ struct Launch {
   std::string name;
   LaunchSize size;
   std::shared_ptr<const Kernel> kernel;
+  bool overlaps = false;  // with the kernel before it in its stream
 };
 
 template <typename... Parameters>
@@ -57,15 +58,36 @@ int resident_blocks(std::string_view, void (*)(Parameters...), int threads, std:
   return emulator::resident_blocks(threads);
 }
 
+namespace emulator {
+
+template <typename... Parameters, typename... Arguments>
+Launch make_launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                   std::size_t shared_bytes, Arguments&&... arguments) {
+  using Call = KernelCall<Parameters...>;
+  return {std::string(name),
+          {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
+          std::make_shared<Call>(kernel, std::forward<Arguments>(arguments)...)};
+}
+
+}  // namespace emulator
+
 // Queues kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
 template <typename... Parameters, typename... Arguments>
 void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
-  using Call = emulator::KernelCall<Parameters...>;
-  emulator::enqueue_launch({std::string(name),
-                            {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
-                            std::make_shared<Call>(kernel, std::forward<Arguments>(arguments)...)},
+  emulator::enqueue_launch(emulator::make_launch(name, kernel, grid, block, shared_bytes,
+                                                 std::forward<Arguments>(arguments)...),
                            stream);
+}
+
+// The same, but the kernel may begin before the one before it has ended: overlap.h.
+template <typename... Parameters, typename... Arguments>
+void launch_overlapping(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                        std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
+  emulator::Launch launch = emulator::make_launch(name, kernel, grid, block, shared_bytes,
+                                                  std::forward<Arguments>(arguments)...);
+  launch.overlaps = true;
+  emulator::enqueue_launch(std::move(launch), stream);
 }
 
 }  // namespace tp

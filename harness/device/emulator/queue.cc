@@ -45,18 +45,25 @@ class Rerun final : public Work {
   explicit Rerun(std::shared_ptr<RecordedKernels> recorded) : recorded_(std::move(recorded)) {}
 
   Progress step(Random& random) override {
-    if (!grid_) grid_ = static_cast<Grid&>(*recorded_->kernels[at_]).again();
+    if (!grid_) {
+      grid_ = recorded(at_++).again();
+      while (at_ < recorded_->size() && recorded(at_).overlaps()) {
+        std::unique_ptr<Work> next = recorded(at_++).again();
+        grid_->take_in(next);
+      }
+    }
     const Progress progress = grid_->step(random);
     if (progress != Progress::done) return progress;
     grid_.reset();
-    return ++at_ == recorded_->size() ? Progress::done : Progress::moved;
+    return at_ == recorded_->size() ? Progress::done : Progress::moved;
   }
-  std::string_view name() const override { return recorded_->kernels[at_]->name(); }
-  std::string describe() const override {
-    return (grid_ ? *grid_ : *recorded_->kernels[at_]).describe();
-  }
+  std::string_view name() const override { return at().name(); }
+  std::string describe() const override { return at().describe(); }
 
  private:
+  Grid& recorded(std::size_t i) const { return static_cast<Grid&>(*recorded_->kernels[i]); }
+  const Work& at() const { return grid_ ? *grid_ : recorded(at_); }
+
   std::shared_ptr<RecordedKernels> recorded_;
   std::size_t at_ = 0;
   std::unique_ptr<Work> grid_;

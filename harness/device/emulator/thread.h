@@ -20,6 +20,8 @@ struct BlockInfo {
   dim3 grid_dim;
   void* shared = nullptr;
   std::uint8_t poison = 0;  // every byte of shared memory, at first
+  // Of a launch that overlaps with the one before it: whether that one has ended.
+  const bool* previous_ended = nullptr;
 };
 
 enum class State : std::uint8_t {
@@ -37,6 +39,7 @@ struct alignas(64) Thread {
   std::uint16_t index = 0;  // in its block
   State state = State::unstarted;
   bool fenced = false;           // it has passed a __threadfence: fences.cc
+  bool waited = false;           // for the kernel before its own
   const void* loaded = nullptr;  // where its last atomic or volatile load was
   const char* what = nullptr;    // where it waits or yielded last
   Where where;
@@ -50,6 +53,10 @@ void block_barrier(Where where);
 
 // Lets all others that can run go first.
 void yield(const char* what, Where where);
+
+// The launch before this one in the stream, and the one behind it: overlap.h.
+void wait_for_previous(Where where);
+void let_next_start(Where where);
 
 [[noreturn]] void misaligned(const void* address, std::size_t bytes, const char* what, Where where);
 
@@ -67,7 +74,7 @@ std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint
                    std::uint32_t parameter, Where where);
 
 extern const WarpOperation kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp,
-    kShuffleDown, kWarpSum, kWarpMax, kQuadSum, kQuadMax;
+    kShuffleDown, kWarpSum, kPartSum, kWarpMax, kQuadSum, kQuadMax;
 
 const Launch& launch_of(const Thread& thread);
 
