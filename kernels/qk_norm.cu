@@ -7,6 +7,7 @@
 #include "kernels/qk_columns.h"
 #include "kernels/qk_norm.h"
 #include "kernels/reduce.cuh"
+#include "kernels/words.cuh"
 
 namespace tp {
 
@@ -30,143 +31,177 @@ struct Norms {
   float eps;
 };
 
-// What a thread reads and writes at a time.
-template <typename T>
-constexpr int kChunk = int(16 / sizeof(T));
-template <typename T>
-using Chunk = Vec<T, kChunk<T>>;
-// Chunks of a row that a thread keeps in registers. Those of very wide rows are read again.
+// Vectors of 16 bytes that a thread keeps: of a row in registers, of the weight in shared memory.
+// Those of very wide rows are read again.
 constexpr int kHeld = 4;
-constexpr int kMaxWarps = 16;  // of a row
+constexpr int kMaxWarps = 8;  // of a row
 
-int warps_of(std::int64_t cols, std::int64_t chunk) {
-  const std::int64_t warp = 32 * kHeld * chunk;
+int warps_of(std::int64_t cols, std::int64_t vector) {
+  const std::int64_t warp = 32 * kHeld * vector;
   return int(std::clamp<std::int64_t>((cols + warp - 1) / warp, 1, kMaxWarps));
 }
 
-// What a thread has of one of the norms: chunks thread, thread + threads, ... of each row.
-template <typename T, bool kWhole>  // chunks are aligned, and rows have no rest
+// In shared memory, before the weights: [kHeld] vectors [threads of the block].
+struct alignas(16) Scratch {
+  float partial[2 * kMaxWarps];  // of the block's warps
+  Vec<float, 2> received[kMaxPeers];
+  float inverse[2];
+};
+std::size_t shared_bytes(int threads) {
+  return sizeof(Scratch) + std::size_t(threads) * kHeld * sizeof(Words<float>);
+}
+
+// What a thread has of one of the norms: vectors thread, thread + threads, ... of each row.
+template <typename T, bool kWhole>  // vectors are aligned, and rows have no rest
 class Share {
  public:
   __device__ explicit Share(const Norms<T>& norms)
-      : norm_(is_q(norms) ? norms.q : norms.k),
-        first_((is_q(norms) ? int(threadIdx.x) : int(threadIdx.x) - norms.q_threads) * kChunk<T>),
-        step_((is_q(norms) ? norms.q_threads : int(blockDim.x) - norms.q_threads) * kChunk<T>) {}
-  __device__ static bool is_q(const Norms<T>& norms) { return int(threadIdx.x) < norms.q_threads; }
+      : is_q_(int(threadIdx.x) < norms.q_threads),
+        x_(is_q_ ? norms.q.x.data : norms.k.x.data),
+        weight_(is_q_ ? norms.q.weight : norms.k.weight),
+        weights_(reinterpret_cast<Words<T>*>(dynamic_shared<Scratch>() + 1) + threadIdx.x),
+        out_(is_q_ ? norms.q.out.data : norms.k.out.data),
+        x_stride_(int(is_q_ ? norms.q.x.row_stride : norms.k.x.row_stride)),
+        out_stride_(int(is_q_ ? norms.q.out.row_stride : norms.k.out.row_stride)),
+        cols_(int(is_q_ ? norms.q.x.cols : norms.k.x.cols)),
+        first_((int(threadIdx.x) - (is_q_ ? 0 : norms.q_threads)) * kWide<T>),
+        step_((is_q_ ? norms.q_threads : int(blockDim.x) - norms.q_threads) * kWide<T>) {}
+  __device__ bool is_q() const { return is_q_; }
 
-  __device__ void load_weights() { load(norm_.weight, weights_); }
-  __device__ void load_row(std::int64_t token) { load(row(norm_.x, token), held_); }
+  // Begun, and there when wait_for_weights returns.
+  __device__ void load_weights() const {
+    for (int i = 0, col = first_; i < kHeld && col < cols_; ++i, col += step_) {
+      if constexpr (kWhole) {
+        copy_async<16>(weights_ + i * int(blockDim.x), weight_ + col);
+      } else {
+        weights_[i * int(blockDim.x)] = words_at(weight_, col);
+      }
+    }
+    copy_async_commit();
+  }
+  __device__ void wait_for_weights() const { copy_async_wait<0>(); }
 
-  // The thread's part of a row's sum of squares; the row is loaded.
-  __device__ float sum_of_squares(std::int64_t token) const {
+  // A row's vectors.
+  struct Row {
+    Words<T> words[kHeld];
+  };
+  __device__ void load_row(std::int64_t token, Row& row) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int col = first_ + i * step_;
+      if (col < cols_) row.words[i] = words_at(x_ + token * x_stride_, col);
+    }
+  }
+
+  // The thread's part of a row's sum of squares.
+  __device__ float sum_of_squares(std::int64_t token, const Row& row) const {
     float sum = 0.0f;
-    for_chunks(row(norm_.x, token), held_, [&](std::int64_t, int, const Chunk<T>& x) {
-      for (int e = 0; e < kChunk<T>; ++e) sum = fmaf(to_float(x[e]), to_float(x[e]), sum);
+    each(token, row, [&](int, int, const Words<T>& x) {
+#pragma unroll
+      for (int e = 0; e < kWide<T>; ++e) sum = fmaf(element<T>(x, e), element<T>(x, e), sum);
     });
     return sum;
   }
 
-  // out = x * inverse * weight, rounded once; row and weights are loaded.
-  __device__ void normalize(std::int64_t token, float inverse) const {
-    T* out = norm_.out.data + token * norm_.out.row_stride;
-    for_chunks(row(norm_.x, token), held_, [&](std::int64_t col, int held, const Chunk<T>& x) {
-      const Chunk<T> weight = held < kHeld ? weights_[held] : chunk_of(norm_.weight, col);
-      Chunk<T> y;
-      for (int e = 0; e < kChunk<T>; ++e)
-        y[e] = from_float<T>(to_float(x[e]) * inverse * to_float(weight[e]));
-      if constexpr (kWhole) {
-        store_vector(out + col, y);
-      } else {
-        for (int e = 0; e < kChunk<T> && col + e < norm_.x.cols; ++e) out[col + e] = y[e];
-      }
+  // out = x * inverse * weight, rounded once; the weights are there.
+  __device__ void normalize(std::int64_t token, const Row& row, float inverse) const {
+    T* const out = out_ + token * out_stride_;
+    each(token, row, [&](int i, int col, const Words<T>& x) {
+      const Words<T> weight = i < kHeld ? weights_[i * int(blockDim.x)] : words_at(weight_, col);
+      put(out, col,
+          words_of<T>([&](int e) { return element<T>(x, e) * inverse * element<T>(weight, e); }));
     });
   }
 
  private:
-  __device__ static const T* row(const View<const T>& x, std::int64_t token) {
-    return x.data + token * x.row_stride;
-  }
   // Zeros behind the end of the row.
-  __device__ Chunk<T> chunk_of(const T* row, std::int64_t col) const {
+  __device__ Words<T> words_at(const T* row, int col) const {
     if constexpr (kWhole) {
-      return load_vector<T, kChunk<T>>(row + col);
+      return load_words(row + col);
     } else {
-      Chunk<T> chunk;
-      for (int e = 0; e < kChunk<T>; ++e)
-        chunk[e] = col + e < norm_.x.cols ? row[col + e] : from_float<T>(0.0f);
-      return chunk;
+      Vec<T, kWide<T>> v;
+      for (int e = 0; e < kWide<T>; ++e)
+        v[e] = col + e < cols_ ? row[col + e] : from_float<T>(0.0f);
+      return std::bit_cast<Words<T>>(v);
     }
   }
-  __device__ void load(const T* row, Chunk<T> (&to)[kHeld]) const {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (first_ + i * step_ < norm_.x.cols) to[i] = chunk_of(row, first_ + i * step_);
+  __device__ void put(T* row, int col, const Words<T>& words) const {
+    if constexpr (kWhole) {
+      store_words(row + col, words);
+    } else {
+      const auto v = std::bit_cast<Vec<T, kWide<T>>>(words);
+      for (int e = 0; e < kWide<T> && col + e < cols_; ++e) row[col + e] = v[e];
     }
   }
-  // f(column, number, chunk) for each of the thread's chunks, held or read again.
+  // f(number, column, words) of each of the thread's vectors of a row, held or read again.
   template <typename F>
-  __device__ void for_chunks(const T* row, const Chunk<T> (&held)[kHeld], F f) const {
+  __device__ void each(std::int64_t token, const Row& row, F f) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (first_ + i * step_ < norm_.x.cols) f(first_ + i * step_, i, held[i]);
+      if (first_ + i * step_ < cols_) f(i, first_ + i * step_, row.words[i]);
     }
-    for (std::int64_t col = first_ + std::int64_t{kHeld} * step_; col < norm_.x.cols; col += step_)
-      f(col, kHeld, chunk_of(row, col));
+#pragma unroll 1
+    for (int col = first_ + kHeld * step_; col < cols_; col += step_)
+      f(kHeld, col, words_at(x_ + token * x_stride_, col));
   }
 
-  const Norm<T>& norm_;
-  int first_, step_;  // in elements
-  Chunk<T> held_[kHeld], weights_[kHeld];
-};
-
-// In shared memory.
-struct Scratch {
-  float partial[2 * kMaxWarps];  // of the block's warps
-  Vec<float, 2> received[kMaxPeers];
-  float inverse[2];
+  bool is_q_;
+  const T* x_;
+  const T* weight_;
+  Words<T>* weights_;  // of this thread, every blockDim.x
+  T* out_;
+  int x_stride_, out_stride_, cols_, first_, step_;  // in elements
 };
 
 // This rank's sums of squares of q and k from those of the block's warps, in their order.
 template <typename T>
 __device__ Vec<float, 2> rank_sums(const Norms<T>& norms, const Scratch& scratch) {
-  const int warps = int(blockDim.x) / 32, q_warps = norms.q_threads / 32;
+  const int q_warps = norms.q_threads / 32, k_warps = int(blockDim.x) / 32 - q_warps;
   float q = scratch.partial[0], k = scratch.partial[q_warps];
-  for (int w = 1; w < q_warps; ++w) q += scratch.partial[w];
-  for (int w = q_warps + 1; w < warps; ++w) k += scratch.partial[w];
+#pragma unroll
+  for (int w = 1; w < kMaxWarps; ++w) {
+    if (w < q_warps) q += scratch.partial[w];
+    if (w < k_warps) k += scratch.partial[q_warps + w];
+  }
   return {{q * norms.q.multiplier, k * norms.k.multiplier}};
 }
 
 // The whole norm of all tokens on this rank. `reduced`: which of the statistics are all-reduced,
 // those of q of all tokens first.
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(2 * kMaxWarps * 32)
-    qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
+__global__ void __maxnreg__(80) qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
   Scratch& scratch = *dynamic_shared<Scratch>();
   const int thread = int(threadIdx.x);
-  Share<T, kWhole> share(norms);
+  const Share<T, kWhole> share(norms);
+  typename Share<T, kWhole>::Row row, next;
+  share.load_row(blockIdx.x, next);
   share.load_weights();
   PeerChannel<> channel(peers, int(blockIdx.x));
   const std::int64_t tokens = norms.q.x.rows;
   for (std::int64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
-    share.load_row(token);
-    const float sum = warp_sum(share.sum_of_squares(token));
+    row = next;
+    const float sum = warp_sum(share.sum_of_squares(token, row));
     if (thread % 32 == 0) scratch.partial[thread / 32] = sum;
     __syncthreads();
+    // On its way while this one waits for its peers.
+    if (token + gridDim.x < tokens) share.load_row(token + gridDim.x, next);
     if (thread < 32) {
       const Vec<float, 2> mine = rank_sums(norms, scratch);
       if (thread < peers.tp_size) scratch.received[thread] = channel.exchange(peers, thread, mine);
       __syncwarp();
       if (thread < 2) {  // 0: q, 1: k
         float total = scratch.received[0][thread];
+#pragma unroll 4
         for (int r = 1; r < peers.tp_size; ++r) total += scratch.received[r][thread];
         const std::int64_t statistic = thread * tokens + token - reduced.offset;
-        if (statistic < 0 || statistic >= reduced.size) total = mine[thread];
-        scratch.inverse[thread] =
-            inverse_root(total / (thread == 0 ? norms.q : norms.k).divisor, norms.eps);
+        if (statistic < 0 || statistic >= reduced.size) total = thread == 0 ? mine[0] : mine[1];
+        const float divisor = thread == 0 ? norms.q.divisor : norms.k.divisor;
+        scratch.inverse[thread] = inverse_root(total / divisor, norms.eps);
       }
     }
+    share.wait_for_weights();
     __syncthreads();
-    share.normalize(token, scratch.inverse[Share<T, kWhole>::is_q(norms) ? 0 : 1]);
+    share.normalize(token, row, scratch.inverse[share.is_q() ? 0 : 1]);
   }
   if (thread == 0) channel.close(peers);
 }
@@ -179,35 +214,36 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
   Scratch& scratch = *dynamic_shared<Scratch>();
   const int thread = int(threadIdx.x);
   const std::int64_t token = blockIdx.x;
-  Share<T, kWhole> share(norms);
-  share.load_row(token);
-  const float sum = warp_sum(share.sum_of_squares(token));
+  const Share<T, kWhole> share(norms);
+  typename Share<T, kWhole>::Row row;
+  share.load_row(token, row);
+  const float sum = warp_sum(share.sum_of_squares(token, row));
   if (thread % 32 == 0) scratch.partial[thread / 32] = sum;
   __syncthreads();
-  if (thread < 2) sums[thread * gridDim.x + token] = rank_sums(norms, scratch)[thread];
+  if (thread == 0) {
+    const Vec<float, 2> mine = rank_sums(norms, scratch);
+    sums[token] = mine[0];
+    sums[gridDim.x + token] = mine[1];
+  }
 }
 
 template <typename T, bool kWhole>
 __global__ void __launch_bounds__(2 * kMaxWarps * 32)
     normalize_kernel(Norms<T> norms, const float* sums) {
   const std::int64_t token = blockIdx.x;
-  Share<T, kWhole> share(norms);
+  const Share<T, kWhole> share(norms);
+  typename Share<T, kWhole>::Row row;
+  share.load_row(token, row);
   share.load_weights();
-  share.load_row(token);
-  const bool is_q = Share<T, kWhole>::is_q(norms);
-  const float total = sums[(is_q ? 0 : gridDim.x) + token];
-  share.normalize(token, inverse_root(total / (is_q ? norms.q : norms.k).divisor, norms.eps));
+  share.wait_for_weights();
+  const float total = sums[(share.is_q() ? 0 : gridDim.x) + token];
+  const float divisor = share.is_q() ? norms.q.divisor : norms.k.divisor;
+  share.normalize(token, row, inverse_root(total / divisor, norms.eps));
 }
 
-// Whether 16 bytes of it can be read or written at once.
 template <typename T>
-bool in_chunks(const View<T>& view) {
-  return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 && view.cols % kChunk<T> == 0 &&
-         view.row_stride % kChunk<T> == 0;
-}
-template <typename T>
-bool in_chunks(const Norm<T>& norm) {
-  return in_chunks(norm.x) && in_chunks(norm.out) &&
+bool is_whole(const Norm<T>& norm) {
+  return has_aligned_rows(norm.x) && has_aligned_rows(norm.out) && norm.x.cols % kWide<T> == 0 &&
          reinterpret_cast<std::uintptr_t>(norm.weight) % 16 == 0;
 }
 
@@ -250,13 +286,12 @@ namespace {
 template <typename T>
 std::int64_t meeting_blocks(const Peers& peers, std::int64_t tokens, int threads) {
   const auto resident = [&](auto* kernel) {
-    return resident_blocks("qk_norm", kernel, threads, sizeof(Scratch)) / peers.ranks_per_device;
+    return resident_blocks("qk_norm", kernel, threads, shared_bytes(threads)) /
+           peers.ranks_per_device;
   };
   const std::int64_t most = std::min(
       {peers.channels, resident(qk_norm_kernel<T, false>), resident(qk_norm_kernel<T, true>)});
-  if (most == 0) return 0;
-  const std::int64_t turns = (tokens + most - 1) / most;
-  return (tokens + turns - 1) / turns;  // all of which have about as many tokens
+  return std::min(tokens, most);
 }
 
 }  // namespace
@@ -272,8 +307,8 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
           "the q_norm weight has {} elements, q has {} columns", {weights.q.cols, q_cols.size});
   require(weights.k.cols == k_cols.size, "qk_norm",
           "the k_norm weight has {} elements, k has {} columns", {weights.k.cols, k_cols.size});
-  const int q_threads = 32 * warps_of(q_cols.size, kChunk<T>);
-  const int threads = q_threads + 32 * warps_of(k_cols.size, kChunk<T>);
+  const int q_threads = 32 * warps_of(q_cols.size, kWide<T>);
+  const int threads = q_threads + 32 * warps_of(k_cols.size, kWide<T>);
   // Ranks that share a KV head hold equal sums, so the total counts it once per replica, and so
   // does the divisor (sgl-project/sglang#20967 divided by the replicas, which is too little).
   const Norms<T> norms{{qkv.columns(q_cols.offset, q_cols.size), weights.q.data, q_out,
@@ -285,7 +320,7 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
                        eps};
   const Shard reduced = rules.norm.stats_reduced(qkv.rows);
   const dim3 tokens(unsigned(qkv.rows)), block{unsigned(threads)};
-  const bool whole = in_chunks(norms.q) && in_chunks(norms.k);
+  const bool whole = is_whole(norms.q) && is_whole(norms.k);
   const auto choose = [&](auto* of_whole, auto* of_any) { return whole ? of_whole : of_any; };
 
   const std::optional<Peers> peers = path == QkNormPath::peer ? group.peers(stream) : std::nullopt;
@@ -293,14 +328,14 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
   if (blocks > 0) {
     group.peer_exchange<float>(reduced.size, stream);
     launch("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
-           dim3(unsigned(blocks)), block, sizeof(Scratch), stream, norms, reduced, *peers);
+           dim3(unsigned(blocks)), block, shared_bytes(threads), stream, norms, reduced, *peers);
     return;
   }
   launch("qk_norm.sum_squares", choose(sum_squares_kernel<T, true>, sum_squares_kernel<T, false>),
          tokens, block, sizeof(Scratch), stream, norms, sums);
   group.all_reduce_sum(sums + reduced.offset, reduced.size, stream);
   launch("qk_norm.normalize", choose(normalize_kernel<T, true>, normalize_kernel<T, false>), tokens,
-         block, 0, stream, norms, static_cast<const float*>(sums));
+         block, shared_bytes(threads), stream, norms, static_cast<const float*>(sums));
 }
 
 template <typename T>
@@ -338,12 +373,12 @@ Profile qk_head_norm_profile(const ModelShape& model) {
 
 QkNormProfiles qk_norm_profiles(const ModelShape& model, DType dtype, int tp_size) {
   const RankShape rank = partition(model, tp_size, 0);  // all ranks are equally wide
-  const std::int64_t chunk = 16 / size_of(dtype);
+  const std::int64_t vector = 16 / size_of(dtype);
   const auto profile = [&](std::int64_t cols) {
-    const int warps = warps_of(cols, chunk);
-    const std::int64_t step = 32 * warps * chunk;  // what all threads take at a time
-    // A thread's chunks, its warp, the warps one after another.
-    return Profile{.depth = (cols + step - 1) / step * chunk + kWarpSumDepth + warps - 1,
+    const int warps = warps_of(cols, vector);
+    const std::int64_t step = 32 * warps * vector;  // what all threads take at a time
+    // A thread's vectors, its warp, the warps one after another.
+    return Profile{.depth = (cols + step - 1) / step * vector + kWarpSumDepth + warps - 1,
                    .all_reduce_terms = tp_size,
                    .terms = cols * tp_size,
                    .rsqrt_ulps = 1};

@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 #define threadIdx (::tp::emulator::running->thread_idx)
 #define blockIdx (::tp::emulator::running->block->block_idx)
