@@ -11,6 +11,8 @@ namespace tp {
 
 // Ranks of a group whose kernels can meet, at most.
 inline constexpr int kMaxPeers = 16;
+// Places that a channel has for the words of a sender.
+inline constexpr int kPeerPlaces = 4;
 
 // A kernel argument. A channel connects a block of this rank with the blocks of the same number of
 // all other ranks. All of the memory is zero before the group's first exchange.
@@ -19,15 +21,15 @@ struct Peers {
   int tp_size = 1;
   int channels = 0;          // of each rank
   int ranks_per_device = 1;  // at most: they share its multiprocessors
-  // slots[rank] [channels][2][tp_size]: what each rank sent to `rank`, by turns in two places; as
-  // this rank's kernels reach it.
+  // slots[rank] [channels][kPeerPlaces][tp_size]: what each rank sent to `rank`; as this rank's
+  // kernels reach it.
   PeerWords* slots[kMaxPeers] = {};
   std::uint32_t* exchanges = nullptr;  // [channels]: how many each has had, in this rank's memory
 };
 
 // Of a rank's memory: what the slots take, and all of it.
 constexpr std::size_t peer_slot_bytes(int tp_size, int channels) {
-  return std::size_t(channels) * 2 * std::size_t(tp_size) * sizeof(PeerWords);
+  return std::size_t(channels) * kPeerPlaces * std::size_t(tp_size) * sizeof(PeerWords);
 }
 constexpr std::size_t peer_bytes(int tp_size, int channels) {
   const std::size_t bytes = peer_slot_bytes(tp_size, channels) + std::size_t(channels) * 4;

@@ -16,7 +16,7 @@ bool is_emulator() { return executor_name() == "emulator"; }
 // Kernels of emulators in several processes cannot meet.
 bool can_meet() { return !is_emulator() || test_world().processes() == 1; }
 
-constexpr int kChannels = 2, kExchanges = 5, kLaunches = 3;
+constexpr int kChannels = 2, kExchanges = 6, kLaunches = 3;
 
 struct Met {
   unsigned wrong = 0;  // values, on all ranks of this process
@@ -67,7 +67,7 @@ TEST(Peers, KernelsGetWhatTheOthersSent) {
 TEST(Peers, TheEmulatorShowsWhatIsWrongWithAProtocol) {
   if (!is_emulator() || !can_meet()) GTEST_SKIP() << "for one emulator";
   constexpr int kSeeds = 12;
-  for (const Twin twin : {Twin::polls_one_word, Twin::one_place, Twin::numbers_again}) {
+  for (const Twin twin : {Twin::polls_one_word, Twin::two_places, Twin::numbers_again}) {
     int shown = 0;
     for (std::uint64_t seed = 0; seed < kSeeds; ++seed) {
       const Met met = meet(twin, 3, seed, false, std::chrono::milliseconds(200));

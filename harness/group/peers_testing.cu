@@ -9,8 +9,8 @@ namespace {
 struct PollsOneWord : PeerProtocol {
   static constexpr bool kPollsBothWords = false;
 };
-struct OnePlace : PeerProtocol {
-  static constexpr std::uint32_t kPlaces = 1;
+struct TwoPlaces : PeerProtocol {
+  static constexpr std::uint32_t kPlaces = 2;
 };
 struct NumbersAgain : PeerProtocol {
   static constexpr bool kGoesOnNumbering = false;
@@ -28,17 +28,20 @@ template <typename Protocol>
 __global__ void exchange_kernel(Peers peers, int exchanges, int launch, unsigned* wrong) {
   const int rank = int(threadIdx.x), channel = int(blockIdx.x);
   PeerChannel<Protocol> end(peers, channel);
-  for (int e = 0; e < exchanges; ++e) {
-    if (rank < peers.tp_size) {
-      const Vec<float, 2> got = end.exchange(peers, rank, value(peers.tp_rank, channel, e, launch));
+  const auto mine = [&](int e) { return value(peers.tp_rank, channel, e, launch); };
+  if (rank < peers.tp_size) {
+    end.send(peers, rank, mine(0));
+    for (int e = 0; e < exchanges; ++e) {
+      if (e + 1 < exchanges) end.send(peers, rank, mine(e + 1));
+      const Vec<float, 2> got = end.receive(peers, rank, mine(e));
       const Vec<float, 2> sent = value(rank, channel, e, launch);
       for (int i = 0; i < 2; ++i) {
         if (std::bit_cast<std::uint32_t>(got[i]) != std::bit_cast<std::uint32_t>(sent[i]))
           atomicAdd(wrong, 1u);
       }
     }
-    __syncwarp();
   }
+  __syncwarp();
   if (threadIdx.x == 0) end.close(peers);
 }
 
@@ -55,8 +58,8 @@ void launch_exchanges(const Peers& peers, Twin twin, int channels, int exchanges
       return run(exchange_kernel<PeerProtocol>);
     case Twin::polls_one_word:
       return run(exchange_kernel<PollsOneWord>);
-    case Twin::one_place:
-      return run(exchange_kernel<OnePlace>);
+    case Twin::two_places:
+      return run(exchange_kernel<TwoPlaces>);
     case Twin::numbers_again:
       return run(exchange_kernel<NumbersAgain>);
   }

@@ -11,7 +11,7 @@ namespace tp {
 enum class Twin : std::uint8_t {
   right,
   polls_one_word,  // and takes the other one to be there, too
-  one_place,       // for all exchanges of a channel
+  two_places,      // although exchanges overlap
   numbers_again,   // from 1 on, in each launch
 };
 

@@ -47,8 +47,8 @@ DeviceLink* device_link() { return link_of_process().get(); }
 
 const PeerMemory* peer_memory() { return memory_of_process().get(); }
 
-// The blocks of any kernel that the largest of GPUs runs at the same time.
-int peer_channels(int ranks_per_device) { return 4096 / ranks_per_device; }
+// More than the blocks of 128 threads that the largest of GPUs runs at the same time.
+int peer_channels(int ranks_per_device) { return 3072 / ranks_per_device; }
 
 std::string take_place(World& world, Link link) {
   std::string why, here;
