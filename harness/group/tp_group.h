@@ -73,11 +73,19 @@ class TpGroup {
   std::optional<Peers> peers(const Stream& stream) const;
   // The kernel that is launched next exchanges `count` elements of T with those of the other ranks,
   // by itself, through peers(). It does not begin before all ranks are here: a rank that comes to
-  // something else is a CollectiveMismatch, and no kernel waits for it. Kernels that all ranks
-  // launch one after another need this once, before the first (a graph of them, each time).
+  // something else is a CollectiveMismatch, and no kernel waits for it.
   template <typename T>
   void peer_exchange(std::int64_t count, Stream& stream) {
+    if (agreed_) return;
     enter(Collective::peer_exchange, nullptr, nullptr, count, dtype_of<T>::value, stream);
+  }
+  // The same rank, after a peer_exchange of all ranks whose kernels may meet without another one:
+  // for launches that nothing may interrupt, as a graph of many. That all ranks launch them is the
+  // caller's word.
+  TpGroup agreed() const {
+    TpGroup other = *this;
+    other.agreed_ = true;
+    return other;
   }
   void barrier(Stream& stream) {
     enter(Collective::barrier, nullptr, nullptr, 0, DType::f32, stream);
@@ -100,6 +108,7 @@ class TpGroup {
   GroupSession& session_;
   int tp_rank_;
   std::int64_t communicator_ = 0;
+  bool agreed_ = false;
 };
 
 // Ranks [first, first + size) of tp_size live on process `process` of `processes`.
