@@ -104,7 +104,8 @@ function(tp_mpi_test name)
   endforeach()
 endfunction()
 
-tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
+tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc harness/group/peers_test.cc harness/group/peers_testing.cu
+  LIBRARIES tp_group)
 tp_test(budget_test LIBRARIES tp_base
   SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc
           properties/product_budget_test.cc properties/quantise_budget_test.cc properties/merged_linear_budget_test.cc

@@ -85,6 +85,7 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
   CHECK_MPI(
       MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, process_, MPI_INFO_NULL, &host));
   CHECK_MPI(MPI_Comm_rank(host, &local_process_));
+  CHECK_MPI(MPI_Comm_size(host, &processes_of_host_));
   CHECK_MPI(MPI_Comm_free(&host));
 }
 

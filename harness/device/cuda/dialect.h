@@ -73,7 +73,7 @@ __device__ inline T peer_load(const T* address) {
   return *address;
 }
 template <typename T>
-__device__ inline void peer_store(T* address, const std::type_identity_t<T>& value) {
+__device__ inline void peer_store(T* address, std::type_identity_t<T> value) {
   *address = value;
 }
 
@@ -82,3 +82,4 @@ __device__ inline void peer_store(T* address, const std::type_identity_t<T>& val
 #include "harness/device/cuda/copy_async.h"
 #include "harness/device/cuda/matrix.h"
 #include "harness/device/cuda/overlap.h"
+#include "harness/device/cuda/peer_words.h"

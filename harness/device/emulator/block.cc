@@ -267,9 +267,12 @@ void Block::fail(Thread& thread, std::function<std::string()> tell) {
 
 namespace {
 
+const Block& block_of(const Thread& thread) { return static_cast<const Block&>(*thread.block); }
 Block& block_of(Thread& thread) { return static_cast<Block&>(*thread.block); }
 
 }  // namespace
+
+const Launch& launch_of(const Thread& thread) { return block_of(thread).launch(); }
 
 void block_barrier(Where where) {
   Thread& thread = *running;

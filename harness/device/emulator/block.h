@@ -44,6 +44,7 @@ class Block : public BlockInfo {
   void drop();
   std::size_t shared_bytes() const { return launch_->size.shared_bytes; }
   int threads() const { return int(threads_.size()); }
+  const Launch& launch() const { return *launch_; }
   std::string name() const;  // "kernel rms_norm, block 0"
   // "kernel rms_norm, block 0: 7 at __syncthreads (rms_norm.cu:41), 121 exited, of 128"
   std::string describe() const;
