@@ -713,18 +713,22 @@ TEST(LoraJoin, PutsTheRanksSharesSideBySide) {
 
 TEST(LoraPlan, SortsTokensBySlotAndCutsTiles) {
   const LoraPlan plan = lora_plan({2, -1, 0, 2, -1, 2, 0}, 3);
-  EXPECT_EQ(plan.order, (std::vector<std::int32_t>{2, 6, 0, 3, 5, 1, 4}));
   ASSERT_EQ(plan.tiles.size(), 3u);
-  const std::int32_t tiles[][4] = {{0, 0, 2, 2}, {2, 2, 3, 3}, {-1, 5, 2, 2}};
+  const std::int32_t tiles[][3] = {{0, 2, 2}, {2, 3, 3}, {-1, 2, 2}};
+  std::vector<std::int32_t> order(3 * kLoraTile, -1);
+  order[0] = 2, order[1] = 6;
+  order[16] = 0, order[17] = 3, order[18] = 5;
+  order[32] = 1, order[33] = 4;
+  EXPECT_EQ(plan.order, order);
   for (std::size_t i = 0; i < 3; ++i) {
     EXPECT_EQ(plan.tiles[i].slot, tiles[i][0]);
-    EXPECT_EQ(plan.tiles[i].first, tiles[i][1]);
-    EXPECT_EQ(plan.tiles[i].count, tiles[i][2]);
-    EXPECT_EQ(plan.tiles[i].of_slot, tiles[i][3]);
+    EXPECT_EQ(plan.tiles[i].count, tiles[i][1]);
+    EXPECT_EQ(plan.tiles[i].of_slot, tiles[i][2]);
   }
   const LoraPlan one = lora_plan(std::vector<std::int32_t>(33, 0), 1);
   ASSERT_EQ(one.tiles.size(), 3u);
-  EXPECT_EQ(one.tiles[2].first, 32);
+  EXPECT_EQ(one.order[32], 32);
+  EXPECT_EQ(one.order[33], -1);
   EXPECT_EQ(one.tiles[2].count, 1);
   EXPECT_EQ(one.tiles[2].of_slot, 33);
   for (const std::int32_t slot : {-2, 3}) {
