@@ -97,6 +97,18 @@ void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bia
                  const LoraBatch& batch, const LoraColumns& columns, View<const Out> base,
                  View<Out> y, Stream& stream, LoraBefore before = LoraBefore::all);
 
+// Which kernel each of the two is. An element's bits do not depend on it.
+enum class LoraKernel : std::uint8_t {
+  any,    // any rows
+  whole,  // whole vectors of 16-bit elements
+  whole_many_blocks,
+};
+// aligned: all tensors' rows begin at multiples of 16 bytes.
+LoraKernel lora_shrink_kernel(DType t, std::int64_t in, bool aligned, std::int64_t tiles,
+                              std::int64_t parts, std::int64_t h_cols);
+LoraKernel lora_expand_kernel(DType t, const LoraColumns& columns, std::int64_t y_cols,
+                              bool aligned, bool has_bias, std::int64_t tiles);
+
 // How the two add up: over k columns of x, and over a LoRA rank. No path is less exact. An
 // element's bits depend on its token's row, its rows of A or B, the adapter's LoRA rank, and
 // whether its slot has more than two tokens: on nothing else of the batch, and not on their order.

@@ -61,6 +61,8 @@ struct Host {
 // Shrunk activations likewise, in one of the ways that a layer may lay them out.
 enum class Layout { dense, tokens_outside, columns_apart };
 
+std::uint32_t as_bits(float value) { return std::bit_cast<std::uint32_t>(value); }
+
 template <typename H>
 struct HostShrunk {
   std::int64_t parts, tokens, cols;
@@ -548,6 +550,66 @@ TEST(Lora, BitsAreATokensOwn) {
     for (std::int64_t n = 0; n < 45; ++n)
       ASSERT_EQ(few_y.y.at(t, 7 + n), many_y.y.at(tokens[std::size_t(t)], 150 + n))
           << t << "," << n;
+  }
+}
+
+// Rows that are aligned and whole take other kernels than those that are not.
+TEST(Lora, BitsDoNotDependOnTheKernel) {
+  for (const int tokens : {1, 2, 3, 17}) {
+    for (const std::int32_t rank : {1, 6, 16, 20, 40}) {
+      SCOPED_TRACE(::testing::Message() << tokens << " tokens, LoRA rank " << rank);
+      const Adapters adapters{{tokens, 0, 3}, 40, {rank, 40}};
+      constexpr std::int64_t kIn = 672;
+      ASSERT_EQ(lora_shrink_kernel(DType::bf16, kIn, true, 3, 1, 40), LoraKernel::whole);
+      const auto shrunk = [&](std::int64_t pad) {
+        OneShrink<bf16, float> run(adapters, kIn, 0, 40, pad, pad, Layout::dense, dense_numbers(1));
+        run.go();
+        return run.h.values;
+      };
+      EXPECT_TRUE(std::ranges::equal(shrunk(0), shrunk(3), {}, as_bits, as_bits));
+
+      const LoraColumns columns{1, {200}, {8}};
+      ASSERT_EQ(lora_expand_kernel(DType::bf16, columns, 216, true, false, 3), LoraKernel::whole);
+      const auto expanded = [&](std::int64_t pad) {
+        OneExpand<bf16, float, float> run(adapters, columns, 216, false, true, pad, pad,
+                                          Layout::dense, dense_numbers(2));
+        run.go();
+        std::vector<std::uint32_t> bits;
+        for (std::int64_t t = 0; t < run.y.rows; ++t)
+          for (std::int64_t c = 0; c < 216; ++c) bits.push_back(as_bits(run.y.at(t, c)));
+        return bits;
+      };
+      EXPECT_EQ(expanded(0), expanded(3));
+    }
+  }
+}
+
+// lora_expand begins while lora_shrink runs, in any order of their threads.
+TEST(Lora, ExpandsBehindShrink) {
+  OneShrink<f16, float> shrink({{20, 2, 0}, 16, {16, 16, 9, 3}}, 608, 0, 16, 0, 0, Layout::dense,
+                               small_numbers(1));
+  OneExpand<f16, float, float> expand(shrink.adapters, {2, {200, 40}, {0, 200}}, 240, false, true,
+                                      0, 0, Layout::dense, small_numbers(2));
+  const std::vector<float> base = expand.y.values;
+  for (std::uint64_t seed = 0; seed < 8; ++seed) {
+    const Report report = run_rank(
+        [&](Stream& stream) {
+          const OnDevice on(stream, lora_plan(shrink.slot_of_token, 2), shrink.adapters.ranks,
+                            expand.scales, 2);
+          const Buffer xs = upload(stream, shrink.x.values), as = upload(stream, shrink.a.values),
+                       hs = upload(stream, shrink.h.values), bs = upload(stream, expand.b.values),
+                       ys = upload(stream, base);
+          lora_shrink<f16, float>(shrink.x.on(xs), shrink.a.on(as), on.batch, 0,
+                                  shrink.h.on<float>(hs), stream);
+          lora_expand<f16, float, float>(shrink.h.on<const float>(hs), expand.b.on(bs), {},
+                                         on.batch, expand.columns, expand.y.on(ys), expand.y.on(ys),
+                                         stream, LoraBefore::rest);
+          expand.h.values = download<float>(stream, hs);
+          expand.y.values = download<float>(stream, ys);
+        },
+        seed);
+    ASSERT_FALSE(report.fault) << report.fault->what;
+    expand.expect_exact();
   }
 }
 
