@@ -256,7 +256,10 @@ void report(benchmark::State& state, const KernelBench& bench, Cache cache,
   }
   counters["copies"] = ranks[0].copies;
   counters["sets"] = ranks[0].sets;
-  if (ranks.size() > 1) counters["slowest_rank"] = double(straggler);
+  if (ranks.size() > 1) {
+    counters["slowest_rank"] = double(straggler);
+    counters["processes"] = std::min(World::current().processes(), bench.tp_size);
+  }
 }
 
 void run(benchmark::State& state, const KernelBench& bench, Cache cache) {

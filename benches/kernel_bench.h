@@ -60,7 +60,8 @@ bool times_kernels();
 // the processes of the job. Call it before main, from a static initializer.
 //
 // Counters: p10_us and p90_us of the replays; bytes/s, flops/s; floor_us, fraction_of_floor; copies
-// (calls in a graph) and sets (of inputs); slowest_rank, where there are several.
+// (calls in a graph) and sets (of inputs); where there are several ranks, slowest_rank and
+// processes.
 void register_kernel_bench(KernelBench bench);
 
 }  // namespace tp
