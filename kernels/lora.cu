@@ -39,7 +39,7 @@ LoraPlan lora_plan(const std::vector<std::int32_t>& slot_of_token, std::int32_t 
     const std::vector<std::int32_t>& own = tokens[std::size_t(i)];
     for (std::int32_t at = 0; at < std::int32_t(own.size()); at += kLoraTile) {
       const std::int32_t count = std::min(kLoraTile, std::int32_t(own.size()) - at);
-      plan.tiles.push_back({i == slots ? -1 : i, count, std::int32_t(own.size())});
+      plan.tiles.push_back({i == slots ? -1 : i, count});
       plan.order.insert(plan.order.end(), own.begin() + at, own.begin() + at + count);
       plan.order.resize(plan.tiles.size() * kLoraTile, -1);
     }

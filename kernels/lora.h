@@ -16,7 +16,6 @@ namespace tp {
 // Tokens of one slot, at most kLoraTile of them. Tokens of no adapter have slot -1.
 struct LoraTile {
   std::int32_t slot, count;
-  std::int32_t of_slot;  // tokens that the slot has in all its tiles
 };
 constexpr std::int32_t kLoraTile = 16;
 
@@ -54,10 +53,9 @@ struct LoraIntermediate {
 // h[p][t][j] = sum_k x[t][k] a[slot of t][p][j][k], added up in fp32, rounded to H (T or float).
 // x [tokens, in]; a [slots * parts * h.cols, in]. Row j of the slots' A is row first_col + j of the
 // adapters'; where that is not below the adapter's LoRA rank, and for tokens of no adapter, h is 0
-// and nothing is read. Any row strides; segments of any length: matrix steps where a slot has more
-// than two tokens and T is f16 or bf16. May begin before the kernel before it in the stream has
-// ended (overlap.h): of what is read, that one may write x, nothing else. Throws Fault(BadLaunch)
-// where the sizes do not fit.
+// and nothing is read. Any row strides; segments of any length; matrix steps where T is f16 or
+// bf16. May begin before the kernel before it in the stream has ended (overlap.h): of what is read,
+// that one may write x, nothing else. Throws Fault(BadLaunch) where the sizes do not fit.
 template <typename T, typename H>
 void lora_shrink(View<const T> x, View<const T> a, const LoraBatch& batch, std::int64_t first_col,
                  LoraIntermediate<H> h, Stream& stream);
@@ -110,8 +108,8 @@ LoraKernel lora_expand_kernel(DType t, const LoraColumns& columns, std::int64_t 
                               bool aligned, bool has_bias, std::int64_t tiles);
 
 // How the two add up: over k columns of x, and over a LoRA rank. No path is less exact. An
-// element's bits depend on its token's row, its rows of A or B, the adapter's LoRA rank, and
-// whether its slot has more than two tokens: on nothing else of the batch, and not on their order.
+// element's bits depend on its token's row, its rows of A or B, and the adapter's LoRA rank: on
+// nothing else of the batch.
 Accumulation lora_shrink_accumulation(DType t, std::int64_t k);
 Accumulation lora_expand_accumulation(DType t, std::int64_t rank);
 

@@ -162,49 +162,6 @@ __device__ void whole_by_matrix(const Expand<T, H, Out>& e, const WholeBlock<T, 
   }
 }
 
-// Of a tile of one or two tokens; a thread has a column at a time.
-template <bool Cut, typename T, typename H, typename Out>
-__device__ void whole_by_vector(const Expand<T, H, Out>& e, const WholeBlock<T, H, Out>& block,
-                                const std::int32_t* order) {
-  constexpr int kRows = kMaxVectorTokens, kChains = 4, kAhead = 4;  // fours of B
-  const std::int32_t tokens[kRows] = {order[0], order[1]};
-  for (int col = int(threadIdx.x); col < block.columns; col += int(blockDim.x)) {
-    const T* b_row = block.b + col * e.b.row_stride;
-    Out base[kRows] = {};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (tokens[r] >= 0) base[r] = block.base[tokens[r] * e.base.row_stride + col];
-    float sums[kRows][kChains] = {};
-    for (int from = 0; from < block.rank; from += 4 * kAhead) {
-      Words<T, 4> b[kAhead] = {};
-#pragma unroll
-      for (int v = 0; v < kAhead; ++v)
-        if (from + 4 * v < block.rank) b[v] = load_four<Cut>(b_row, from + 4 * v, block.rank);
-      if (from == 0) h_can_be_read();
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        if (tokens[r] < 0) break;
-#pragma unroll
-        for (int v = 0; v < kAhead; ++v) {
-          const int k = from + 4 * v;
-          if (k >= block.rank) break;
-          const auto h = load_shrunk<Cut, T>(block.h + tokens[r] * e.h.token_stride, k, block.rank);
-#pragma unroll
-          for (int i = 0; i < kChains; ++i)
-            sums[r][i] = fmaf(element<T>(h, i), element<T>(b[v], i), sums[r][i]);
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (tokens[r] < 0) break;
-      const float sum = (sums[r][0] + sums[r][1]) + (sums[r][2] + sums[r][3]);
-      block.y[tokens[r] * e.y.row_stride + col] =
-          from_float<Out>(to_float(base[r]) + block.scale * sum);
-    }
-  }
-}
-
 template <typename T, typename H, typename Out>
 __global__ void __launch_bounds__(kExpandWarps * 32) expand_whole_kernel(Expand<T, H, Out> e) {
   const int lane = int(threadIdx.x) % 32;
@@ -225,12 +182,8 @@ __global__ void __launch_bounds__(kExpandWarps * 32) expand_whole_kernel(Expand<
     block.b = e.b.data + (tile.slot * e.slot_rows + run.b_row + offset) * e.b.row_stride;
     block.h = e.h.data + run.part * e.h.part_stride;
     block.scale = e.batch.scales[tile.slot * e.batch.parts + run.part];
-    const bool cut = rank % 4 != 0;
-    if (takes_matrix_steps<T>(tile)) {
-      cut ? whole_by_matrix<true>(e, block, tokens) : whole_by_matrix<false>(e, block, tokens);
-    } else {
-      cut ? whole_by_vector<true>(e, block, order) : whole_by_vector<false>(e, block, order);
-    }
+    rank % 4 == 0 ? whole_by_matrix<false>(e, block, tokens)
+                  : whole_by_matrix<true>(e, block, tokens);
     return;
   }
   h_can_be_read();  // nor may y be written before
@@ -340,7 +293,7 @@ __device__ void any_by_matrix(const ExpandBlock<T, H, Out>& block, const T* h, i
 // A thread has a column.
 template <typename T, typename H, typename Out>
 __device__ void any_by_vector(const ExpandBlock<T, H, Out>& block, const float* h, int rank) {
-  constexpr int kRows = kMaxVectorTokens;  // at a time
+  constexpr int kRows = 2;  // at a time
   constexpr int kWidth = kWide<T>, kChains = 4;
   const Expand<T, H, Out>& e = block.e;
   const int col = int(threadIdx.x);
@@ -373,11 +326,11 @@ __device__ void any_by_vector(const ExpandBlock<T, H, Out>& block, const float* 
   }
 }
 
-// The tile of h, rounded to T, as V (T, or the same in fp32): `rows` of it, zeros for those beyond
-// the tile and beyond the adapter's LoRA rank, as far as a matrix step goes.
-template <typename T, typename V, typename H, typename Out>
+// The tile of h, rounded to T: `rows` of it, zeros for those beyond the tile and beyond the
+// adapter's LoRA rank, as far as a matrix step goes.
+template <typename T, typename H, typename Out>
 __device__ void load_h(const Expand<T, H, Out>& e, const LoraTile& tile, const std::int32_t* tokens,
-                       int part, int rows, int rank, V* to) {
+                       int part, int rows, int rank, T* to) {
   const int filled = (rank + kStep - 1) / kStep * kStep;
   for (int i = int(threadIdx.x); i < rows * filled; i += int(blockDim.x)) {
     const int row = i / filled, j = i % filled;
@@ -387,11 +340,7 @@ __device__ void load_h(const Expand<T, H, Out>& e, const LoraTile& tile, const s
       value = from_float<T>(to_float(
           e.h.data[part * e.h.part_stride + token * e.h.token_stride + j * e.h.col_stride]));
     }
-    if constexpr (std::is_same_v<V, T>) {
-      to[row * e.h_stride + j] = value;
-    } else {
-      to[row * e.h_stride + j] = to_float(value);
-    }
+    to[row * e.h_stride + j] = value;
   }
 }
 
@@ -423,19 +372,16 @@ __global__ void __launch_bounds__(kExpandWarps * 32) expand_any_kernel(Expand<T,
       block.each_of_run(i / runs, i % runs * kRun, [](Out base, int) { return base; });
     return;
   }
-  if constexpr (!std::is_same_v<T, float>) {
-    if (takes_matrix_steps<T>(tile)) {
-      T* h = dynamic_shared<T>();
-      load_h<T>(e, tile, tokens, run.part, kLoraTile, rank, h);
-      __syncthreads();
-      any_by_matrix(block, h, rank);
-      return;
-    }
+  T* h = dynamic_shared<T>();
+  if constexpr (std::is_same_v<T, float>) {
+    load_h(e, tile, tokens, run.part, tile.count, rank, h);
+    __syncthreads();
+    any_by_vector(block, h, rank);
+  } else {
+    load_h(e, tile, tokens, run.part, kLoraTile, rank, h);
+    __syncthreads();
+    any_by_matrix(block, h, rank);
   }
-  float* h = dynamic_shared<float>();
-  load_h<T>(e, tile, tokens, run.part, tile.count, rank, h);
-  __syncthreads();
-  any_by_vector(block, h, rank);
 }
 
 // The columns of y in ascending order, with those between them if there is something to copy.
@@ -527,12 +473,8 @@ void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bia
       return;
     }
   }
-  constexpr bool kIsFloat = std::is_same_v<T, float>;
-  const int tile_bytes = kLoraTile * int(sizeof(T)),
-            row_bytes = (kIsFloat ? kLoraTile : kMaxVectorTokens) * int(sizeof(float));
   launch("lora_expand", expand_any_kernel<T, H, Out>, dim3(unsigned(batch.num_tiles) * e.blocks),
-         dim3(kExpandWarps * 32), std::size_t(e.h_stride) * std::max(tile_bytes, row_bytes), stream,
-         e);
+         dim3(kExpandWarps * 32), std::size_t(e.h_stride) * kLoraTile * sizeof(T), stream, e);
 }
 
 LoraKernel lora_expand_kernel(DType t, const LoraColumns& columns, std::int64_t y_cols,
@@ -545,8 +487,7 @@ LoraKernel lora_expand_kernel(DType t, const LoraColumns& columns, std::int64_t 
              : LoraKernel::any;
 }
 
-// Matrix steps of 16 each; or four chains, and two roundings where they meet: no more than 6 for 16
-// products, and a step counts as 10.
+// Matrix steps of 16 each; or, of fp32, four chains, and two roundings where they meet.
 Accumulation lora_expand_accumulation(DType t, std::int64_t rank) {
   if (t == DType::f32) return {.depth = ceil_div(rank, 4) + 2};
   return {.depth = ceil_div(rank, kStep),

@@ -1,13 +1,10 @@
 #pragma once
 // What lora_shrink and lora_expand have in common. Both have a block for each tile and some
-// columns, and two paths that a block chooses by its tile's slot, so that tokens in another order
-// have the same bits:
-//   - matrix: slots of more than two tokens, 16-bit types: tensor cores. Their operands come
-//     straight from memory: which 16 of the products share a step is nobody's business, as long as
-//     both operands agree, and so a lane takes elements that lie side by side.
-//   - vector: slots of one or two tokens, or fp32: fmaf, and every element of A and B read once.
-// An element's bits depend on its token's row of x (or h), on its rows of A or B and their length,
-// on the adapter's LoRA rank, and on the path; not on what else is in the tile or in the batch.
+// columns. 16-bit types are multiplied on tensor cores, whose operands come straight from memory:
+// which 16 of the products share a step is nobody's business, as long as both operands agree, and
+// so a lane takes elements that lie side by side. fp32 is added up by fmaf. An element's bits
+// depend on its token's row of x (or h), on its rows of A or B and their length, and on the
+// adapter's LoRA rank; not on what else is in the tile or in the batch.
 //
 // Of each there are two kernels that make the same bits. Few tokens take as long as the longest
 // chain of loads, so the one for whole vectors asks for all that it knows the place of at once:
@@ -25,13 +22,7 @@ namespace tp::lora {
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-constexpr int kMaxVectorTokens = 2;  // of a slot, and of 16-bit types
-constexpr int kStep = 16;            // products that one matrix step adds up
-
-template <typename T>
-__device__ bool takes_matrix_steps(const LoraTile& tile) {
-  return !std::is_same_v<T, float> && tile.of_slot > kMaxVectorTokens;
-}
+constexpr int kStep = 16;  // products that one matrix step adds up
 
 // Elements [k, k + N) of a row, zeros instead of those from `end` on, which are not read, and for
 // no row. Whole: the row, if there is one, is aligned and has them all. Without branches between

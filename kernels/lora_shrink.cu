@@ -32,15 +32,14 @@ struct Shrink {
 // ---- Whole vectors of 16-bit elements.
 
 // How a launch is cut. Bits do not depend on it.
-template <int ColumnsOfBlock, int ChunksInFlight, int VectorsInFlight>
+template <int ColumnsOfBlock, int ChunksInFlight>
 struct ShrinkCut {
   static constexpr int kColumns = ColumnsOfBlock;         // of h that a block makes
   static constexpr int kChunksInFlight = ChunksInFlight;  // whose loads are on their way together
-  static constexpr int kVectorsInFlight = VectorsInFlight;
   static constexpr int kBlocks = ChunksInFlight > 5 ? 1 : 2;  // of a multiprocessor, at least
 };
-using FewBlocks = ShrinkCut<8, 12, 2>;  // less for each of them, and all of it at once
-using ManyBlocks = ShrinkCut<16, 5, 1>;
+using FewBlocks = ShrinkCut<8, 12>;  // less for each of them, and all of it at once
+using ManyBlocks = ShrinkCut<16, 5>;
 constexpr std::int64_t kEnoughBlocks = 128;
 
 // Once the kernel before this one has ended; and lora_expand has enough to do meanwhile.
@@ -113,65 +112,6 @@ __device__ void whole_by_matrix(const Shrink<T, H>& s, const std::int32_t (&toke
   }
 }
 
-// The same for a tile of one or two tokens.
-template <typename Cut, typename T, typename H>
-__device__ void whole_by_vector(const Shrink<T, H>& s, const std::int32_t* order, int rows,
-                                const T* a, int count, float* part) {
-  constexpr int kRows = kMaxVectorTokens, kCols = 8;  // at a time
-  constexpr int kWidth = kWide<T>, kInFlight = Cut::kVectorsInFlight;
-  const int stride = int(blockDim.x) * kWidth, cols = int(s.x.cols);
-  const T* x_rows[kRows];
-#pragma unroll
-  for (int r = 0; r < kRows; ++r)
-    x_rows[r] = r < rows ? s.x.data + order[r] * s.x.row_stride : nullptr;
-  for (int col = 0; col < count; col += kCols) {
-    float sums[kRows][kCols] = {};
-    for (int first = int(threadIdx.x) * kWidth; first < cols; first += kInFlight * stride) {
-      Words<T> x[kInFlight][kRows] = {}, of_a[kInFlight][kCols] = {};
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const int k = first + u * stride;
-#pragma unroll
-        for (int c = 0; c < kCols; ++c) {
-          if (k < cols && col + c < count)
-            of_a[u][c] = load_words(a + (col + c) * s.a.row_stride + k);
-        }
-      }
-      if (col == 0 && first < stride) x_can_be_read();
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        const int k = first + u * stride;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (k < cols && x_rows[r] != nullptr) x[u][r] = load_words(x_rows[r] + k);
-      }
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (first + u * stride >= cols) break;
-#pragma unroll
-        for (int e = 0; e < kWidth; ++e) {
-#pragma unroll
-          for (int c = 0; c < kCols; ++c) {
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-              sums[r][c] = fmaf(element<T>(x[u][r], e), element<T>(of_a[u][c], e), sums[r][c]);
-          }
-        }
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (r >= rows) break;
-#pragma unroll
-      for (int c = 0; c < kCols; ++c) {
-        if (col + c >= count) break;
-        const float sum = warp_sum(sums[r][c]);
-        if (threadIdx.x % 32 == 0) part[r * Cut::kColumns + col + c] = sum;
-      }
-    }
-  }
-}
-
 template <typename Cut, typename T, typename H>
 __global__ void __launch_bounds__(kMaxShrinkWarps * 32, Cut::kBlocks)
     shrink_whole_kernel(Shrink<T, H> s) {
@@ -190,11 +130,7 @@ __global__ void __launch_bounds__(kMaxShrinkWarps * 32, Cut::kBlocks)
     const std::int64_t slot_matrix = tile.slot * std::int64_t{s.batch.parts} + matrix;
     const T* a = s.a.data + (slot_matrix * s.h.cols + first) * s.a.row_stride;
     float* part = parts + threadIdx.x / 32 * (kLoraTile * kColumns);
-    if (takes_matrix_steps<T>(tile)) {
-      whole_by_matrix<Cut>(s, tokens, a, count, part);
-    } else {
-      whole_by_vector<Cut>(s, order, tile.count, a, count, part);
-    }
+    whole_by_matrix<Cut>(s, tokens, a, count, part);
     __syncthreads();
   }
   x_can_be_read();  // nor may h be written before, where nothing was read
@@ -302,7 +238,7 @@ __device__ void any_by_matrix(const ShrinkBlock<T, H>& block, float* part) {
 
 template <typename T, typename H>
 __device__ void any_by_vector(const ShrinkBlock<T, H>& block, float* part) {
-  constexpr int kRows = kMaxVectorTokens, kCols = 8;  // at a time
+  constexpr int kRows = 2, kCols = 8;  // at a time
   constexpr int kWidth = kWide<T>;
   const Shrink<T, H>& s = block.s;
   for (int row = 0; row < block.tile.count; row += kRows) {
@@ -372,14 +308,10 @@ __global__ void __launch_bounds__(kMaxShrinkWarps * 32, 2) shrink_any_kernel(Shr
   if (count > 0) {
     const ShrinkBlock<T, H> block{s, tile, tokens, slot_matrix * s.h.cols + first, count};
     float* part = parts + threadIdx.x / 32 * (kLoraTile * kAnyColumns);
-    if constexpr (!std::is_same_v<T, float>) {
-      if (takes_matrix_steps<T>(tile)) {
-        any_by_matrix(block, part);
-      } else {
-        any_by_vector(block, part);
-      }
-    } else {
+    if constexpr (std::is_same_v<T, float>) {
       any_by_vector(block, part);
+    } else {
+      any_by_matrix(block, part);
     }
     __syncthreads();
   }
@@ -444,10 +376,8 @@ LoraKernel lora_shrink_kernel(DType t, std::int64_t in, bool aligned, std::int64
 }
 
 // Matrix steps: a warp's chunks, two steps each, and the warps' sums one after another, each a
-// rounding to nearest, which is less than a step may be off. A step counts as
-// kCut + 2^-23 > 10 roundings (of 2^-24), so that the vector path, of no more than 8 of them for
-// each of the warp's first chunks in a row, 5 in the warp and those of the warps, is within it:
-// 8 m + 5 + (w - 1) <= 10 (2 m + w - 1) for m, w >= 1.
+// rounding to nearest, which is less than a step may be off. fp32: a thread's vectors, the warp,
+// and the warps.
 Accumulation lora_shrink_accumulation(DType t, std::int64_t k) {
   const int warps = shrink_warps(k);
   if (t == DType::f32) {
