@@ -40,7 +40,8 @@ struct ShrinkCut {
 };
 using FewBlocks = ShrinkCut<8, 12>;  // less for each of them, and all of it at once
 using ManyBlocks = ShrinkCut<16, 5>;
-constexpr std::int64_t kEnoughBlocks = 128;
+// Beyond these the few blocks, twice as many, would be more than an H100 has multiprocessors.
+constexpr std::int64_t kMostFewBlocks = 66;
 
 // Once the kernel before this one has ended; and lora_expand has enough to do meanwhile.
 __device__ inline void x_can_be_read() {
@@ -370,7 +371,7 @@ LoraKernel lora_shrink_kernel(DType t, std::int64_t in, bool aligned, std::int64
                               std::int64_t parts, std::int64_t h_cols) {
   if (t == DType::f32 || !aligned || in % kWarpChunk != 0 || tiles > kMaxGridTiles)
     return LoraKernel::any;
-  return tiles * parts * ceil_div(h_cols, ManyBlocks::kColumns) >= kEnoughBlocks
+  return tiles * parts * ceil_div(h_cols, ManyBlocks::kColumns) > kMostFewBlocks
              ? LoraKernel::whole_many_blocks
              : LoraKernel::whole;
 }

@@ -15,14 +15,11 @@
 #include "properties/lora_batch.h"
 #include "properties/lora_call.h"
 #include "properties/lora_layers.h"
-#include "properties/operators.h"
 
 namespace tp {
 namespace {
 
-const bool kRegistered = (register_operators(), true);
-
-constexpr int kCases = 1000;
+constexpr int kCases = 20000;
 
 // How many of kCases drawn cases have which variant.
 template <typename F>
