@@ -116,7 +116,8 @@ tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/f
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
-          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc)
+          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc
+          properties/variants_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases"
   TP_CORPUS="${CMAKE_SOURCE_DIR}/harness/base/corpus")
 
