@@ -131,6 +131,15 @@ target_compile_definitions(sample_test PRIVATE TP_SAMPLE="${CMAKE_SOURCE_DIR}/pr
 add_test(NAME sample_passes COMMAND tpcheck replay ${CMAKE_SOURCE_DIR}/properties/sample.cases -n 1)
 set_tests_properties(sample_passes PROPERTIES TIMEOUT 300 LABELS processes)
 
+tp_mpi_test(kernel_bench_test LIBRARIES tp_properties benchmark::benchmark
+  SOURCES benches/kernel_bench_test.cc benches/kernel_bench.cc benches/bench_data.cc)
+# Every kernel that is timed on a GPU, once, in the emulator.
+add_test(NAME kernel_benches COMMAND tpcheck bench --benchmark_filter=/cache: --benchmark_min_time=0)
+set_tests_properties(kernel_benches PROPERTIES TIMEOUT 300)
+if(PYTHON3)
+  add_test(NAME peers_table COMMAND ${CMAKE_SOURCE_DIR}/benches/peers/peers_test.sh)
+endif()
+
 file(GLOB cli_tests CONFIGURE_DEPENDS harness/cli/*_test.cc)
 tp_test(cli_unit_test SOURCES ${cli_tests} LIBRARIES tp_cli)
 add_test(NAME cli_test COMMAND ${CMAKE_SOURCE_DIR}/harness/cli/cli_test.sh $<TARGET_FILE:tpcheck>)

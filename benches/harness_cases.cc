@@ -8,7 +8,12 @@
 namespace tp {
 
 void bench_case(benchmark::State& state, const std::string& line) {
-  static World world(nullptr, nullptr);
+  World& world = World::current();
+  if (world.processes() > 1) {
+    // Each process would choose its own number of iterations.
+    state.SkipWithError("whole cases are timed in one process");
+    return;
+  }
   const Case c = case_from_line(line);
   const Operator& op = find_operator(c.op);
   std::uint64_t threads = 0;

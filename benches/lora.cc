@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "benches/bench.h"
-#include "benches/kernel_bench.h"
+#include "benches/old_kernel_bench.h"
 #include "harness/base/fill.h"
 #include "harness/device/buffer.h"
 #include "harness/device/ceilings.h"

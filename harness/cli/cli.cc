@@ -39,8 +39,6 @@ class Run {
     return world_.is_root() ? explain_main(options) : 0;
   }
   int operator()(const BenchOptions& options) const {
-    // The cases that it times are run by all processes of the world, and only one would time them.
-    if (world_.processes() > 1) throw Unavailable("bench runs without mpirun, in one process");
     return bench_main(world_, options.arguments);
   }
   int operator()(const ListOptions& options) const {

@@ -57,6 +57,9 @@ refuses "'9999:none'" zoo 9999:none
 refuses 'ops, models, mutants, laws' list nonsense
 refuses '--nonsense' bench --nonsense
 refuses 'zzzz' bench --benchmark_filter=zzzz
+refuses 'cannot be read' bench --baseline=no_such.json
+echo '{"benchmarks": 3}' >no_times.json
+refuses "no list 'benchmarks'" bench --baseline=no_times.json
 
 printf '{"hidden_size": 64, "num_att' >truncated.json
 refuses 'truncated.json: ' explain truncated.json --tp 2
@@ -167,8 +170,8 @@ if command -v mpirun >/dev/null; then
   [[ $? == 2 ]] || fail 'a wrong operator under mpirun did not return 2'
   [[ $(grep -c '^tpcheck: ' .err) == 1 ]] || fail 'a wrong operator under mpirun: not one sentence'
   timeout 60 mpirun --bind-to none -n 2 "$tpcheck" bench --benchmark_filter=smallest_case >.out 2>.err </dev/null
-  [[ $? == 3 ]] || fail 'bench under mpirun did not return 3'
-  [[ $(grep -c '^tpcheck: ' .err) == 1 ]] || fail 'bench under mpirun: not one sentence'
+  [[ $? == 1 ]] || fail 'a bench of whole cases under mpirun did not return 1'
+  [[ $(grep -c 'timed in one process' .out) == 1 ]] || fail 'a bench of whole cases under mpirun: not said once'
 fi
 
 left=$(find . -mindepth 1 ! -name '.out' ! -name '.err' ! -name '*.json')

@@ -7,9 +7,12 @@
 namespace tp {
 
 struct Ceilings {
-  double launch_us = 0;     // the smallest kernel that reads and writes something
-  double bytes_per_us = 0;  // of device memory, a copy's bytes read plus bytes written
-  double flops_per_us = 0;  // fp32, outside the tensor cores; by the device's own figures
+  double launch_us = 0;          // the smallest kernel that reads and writes something
+  double bytes_per_us = 0;       // of device memory, a copy's bytes read plus bytes written
+  double read_bytes_per_us = 0;  // of device memory, where almost nothing is written
+  double l2_bytes = 0;
+  double l2_bytes_per_us = 0;  // read again and again
+  double flops_per_us = 0;     // fp32, outside the tensor cores; by the device's own figures
   double matrix_flops_per_us =
       0;  // f16 or bf16 on tensor cores, dense; by the device's own figures
 

@@ -10,6 +10,7 @@ namespace tp {
 namespace {
 
 constexpr int kDelayUnits = 64;
+constexpr int kHandOverUnits = 100;  // a large graph takes the host less
 
 // How long the n-th work of a stream is delayed: two of three not at all.
 int delay_of(std::uint64_t seed, std::uint64_t stream, std::uint64_t n) {
@@ -19,6 +20,8 @@ int delay_of(std::uint64_t seed, std::uint64_t stream, std::uint64_t n) {
 }
 
 }  // namespace
+
+double Stopwatch::us() const { return marks_->stop->us_since(*marks_->start); }
 
 Stream::Stream(Scheduler& scheduler, int tp_rank, std::uint64_t number)
     : scheduler_(scheduler),
@@ -48,6 +51,8 @@ void Stream::pass(std::function<void()> f) { push(Call{std::move(f), false}); }
 void Stream::wait(Gate& gate) { push(Hold{&gate, nullptr}); }
 void Stream::wait(const Event& event) { push(Hold{&event.point->gate, event.point}); }
 void Stream::record(const Event& event) { push(Record{event.point}); }
+void Stream::start(const Stopwatch& watch) { push(Time{watch.marks_, false}); }
+void Stream::stop(const Stopwatch& watch) { push(Time{watch.marks_, true}); }
 void Stream::synchronize() { scheduler_.wait_until_empty(*this); }
 
 void Stream::begin_recording(Recording& recording) {
@@ -108,8 +113,11 @@ Progress Stream::step(Random& random) {
     call->f();
     if (call->waits) queue_->host_leaves();
   } else if (auto* record = std::get_if<Record>(&head)) {
-    record->point->mark = queue_->mark();
+    record->point->mark = queue_->mark(false);
     record->point->gate.is_open = true;
+  } else if (auto* time = std::get_if<Time>(&head)) {
+    if (!time->stops) queue_->delay(kHandOverUnits);
+    (time->stops ? time->marks->stop : time->marks->start) = queue_->mark(true);
   } else if (const auto& [gate, point] = std::get<Hold>(head); point) {
     queue_->follow(*point->mark, gate->what, gate->for_others);
   } else {

@@ -33,6 +33,20 @@ struct Event {
   std::shared_ptr<Point> point = std::make_shared<Point>();
 };
 
+// The device's own time from one point of a stream to a later one.
+class Stopwatch {
+ public:
+  // Once the stream is complete.
+  double us() const;
+
+ private:
+  friend class Stream;
+  struct Marks {
+    std::shared_ptr<Mark> start, stop;
+  };
+  std::shared_ptr<Marks> marks_ = std::make_shared<Marks>();
+};
+
 // The kernels of a stream, kept to be launched again with the same arguments over whatever memory
 // holds by then: CUDA graphs, one for each row of kernels that nothing else interrupts. The same
 // host code must launch the same kernels each time. It must outlive the streams' work.
@@ -65,6 +79,9 @@ class Stream {
   void wait(Gate& gate);
   void record(const Event& event);
   void wait(const Event& event);
+  // The device starts with what follows only once the host has had the time to hand it over.
+  void start(const Stopwatch& watch);
+  void stop(const Stopwatch& watch);
   // From the rank's own host code: returns when everything queued so far is complete. Other ranks
   // and streams run meanwhile. Where an exception is being thrown (in a destructor) it returns at
   // once.
@@ -94,7 +111,11 @@ class Stream {
   struct Record {
     std::shared_ptr<Event::Point> point;
   };
-  using Operation = std::variant<std::unique_ptr<Work>, Call, Hold, Record>;
+  struct Time {
+    std::shared_ptr<Stopwatch::Marks> marks;
+    bool stops;
+  };
+  using Operation = std::variant<std::unique_ptr<Work>, Call, Hold, Record, Time>;
 
   bool empty();     // all complete
   bool runnable();  // step() would do something

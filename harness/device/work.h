@@ -36,6 +36,8 @@ class Work {
 class Mark {
  public:
   virtual ~Mark() = default;
+  // Of marks with a time, when the device has passed both.
+  virtual double us_since(const Mark& earlier) const = 0;
 };
 
 // Kernels that can be launched again as they were.
@@ -65,8 +67,9 @@ class DeviceQueue {
   // What to_host and others still owe to host memory is forgotten: it may be gone.
   virtual void abandon() { host_joins(); }
 
-  // The stream's work so far; and what comes after waits for another stream's work.
-  virtual std::shared_ptr<Mark> mark() = 0;
+  // The stream's work so far, with the time that it is complete, if asked; and what comes after
+  // waits for another stream's work.
+  virtual std::shared_ptr<Mark> mark(bool timed) = 0;
   virtual void follow(const Mark& mark, const std::string& what, bool for_others) = 0;
   // Lets some time pass before what comes next. Returns how many steps of the scheduler that is,
   // if it is the scheduler that must let it pass.

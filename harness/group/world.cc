@@ -45,7 +45,17 @@ std::vector<int> offsets_of(const std::vector<int>& sizes) {
 
 bool World::launched() { return std::getenv("OMPI_COMM_WORLD_SIZE") || std::getenv("PMIX_RANK"); }
 
+namespace {
+World* the_world = nullptr;
+}
+
+World& World::current() {
+  if (the_world == nullptr) die(__FILE__, __LINE__, "there is no world");
+  return *the_world;
+}
+
 World::World(int* argc, char*** argv) : mpi_(launched()) {
+  the_world = this;
   if (!mpi_) return;
   int initialised = 0;
   CHECK_MPI(MPI_Initialized(&initialised));
@@ -61,6 +71,7 @@ World::World(int* argc, char*** argv) : mpi_(launched()) {
 }
 
 World::~World() {
+  the_world = nullptr;
   // MPI_Finalize would wait for an exchange that was given up, and the end of the process for a
   // kernel that never ends.
   if (retired_) abort(kExitGaveUp);

@@ -22,6 +22,9 @@ class World {
   World(const World&) = delete;
   World& operator=(const World&) = delete;
 
+  // The world there is: at most one exists at a time. For benchmarks, which are given nothing.
+  static World& current();
+
   int processes() const { return processes_; }
   int process() const { return process_; }
   // Which one it is among the processes of this host.

@@ -9,13 +9,14 @@
 
 #include "harness/device/ceilings.h"
 #include "harness/device/cuda/check.h"
+#include "harness/device/cuda/read.h"
 
 namespace tp {
 
 namespace {
 
 constexpr int kNodes = 100, kRepeats = 7;
-constexpr std::size_t kCopied = std::size_t{256} << 20;
+constexpr std::size_t kCopied = std::size_t{256} << 20, kInL2 = std::size_t{16} << 20;
 
 __global__ void next(float4* cell) {
   float4 value = *cell;
@@ -72,6 +73,18 @@ double bytes_per_us(cudaStream_t stream) {
   return 2 * double(kCopied) / us;
 }
 
+double read_bytes_per_us(std::size_t bytes, int passes, cudaStream_t stream) {
+  void* memory = nullptr;
+  cuda::check(cudaMalloc(&memory, bytes), "cudaMalloc");
+  cuda::check(cudaMemset(memory, 1, bytes), "cudaMemset");
+  const double us = fastest_us(stream, [&] {
+    cuda::launch_read(memory, bytes, passes, stream);
+    return cudaGetLastError();
+  });
+  cudaFree(memory);
+  return double(bytes) * passes / us;
+}
+
 int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   cuda::check(cudaGetDevice(&device), "cudaGetDevice");
@@ -107,6 +120,9 @@ const std::optional<Ceilings>& ceilings() {
       cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
       c = {.launch_us = launch_us(stream),
            .bytes_per_us = bytes_per_us(stream),
+           .read_bytes_per_us = read_bytes_per_us(2 * kCopied, 1, stream),
+           .l2_bytes = double(cuda::l2_bytes()),
+           .l2_bytes_per_us = read_bytes_per_us(kInL2, 64, stream),
            .flops_per_us = clocks_per_us() * kLanes * 2,
            .matrix_flops_per_us = clocks_per_us() * matrix_flops_per_clock()};
       cudaStreamDestroy(stream);

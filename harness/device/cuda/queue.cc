@@ -30,8 +30,20 @@ std::vector<Queue*>& queues() {
   return all;
 }
 
+double us_between(const std::shared_ptr<CUevent_st>& begin, const std::shared_ptr<CUevent_st>& end,
+                  int tp_rank) {
+  float milliseconds = 0;
+  cuda::check(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()), "cudaEventElapsedTime",
+              tp_rank);
+  return double(milliseconds) * 1e3;
+}
+
 struct EventMark final : Mark {
   std::shared_ptr<CUevent_st> event;
+
+  double us_since(const Mark& earlier) const override {
+    return us_between(static_cast<const EventMark&>(earlier).event, event, -1);
+  }
 };
 
 class LaunchGraph final : public Graph {
@@ -209,10 +221,16 @@ void Queue::abandon() {
   deliveries_.clear();
 }
 
-std::shared_ptr<Mark> Queue::mark() {
+std::shared_ptr<Mark> Queue::mark(bool timed) {
   auto mark = std::make_shared<EventMark>();
-  mark->event = take_event(false);
-  cuda::check(cudaEventRecord(mark->event.get(), stream()), "cudaEventRecord", tp_rank_);
+  mark->event = take_event(timed);
+  const auto record = [&](cudaStream_t stream) { cudaEventRecord(mark->event.get(), stream); };
+  if (timed) {  // as work of its own: the queue is not finished before its time is there
+    submit("a stopwatch", Kind::harness, record);
+  } else {
+    record(stream());
+    cuda::check(cudaGetLastError(), "cudaEventRecord", tp_rank_);
+  }
   return mark;
 }
 
@@ -253,10 +271,8 @@ std::string Queue::describe() {
 DeviceTime Queue::time() {
   DeviceTime time;
   for (const Span& span : spans_) {
-    float milliseconds = 0;
-    cuda::check(cudaEventElapsedTime(&milliseconds, span.begin.get(), span.end.get()),
-                "cudaEventElapsedTime", tp_rank_);
-    (span.collective ? time.collective_us : time.kernel_us) += double(milliseconds) * 1e3;
+    (span.collective ? time.collective_us : time.kernel_us) +=
+        us_between(span.begin, span.end, tp_rank_);
   }
   return time;
 }

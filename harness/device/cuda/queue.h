@@ -34,7 +34,7 @@ class Queue final : public DeviceQueue {
   void check() override;
   void host_joins() override;
   void abandon() override;
-  std::shared_ptr<Mark> mark() override;
+  std::shared_ptr<Mark> mark(bool timed) override;
   void follow(const Mark& mark, const std::string& what, bool for_others) override;
   int delay(int units) override;
   std::shared_ptr<Graph> make_graph(std::vector<std::unique_ptr<Work>> kernels) override;

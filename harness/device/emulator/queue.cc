@@ -1,5 +1,7 @@
 #include "harness/device/emulator/queue.h"
 
+#include <chrono>
+
 #include "harness/device/emulator/block.h"
 #include "harness/device/emulator/grid.h"
 #include "harness/device/sanitizer.h"
@@ -21,9 +23,15 @@ namespace {
   return pools;
 }
 
-// For TSan: what happened before it.
+// When it was made; and for TSan, what happened before it.
 struct Clock final : Mark {
   mutable char clock = 0;
+  std::chrono::steady_clock::time_point time = std::chrono::steady_clock::now();
+
+  double us_since(const Mark& earlier) const override {
+    const auto passed = time - static_cast<const Clock&>(earlier).time;
+    return std::chrono::duration<double, std::micro>(passed).count();
+  }
 };
 
 struct RecordedKernels final : Graph {
@@ -100,7 +108,7 @@ void Queue::host_leaves() {
   acquire(&clock_);
 }
 
-std::shared_ptr<Mark> Queue::mark() {
+std::shared_ptr<Mark> Queue::mark(bool) {
   auto mark = std::make_shared<Clock>();
   if (kTsan) {
     AsStream as_stream(*this);

@@ -16,7 +16,7 @@ class Queue final : public DeviceQueue {
   bool finished() noexcept override { return true; }  // a kernel's last step completes it
   void host_joins() override;
   void host_leaves() override;
-  std::shared_ptr<Mark> mark() override;
+  std::shared_ptr<Mark> mark(bool timed) override;
   void follow(const Mark& mark, const std::string& what, bool for_others) override;
   int delay(int units) override { return units; }
   std::shared_ptr<Graph> make_graph(std::vector<std::unique_ptr<Work>> kernels) override;
