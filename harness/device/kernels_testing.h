@@ -107,7 +107,8 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out);
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks);
 
 // data[i][j] = data[i - 1][j] + 1, i = 1 .. kHandOvers, by kernels that overlap each with the one
-// before it, the first one excepted; data [1 + kHandOvers, kHandedOver].
+// before it, the first one excepted; data [1 + kHandOvers, kHandedOver]. Before its wait each looks
+// at what the last but one wrote, which is complete unless the last one starts it early.
 inline constexpr int kHandOvers = 6, kHandedOver = 300;
 enum class OverlapMistake { none, no_wait, early_start };
 void hand_over(Stream& stream, int* data, OverlapMistake mistake);
