@@ -44,7 +44,7 @@ class RmsNormCall final : public KernelCall {
       wrong = wrong_rows(
           stream, out_, kType, first,
           reference::rms_norm(bench_rows(x_, seed_, first, count), bench_rows(weight_, seed_, 0, 1),
-                              kEps, rms_norm_profile(x_.cols), double(x_.cols)));
+                              kEps, rms_norm_profile(kType, x_.cols, true), double(x_.cols)));
     }
     return wrong;
   }

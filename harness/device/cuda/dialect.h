@@ -32,6 +32,13 @@ __device__ inline float warp_sum(float value, Where = {}) {
   }
   return value;
 }
+template <int Lanes>
+__device__ inline float part_sum(float value, Where = {}) {
+  for (int distance = Lanes / 2; distance >= 1; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  return value;
+}
 __device__ inline float warp_max(float value, Where = {}) {
   for (int distance = 16; distance >= 1; distance /= 2) {
     value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));

@@ -21,19 +21,19 @@ __device__ inline int lane() {
   return lane;
 }
 
-// Two floats rounded to T, `low` in the low half.
-template <typename T>
-__device__ inline std::uint32_t pack(float low, float high) {
-  std::uint32_t packed;
-  if constexpr (std::is_same_v<T, f16>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
 }  // namespace cuda
+
+template <typename T>
+__device__ inline std::uint32_t round_pair(float low, float high) {
+  std::uint32_t pair;
+  if constexpr (std::is_same_v<T, f16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, bf16>);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
 
 template <typename T>
 __device__ inline FragmentA<T> load_a(const T* tile, int stride, Where) {
@@ -110,8 +110,8 @@ __device__ inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<
 
 template <typename T>
 __device__ inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
-  return {{cuda::pack<T>(left.x[0], left.x[1]), cuda::pack<T>(left.x[2], left.x[3]),
-           cuda::pack<T>(right.x[0], right.x[1]), cuda::pack<T>(right.x[2], right.x[3])}};
+  return {{round_pair<T>(left.x[0], left.x[1]), round_pair<T>(left.x[2], left.x[3]),
+           round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
 }
 
 __device__ inline void widen_codes(std::uint32_t codes, std::uint32_t& first,

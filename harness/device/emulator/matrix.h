@@ -74,12 +74,17 @@ inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b, Wher
 }
 
 template <typename T>
-inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
-  const auto pack = [](float low, float high) {
-    return emulator::pack(from_float<T>(low), from_float<T>(high));
+inline std::uint32_t round_pair(float low, float high) {
+  const auto rounded = [](float value) {
+    return value == value ? from_float<T>(value) : T{std::uint16_t{0x7FFF}};
   };
-  return {{pack(left.x[0], left.x[1]), pack(left.x[2], left.x[3]), pack(right.x[0], right.x[1]),
-           pack(right.x[2], right.x[3])}};
+  return emulator::pack(rounded(low), rounded(high));
+}
+
+template <typename T>
+inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
+  return {{round_pair<T>(left.x[0], left.x[1]), round_pair<T>(left.x[2], left.x[3]),
+           round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
 }
 
 inline void widen_codes(std::uint32_t codes, std::uint32_t& first, std::uint32_t& second) {

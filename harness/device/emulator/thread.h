@@ -74,7 +74,7 @@ std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint
                    std::uint32_t parameter, Where where);
 
 extern const WarpOperation kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp,
-    kShuffleDown, kWarpSum, kWarpMax, kQuadSum, kQuadMax;
+    kShuffleDown, kWarpSum, kPartSum, kWarpMax, kQuadSum, kQuadMax;
 
 // For TSan: what an atomic or volatile access of the running thread means after or before a fence.
 void fence();
