@@ -607,6 +607,26 @@ TEST(Recording, OtherKernelsTheSecondTimeAreRefused) {
   }
 }
 
+// Conversions of several values at once are those of one, but for the sign of NaN.
+TEST(Conversions, InPacksAreThoseOfOne) {
+  const auto out = results<std::uint32_t>(kPackedConversions, packed_conversions);
+  for (std::uint32_t i = 0; i < 65536; ++i) {
+    const float v = to_float(f16{std::uint16_t(i)});
+    const std::uint32_t first = v == v ? from_float<e4m3>(v).bits : 0x7F,
+                        second = v == v ? from_float<e4m3>(-v).bits : 0x7F;
+    ASSERT_EQ(out[i], first | second << 8) << i;
+  }
+  for (std::uint32_t i = 0; i < 4 * 256; ++i) {
+    const e4m3 code{std::uint8_t(i / 4 + i % 4)};
+    const f16 wide{std::uint16_t(out[65536 + i / 2] >> i % 2 * 16)};
+    if (to_float(code) == to_float(code)) {
+      ASSERT_EQ(wide.bits, widened<f16>(code).bits) << i;
+    } else {
+      ASSERT_TRUE(std::isnan(to_float(wide))) << i;
+    }
+  }
+}
+
 std::vector<int> handed_over(OverlapMistake mistake, bool recorded, std::uint64_t seed) {
   std::vector<int> last;
   const Report report = run_rank(

@@ -385,12 +385,26 @@ __global__ void two_kinds_of_mma_kernel() {
   threadIdx.x < 20 ? multiply_nothing<f16>() : multiply_nothing<bf16>();
 }
 
-__global__ void hand_over_kernel(const int* from, int* to, OverlapMistake mistake) {
+__global__ void packed_conversions_kernel(std::uint32_t* out) {
+  const std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < 65536) {
+    const float v = to_float(f16{std::uint16_t(i)});
+    out[i] = codes_of(v, -v);
+  } else if (i < 65536 + 256) {
+    const std::uint32_t c = i - 65536;
+    widen_codes(c | (c + 1) % 256 << 8 | (c + 2) % 256 << 16 | (c + 3) % 256 << 24,
+                out[65536 + 2 * c], out[65536 + 2 * c + 1]);
+  }
+}
+
+__global__ void hand_over_kernel(const int* last_but_one, const int* last, int* to,
+                                 OverlapMistake mistake) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (mistake == OverlapMistake::early_start) let_next_kernel_start();
+  const int seen = last_but_one == nullptr ? -1 : last_but_one[i];
   if (mistake != OverlapMistake::no_wait) wait_for_previous_kernel();
   if (mistake == OverlapMistake::none) let_next_kernel_start();
-  to[i] = from[i] + 1;
+  to[i] = seen < 0 || seen + 1 == last[i] ? last[i] + 1 : -1;
 }
 
 }  // namespace
@@ -573,11 +587,16 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out) {
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks) {
   launch("blocks_wait", blocks_wait_kernel, blocks, 32, 0, stream, flag, out);
 }
+void packed_conversions(Stream& stream, std::uint32_t* out) {
+  launch("packed_conversions", packed_conversions_kernel, 257, 256, 0, stream, out);
+}
+
 void hand_over(Stream& stream, int* data, OverlapMistake mistake) {
   for (int i = 0; i < kHandOvers; ++i) {
     const auto launch_it = [&](auto launch_as) {
       launch_as("hand_over", hand_over_kernel, dim3(kHandedOver / 100), dim3(100), std::size_t{0},
-                stream, data + i * kHandedOver, data + (i + 1) * kHandedOver, mistake);
+                stream, i == 0 ? nullptr : data + (i - 1) * kHandedOver, data + i * kHandedOver,
+                data + (i + 1) * kHandedOver, mistake);
     };
     if (i == 0) {
       launch_it([](auto&&... a) { launch(a...); });

@@ -294,16 +294,8 @@ void wait_for_previous(Where where) {
   running->waited = true;
 }
 
-void let_next_start(Where where) {
-  Thread& thread = *running;
-  Block& block = block_of(thread);
-  if (thread.waited || block.previous_ended == nullptr) return;
-  block.fail(thread, [&] {
-    return fmt::format(
-        "let_next_kernel_start ({}) in {}: before wait_for_previous_kernel, so that the next "
-        "kernel could begin while the one before this one runs",
-        to_string(where), block.name());
-  });
+void let_next_start(Where) {
+  if (!running->waited) *running->block->lets_next_start = true;
 }
 
 void misaligned(const void* address, std::size_t bytes, const char* what, Where where) {
