@@ -115,6 +115,7 @@ tp_test(budget_test LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
+          properties/attention_choice_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
           properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc
           properties/variants_test.cc)

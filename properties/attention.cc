@@ -344,7 +344,7 @@ Stage make_stage(const Case& c, const ShardingRules& rules, const Variation& var
             {.scale = plan.settings.scale,
              .mask = plan.settings.mask(),
              .softcap = plan.settings.softcap},
-            attention_profile(c.dtype, m, plan.call.batch.max_kv_len(), plan.settings));
+            attention_profile(c.dtype, m, c.tp_size, plan.call.batch, plan.settings));
         return {std::move(result.out), std::move(result.lse)};
       },
       .blind_to = {},
@@ -410,6 +410,7 @@ std::vector<LawRun> laws() {
       law("splits", "keys that are not split give the same", false,
           [](const Case& c) {
             Case one = c;
+            one.options["split_by"] = 0;
             one.options["splits"] = 1;
             return std::pair{one, Variation{.law = "splits"}};
           }),
@@ -432,7 +433,7 @@ std::optional<std::string> idle_law(const Case& c) {
   if (name == kPages && option("page_size") == 0) return "law=pages needs pages";
   if (name == kHeads && c.model.num_kv_heads == 1) return "law=heads needs several KV heads";
   if (name == "strided" && option("pad") == 0) return "law=strided needs pad";
-  if (name == "splits" && option("splits") == 1) return "law=splits needs splits";
+  if (name == "splits" && attention_settings(c).splits == 1) return "law=splits needs splits";
   return std::nullopt;
 }
 
@@ -457,6 +458,8 @@ std::optional<std::string> refuse(const Case& c) {
       c.num_tokens + c.options.at("num_seqs") * (c.options.at("context") + 64) + 64;
   const std::int64_t heads = std::max({c.model.num_heads, c.model.num_kv_heads, c.tp_size});
   if (auto reason = too_large(rows, heads * dim)) return reason;
+  if (c.options.at("split_by") == 1 && c.options.at("splits") != 1)
+    return "split_by=kernel leaves nothing to splits=" + std::to_string(c.options.at("splits"));
   return idle_law(c);
 }
 
