@@ -54,7 +54,7 @@ file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
   set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc harness/device/matmul_test.cc
-                   harness/device/scaled_matmul_test.cc)
+                   harness/device/scaled_matmul_test.cc harness/device/streamed_product_test.cc)
 endif()
 tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
 
@@ -104,7 +104,8 @@ function(tp_mpi_test name)
   endforeach()
 endfunction()
 
-tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
+tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc harness/group/peers_test.cc harness/group/peers_testing.cu
+  LIBRARIES tp_group)
 tp_test(budget_test LIBRARIES tp_base
   SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc
           properties/product_budget_test.cc properties/quantise_budget_test.cc properties/merged_linear_budget_test.cc
@@ -116,7 +117,8 @@ tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
           properties/attention_choice_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
-          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc)
+          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc
+          properties/variants_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases"
   TP_CORPUS="${CMAKE_SOURCE_DIR}/harness/base/corpus")
 
@@ -135,7 +137,7 @@ set_tests_properties(sample_passes PROPERTIES TIMEOUT 300 LABELS processes)
 tp_mpi_test(kernel_bench_test LIBRARIES tp_properties benchmark::benchmark
   SOURCES benches/kernel_bench_test.cc benches/kernel_bench.cc benches/bench_data.cc)
 # Every kernel that is timed on a GPU, once, in the emulator.
-add_test(NAME kernel_benches COMMAND tpcheck bench --benchmark_filter=/cache: --benchmark_min_time=0)
+add_test(NAME kernel_benches COMMAND tpcheck bench --benchmark_filter=/cache:)
 set_tests_properties(kernel_benches PROPERTIES TIMEOUT 300)
 if(PYTHON3)
   add_test(NAME peers_table COMMAND ${CMAKE_SOURCE_DIR}/benches/peers/peers_test.sh)

@@ -12,7 +12,9 @@
 namespace tp {
 
 // x, out [rows, cols], any row stride; weight [1, cols]. out must not overlap x. `rounding`: the
-// contract, above. Throws Fault(BadLaunch) where the sizes do not fit each other.
+// contract, above. May begin before the kernel before it in the stream has ended (overlap.h), which
+// must not be what writes the weight. Throws Fault(BadLaunch) where the sizes do not fit each
+// other.
 template <typename T>
 void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps,
               const NormRounding& rounding, Stream& stream);
@@ -24,7 +26,18 @@ void add_rms_norm(View<const T> x, View<const T> residual, View<const T> weight,
                   View<T> residual_out, View<T> out, float eps, const NormRounding& rounding,
                   Stream& stream);
 
-// The arithmetic of both over rows of `cols` elements.
-Profile rms_norm_profile(std::int64_t cols);
+// How a row is shared out. In registers: `threads` threads have `vectors` vectors of 16 bytes of
+// it each, and where `threads` is less than a warp or one, several rows share a block. Rows that
+// are not aligned, or wider than any of these, are read element by element, twice (vectors = 0).
+struct RowShare {
+  int threads = 0;
+  int vectors = 0;
+};
+// Chosen by a row's width alone, so that its bits do not depend on the other rows. `aligned`: all
+// tensors' rows begin at multiples of 16 bytes.
+RowShare rms_norm_share(DType t, std::int64_t cols, bool aligned);
+
+// The arithmetic of both over such rows.
+Profile rms_norm_profile(DType t, std::int64_t cols, bool aligned);
 
 }  // namespace tp

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <tuple>
 
 #include "properties/attention_call.h"
 #include "properties/attention_data.h"
@@ -36,10 +37,18 @@ using Value = std::function<double(const DataRegime&, std::int64_t, std::int64_t
 // The value of any tensor's element, also of one that is filled by role and regime.
 Value value_of(const TensorSpec& tensor) {
   if (tensor.value) return tensor.value;
-  return [tensor](const DataRegime& regime, std::int64_t row, std::int64_t col) {
-    alignas(8) std::byte bytes[8];
-    fill_block(tensor, regime, {row, 1}, {col, 1}, bytes, 1);
-    return load(tensor.dtype, bytes, 0);
+  // A row at a time: whoever asks for an element asks for its neighbours next.
+  const auto asked = [](const DataRegime& g, std::int64_t row) {
+    return std::tuple(g.fill, g.seed, g.eps, g.scale_log2, g.rotate_rows, row);
+  };
+  return [tensor, asked, filled = std::vector<std::byte>(), of = asked({}, -1)](
+             const DataRegime& regime, std::int64_t row, std::int64_t col) mutable {
+    if (of != asked(regime, row)) {
+      filled.resize(std::size_t(tensor.cols * size_of(tensor.dtype)));
+      fill_block(tensor, regime, {row, 1}, {0, tensor.cols}, filled.data(), tensor.cols);
+      of = asked(regime, row);
+    }
+    return load(tensor.dtype, filled.data(), col);
   };
 }
 

@@ -87,11 +87,17 @@ LocalBuffer padded(const std::string& name, Use use, const Case& c, bool has_pie
   return buffer;
 }
 
+// Buffers begin at multiples of 16 bytes, and the weight has no more than a row.
+Profile profile_of(const Case& c) {
+  const std::int64_t cols = c.model.hidden_size, stride = cols + c.options.at("pad");
+  return rms_norm_profile(c.dtype, cols, stride * size_of(c.dtype) % 16 == 0);
+}
+
 // Asks of the mistakes of rounding: would these data have shown them?
 std::optional<std::string> blind_to(const Case& c, double eps, const WholeInputs& in,
                                     const Budget& right) {
   const Matrix &x = in["x"], &weight = in["weight"];
-  const Profile profile = rms_norm_profile(x.cols);
+  const Profile profile = profile_of(c);
   const Shard cols = {0, x.cols};
   for (const Mutant& m : mutants()) {
     if (!m.shows(c) || m.rules.norm.adds(adds(c)) != adds(c)) continue;
@@ -163,7 +169,7 @@ std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Varia
                 .flops = (has_residual ? 5 : 4) * double(tokens) * double(cols)};
       },
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
-        const Profile profile = rms_norm_profile(cols);
+        const Profile profile = profile_of(c);
         const Matrix& weight = in["weight"];
         if (!has_residual)
           return {reference::rms_norm(in["x"], weight, eps, profile, double(cols))};

@@ -2,6 +2,7 @@
 // Loads and stores of several values at once. Included by device.h.
 
 #include <cstddef>
+#include <cstdint>
 
 namespace tp {
 
@@ -27,5 +28,10 @@ __device__ inline void store_vector(T* destination, const Vec<T, N>& value,
   check_aligned(destination, sizeof(value), "store_vector", where);
   *reinterpret_cast<Vec<T, N>*>(destination) = value;
 }
+
+// Two floats rounded to T (f16 or bf16), `low` in the low half: as from_float does, but that every
+// NaN becomes 0x7FFF. Defined by the dialects.
+template <typename T>
+__device__ std::uint32_t round_pair(float low, float high);
 
 }  // namespace tp

@@ -32,6 +32,13 @@ __device__ inline float warp_sum(float value, Where = {}) {
   }
   return value;
 }
+template <int Lanes>
+__device__ inline float part_sum(float value, Where = {}) {
+  for (int distance = Lanes / 2; distance >= 1; distance /= 2) {
+    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
+  }
+  return value;
+}
 __device__ inline float warp_max(float value, Where = {}) {
   for (int distance = 16; distance >= 1; distance /= 2) {
     value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, distance));
@@ -72,7 +79,7 @@ __device__ inline T peer_load(const T* address) {
   return *address;
 }
 template <typename T>
-__device__ inline void peer_store(T* address, const std::type_identity_t<T>& value) {
+__device__ inline void peer_store(T* address, std::type_identity_t<T> value) {
   *address = value;
 }
 
@@ -81,3 +88,4 @@ __device__ inline void peer_store(T* address, const std::type_identity_t<T>& val
 #include "harness/device/cuda/copy_async.h"
 #include "harness/device/cuda/matrix.h"
 #include "harness/device/cuda/overlap.h"
+#include "harness/device/cuda/peer_words.h"

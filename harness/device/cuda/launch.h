@@ -15,6 +15,13 @@
 
 namespace tp {
 
+// How many blocks of this launch the device surely runs at the same time when it runs nothing else.
+template <typename... Parameters>
+int resident_blocks(std::string_view name, void (*kernel)(Parameters...), int threads,
+                    std::size_t shared_bytes) {
+  return cuda::resident_blocks(name, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+}
+
 namespace cuda {
 
 template <typename... Parameters, typename... Arguments>
@@ -35,7 +42,7 @@ void enqueue_launch(std::string_view name, void (*kernel)(Parameters...), dim3 g
     config.dynamicSmemBytes = shared_bytes;
     config.stream = to;
     config.attrs = &overlap;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.numAttrs = overlaps && can_overlap() ? 1 : 0;
     // Whoever hands it over asks for the last error.
     std::apply([&](const Parameters&... p) { cudaLaunchKernelEx(&config, kernel, p...); }, held);
   };

@@ -28,19 +28,19 @@ __device__ inline float largest(float a, float b) {
   return result;
 }
 
-// Two floats rounded to T, `low` in the low half.
-template <typename T>
-__device__ inline std::uint32_t pack(float low, float high) {
-  std::uint32_t packed;
-  if constexpr (std::is_same_v<T, f16>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  }
-  return packed;
-}
-
 }  // namespace cuda
+
+template <typename T>
+__device__ inline std::uint32_t round_pair(float low, float high) {
+  std::uint32_t pair;
+  if constexpr (std::is_same_v<T, f16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    static_assert(std::is_same_v<T, bf16>);
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
 
 template <typename T>
 __device__ inline FragmentA<T> load_a(const T* tile, int stride, Where) {
@@ -117,8 +117,41 @@ __device__ inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<
 
 template <typename T>
 __device__ inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
-  return {{cuda::pack<T>(left.x[0], left.x[1]), cuda::pack<T>(left.x[2], left.x[3]),
-           cuda::pack<T>(right.x[0], right.x[1]), cuda::pack<T>(right.x[2], right.x[3])}};
+  return {{round_pair<T>(left.x[0], left.x[1]), round_pair<T>(left.x[2], left.x[3]),
+           round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
+}
+
+__device__ inline void widen_codes(std::uint32_t codes, std::uint32_t& first,
+                                   std::uint32_t& second) {
+#if __CUDA_ARCH__ >= 890
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(first), "=r"(second)
+      : "r"(codes));
+#else
+  const auto wide = [codes](int i) {
+    return std::uint32_t{widened<f16>(e4m3{std::uint8_t(codes >> 8 * i)}).bits};
+  };
+  first = wide(0) | wide(1) << 16;
+  second = wide(2) | wide(3) << 16;
+#endif
+}
+
+__device__ inline std::uint16_t codes_of(float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+  return codes;
+#else
+  const auto code = [](float x) {
+    return std::uint32_t{x == x ? from_float<e4m3>(x).bits : std::uint8_t{0x7F}};
+  };
+  return std::uint16_t(code(first) | code(second) << 8);
+#endif
 }
 
 __device__ inline float quad_sum(float value, Where) {

@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 #define threadIdx (::tp::emulator::running->thread_idx)
 #define blockIdx (::tp::emulator::running->block->block_idx)
@@ -67,3 +68,4 @@ inline void check_aligned(const void* address, std::size_t bytes, const char* wh
 #include "harness/device/emulator/copy_async.h"
 #include "harness/device/emulator/matrix.h"
 #include "harness/device/emulator/overlap.h"
+#include "harness/device/emulator/peer_words.h"

@@ -74,12 +74,30 @@ inline void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b, Wher
 }
 
 template <typename T>
-inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
-  const auto pack = [](float low, float high) {
-    return emulator::pack(from_float<T>(low), from_float<T>(high));
+inline std::uint32_t round_pair(float low, float high) {
+  const auto rounded = [](float value) {
+    return value == value ? from_float<T>(value) : T{std::uint16_t{0x7FFF}};
   };
-  return {{pack(left.x[0], left.x[1]), pack(left.x[2], left.x[3]), pack(right.x[0], right.x[1]),
-           pack(right.x[2], right.x[3])}};
+  return emulator::pack(rounded(low), rounded(high));
+}
+
+template <typename T>
+inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
+  return {{round_pair<T>(left.x[0], left.x[1]), round_pair<T>(left.x[2], left.x[3]),
+           round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
+}
+
+inline void widen_codes(std::uint32_t codes, std::uint32_t& first, std::uint32_t& second) {
+  const auto wide = [codes](int i) { return widened<f16>(e4m3{std::uint8_t(codes >> 8 * i)}); };
+  first = emulator::pack(wide(0), wide(1));
+  second = emulator::pack(wide(2), wide(3));
+}
+
+inline std::uint16_t codes_of(float first, float second) {
+  const auto code = [](float x) {
+    return std::uint32_t{x == x ? from_float<e4m3>(x).bits : std::uint8_t{0x7F}};
+  };
+  return std::uint16_t(code(first) | code(second) << 8);
 }
 
 inline float quad_sum(float value, Where where) {

@@ -11,6 +11,7 @@
 namespace tp::emulator {
 
 struct KernelFiber;
+struct Launch;
 
 // What kernels see of their block.
 struct BlockInfo {
@@ -21,6 +22,7 @@ struct BlockInfo {
   std::uint8_t poison = 0;  // every byte of shared memory, at first
   // Of a launch that overlaps with the one before it: whether that one has ended.
   const bool* previous_ended = nullptr;
+  bool* lets_next_start = nullptr;  // set where it calls let_next_kernel_start before its wait
 };
 
 enum class State : std::uint8_t {
@@ -73,7 +75,9 @@ std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint
                    std::uint32_t parameter, Where where);
 
 extern const WarpOperation kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp,
-    kShuffleDown, kWarpSum, kWarpMax, kQuadSum, kQuadMax;
+    kShuffleDown, kWarpSum, kPartSum, kWarpMax, kQuadSum, kQuadMax;
+
+const Launch& launch_of(const Thread& thread);
 
 // For TSan: what an atomic or volatile access of the running thread means after or before a fence.
 void fence();

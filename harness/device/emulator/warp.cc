@@ -31,6 +31,20 @@ void fold_quads(std::uint64_t* value, F f) {
   }
 }
 
+// The same for each `width` neighbours, with distances width / 2 .. 1.
+bool part_sum(std::uint64_t* value, const std::uint32_t* width, std::uint32_t) {
+  const int lanes = int(width[0]);
+  for (int first = 0; first < 32; first += lanes) {
+    float v[32];
+    for (int i = 0; i < lanes; ++i) v[i] = as_float(value[first + i]);
+    for (int distance = lanes / 2; distance >= 1; distance /= 2) {
+      for (int i = 0; i < distance; ++i) v[i] += v[i + distance];
+    }
+    for (int i = 0; i < lanes; ++i) value[first + i] = std::bit_cast<std::uint32_t>(v[0]);
+  }
+  return true;
+}
+
 bool sync(std::uint64_t*, const std::uint32_t*, std::uint32_t) { return true; }
 
 bool sum(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
@@ -88,6 +102,7 @@ const WarpOperation kShuffleXor{"__shfl_xor_sync", false, shuffle};
 const WarpOperation kShuffleUp{"__shfl_up_sync", false, shuffle};
 const WarpOperation kShuffleDown{"__shfl_down_sync", false, shuffle};
 const WarpOperation kWarpSum{"warp_sum", false, sum};
+const WarpOperation kPartSum{"part_sum", false, part_sum};
 const WarpOperation kWarpMax{"warp_max", false, maximum};
 const WarpOperation kQuadSum{"quad_sum", false, quad_sum};
 const WarpOperation kQuadMax{"quad_max", false, quad_maximum};

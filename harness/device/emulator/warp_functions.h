@@ -87,6 +87,13 @@ inline float warp_sum(float value, Where where = Where::here()) {
   using namespace emulator;
   return from_bits<float>(meet(kWarpSum, 0xFFFFFFFFu, to_bits(value), 0, where));
 }
+// Over the `Lanes` lanes that a warp's lanes are divided into, given to each of them: the same with
+// o = Lanes / 2 .. 1.
+template <int Lanes>
+inline float part_sum(float value, Where where = Where::here()) {
+  using namespace emulator;
+  return from_bits<float>(meet(kPartSum, 0xFFFFFFFFu, to_bits(value), Lanes, where));
+}
 // The same with `larger`: NaN if any lane's value is.
 inline float warp_max(float value, Where where = Where::here()) {
   using namespace emulator;
