@@ -260,7 +260,7 @@ const Planted kPlanted[] = {
      Outcome::WrongValue},
     {"own:split-drops-tail",
      "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
-     "fill=ties context=200 split_by=kernel",
+     "fill=ties context=200 splits=3",
      Outcome::WrongValue},
     {"lse-base-mismatch:twice",
      "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
