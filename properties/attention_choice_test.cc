@@ -4,9 +4,12 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
+#include <vector>
 
 #include "harness/fuzz/draw.h"
+#include "kernels/divisor.h"
 #include "properties/attention_call.h"
 
 namespace tp {
@@ -34,6 +37,24 @@ TEST(AttentionChoice, FollowsTheShape) {
       kernel_of({.num_heads = 8, .num_kv_heads = 1, .head_dim = 192, .v_head_dim = 128}, 64, 4096),
       AttentionKernel::matrix);
   EXPECT_EQ(kernel_of(kModel, 4096, 4096, true, DType::f32), AttentionKernel::plain);
+}
+
+// Around every multiple that there is room for, of small divisors and of some large ones.
+TEST(Divisor, IsExact) {
+  constexpr std::int64_t kLargest = 0x7FFFFFFF;
+  std::vector<std::int64_t> divisors = {127, 128, 1000003, kLargest - 1, kLargest};
+  for (std::int64_t d = 1; d <= 64; ++d) divisors.push_back(d);
+  for (const std::int64_t d : divisors) {
+    const Divisor divisor(d);
+    const std::int64_t step = std::max<std::int64_t>(1, kLargest / d / 1000);
+    for (std::int64_t k = 0; k * d <= kLargest; k += step) {
+      for (const std::int64_t n : {k * d - 1, k * d, k * d + 1, kLargest}) {
+        if (0 <= n && n <= kLargest) {
+          ASSERT_EQ(divisor.quotient(int(n)), n / d) << n << " / " << d;
+        }
+      }
+    }
+  }
 }
 
 // KV heads that are held by several ranks are read by as many blocks as if they were not.
