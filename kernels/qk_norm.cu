@@ -345,9 +345,16 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
   const std::int64_t blocks = peers ? meeting_blocks<T>(*peers, qkv.rows, threads) : 0;
   if (blocks > 0) {
     group.peer_exchange<float>(reduced.size, stream);
-    launch_overlapping("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
-                       dim3(unsigned(blocks)), block, shared_bytes(threads), stream, norms, reduced,
-                       *peers);
+    const auto start = [&](auto launch_it) {
+      launch_it("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
+                dim3(unsigned(blocks)), block, shared_bytes(threads), stream, norms, reduced,
+                *peers);
+    };
+    if (tp_size == 1) {
+      start([](auto&&... what) { launch_overlapping(what...); });
+    } else {
+      start([](auto&&... what) { launch_meeting(what...); });
+    }
     return;
   }
   launch("qk_norm.sum_squares", choose(sum_squares_kernel<T, true>, sum_squares_kernel<T, false>),
