@@ -54,7 +54,7 @@ file(GLOB device_tests CONFIGURE_DEPENDS harness/device/*_test.cc)
 if(TP_BACKEND STREQUAL cuda)
   # The others are about the emulator; a kernel that is never signalled would hang a real GPU.
   set(device_tests harness/device/kernels_test.cc harness/device/buffer_test.cc harness/device/matmul_test.cc
-                   harness/device/scaled_matmul_test.cc)
+                   harness/device/scaled_matmul_test.cc harness/device/streamed_product_test.cc)
 endif()
 tp_test(device_test SOURCES ${device_tests} harness/device/kernels_testing.cu LIBRARIES tp_device GTest::gmock)
 
@@ -115,8 +115,10 @@ tp_test(budget_test LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
+          properties/attention_choice_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
-          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc)
+          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc
+          properties/variants_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases"
   TP_CORPUS="${CMAKE_SOURCE_DIR}/harness/base/corpus")
 

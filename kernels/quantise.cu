@@ -27,14 +27,34 @@ struct ScaleOfMaximum {
   }
 };
 
-// One block a row.
+// A block takes kBlockCols columns of a row, 16 bytes at a time where that is how rows lie. Whoever
+// comes next may begin meanwhile, and fetch a weight.
+constexpr std::int64_t kBlockCols = 2048;
+
 template <typename T, typename Scale>
-__global__ void quantise_kernel(View<const T> x, Scale scale_for, View<e4m3> codes) {
-  const T* row = x.data + std::int64_t{blockIdx.x} * x.row_stride;
-  e4m3* out = codes.data + std::int64_t{blockIdx.x} * codes.row_stride;
+__global__ void quantise_kernel(View<const T> x, Scale scale_for, View<e4m3> codes,
+                                bool in_vectors) {
+  constexpr int kVector = 16 / int(sizeof(T));
+  let_next_kernel_start();
+  wait_for_previous_kernel();
+  const std::int64_t across = (x.cols + kBlockCols - 1) / kBlockCols;
+  const std::int64_t row = blockIdx.x / across, first = blockIdx.x % across * kBlockCols;
+  const std::int64_t end = first + kBlockCols < x.cols ? first + kBlockCols : x.cols;
+  const T* from = x.data + row * x.row_stride;
+  e4m3* to = codes.data + row * codes.row_stride;
   const float scale = scale_for();
-  for (std::int64_t j = threadIdx.x; j < x.cols; j += blockDim.x)
-    out[j] = from_float<e4m3>(to_float(row[j]) / scale);
+  if (in_vectors) {
+    for (std::int64_t j = first + threadIdx.x * kVector; j < end; j += blockDim.x * kVector) {
+      const Vec<T, kVector> values = load_vector<T, kVector>(from + j);
+      Vec<std::uint16_t, kVector / 2> pairs;
+      for (int i = 0; i < kVector; i += 2)
+        pairs[i / 2] = codes_of(to_float(values[i]) / scale, to_float(values[i + 1]) / scale);
+      store_vector(reinterpret_cast<std::uint16_t*>(to + j), pairs);
+    }
+  } else {
+    for (std::int64_t j = first + threadIdx.x; j < end; j += blockDim.x)
+      to[j] = e4m3{std::uint8_t(codes_of(to_float(from[j]) / scale, 0.0f))};
+  }
 }
 
 // The largest magnitude of row[begin..end), in every thread of the block.
@@ -117,17 +137,32 @@ void require_same(const char* op, const View<const T>& x, const View<e4m3>& code
 
 template <typename T, typename Scale>
 void launch_quantise(const char* op, View<const T> x, const Scale& scale, View<e4m3> codes,
-                     Stream& stream) {
+                     Stream& stream, bool overlaps = false) {
   require_same(op, x, codes);
-  launch(op, quantise_kernel<T, Scale>, dim3(unsigned(x.rows)), dim3(unsigned(row_threads(x.cols))),
-         0, stream, x, scale, codes);
+  constexpr std::int64_t kVector = 16 / sizeof(T);
+  const auto starts_at = [](const void* data, std::int64_t bytes) {
+    return reinterpret_cast<std::uintptr_t>(data) % std::uintptr_t(bytes) == 0;
+  };
+  const bool in_vectors = x.cols % kVector == 0 && x.row_stride % kVector == 0 &&
+                          codes.row_stride % kVector == 0 && starts_at(x.data, 16) &&
+                          starts_at(codes.data, kVector);
+  const std::int64_t across = (x.cols + kBlockCols - 1) / kBlockCols;
+  const dim3 grid = dim3(unsigned(x.rows * across)),
+             block = dim3(unsigned(row_threads(x.cols < kBlockCols ? x.cols : kBlockCols)));
+  if (overlaps) {
+    launch_overlapping(op, quantise_kernel<T, Scale>, grid, block, 0, stream, x, scale, codes,
+                       in_vectors);
+  } else {
+    launch(op, quantise_kernel<T, Scale>, grid, block, 0, stream, x, scale, codes, in_vectors);
+  }
 }
 
 }  // namespace
 
 template <typename T>
-void quantise_fixed(View<const T> x, const float* scale, View<e4m3> codes, Stream& stream) {
-  launch_quantise("quantise_fixed", x, FixedScale{scale}, codes, stream);
+void quantise_fixed(View<const T> x, const float* scale, View<e4m3> codes, Stream& stream,
+                    bool overlaps) {
+  launch_quantise("quantise_fixed", x, FixedScale{scale}, codes, stream, overlaps);
 }
 
 template <typename T>
@@ -179,19 +214,19 @@ void requantise(View<const e4m3> weight, const std::int32_t* slot_of_row, const 
          out);
 }
 
-template void quantise_fixed(View<const float>, const float*, View<e4m3>, Stream&);
+template void quantise_fixed(View<const float>, const float*, View<e4m3>, Stream&, bool);
 template void absolute_maximum(View<const float>, float*, Stream&);
 template void quantise_by_maximum(View<const float>, const float*, View<e4m3>, float*, Stream&);
 template void quantise_token(View<const float>, View<e4m3>, float*, Stream&);
 template void quantise_token_groups(View<const float>, std::int64_t, std::int64_t, View<e4m3>,
                                     View<float>, Stream&);
-template void quantise_fixed(View<const f16>, const float*, View<e4m3>, Stream&);
+template void quantise_fixed(View<const f16>, const float*, View<e4m3>, Stream&, bool);
 template void absolute_maximum(View<const f16>, float*, Stream&);
 template void quantise_by_maximum(View<const f16>, const float*, View<e4m3>, float*, Stream&);
 template void quantise_token(View<const f16>, View<e4m3>, float*, Stream&);
 template void quantise_token_groups(View<const f16>, std::int64_t, std::int64_t, View<e4m3>,
                                     View<float>, Stream&);
-template void quantise_fixed(View<const bf16>, const float*, View<e4m3>, Stream&);
+template void quantise_fixed(View<const bf16>, const float*, View<e4m3>, Stream&, bool);
 template void absolute_maximum(View<const bf16>, float*, Stream&);
 template void quantise_by_maximum(View<const bf16>, const float*, View<e4m3>, float*, Stream&);
 template void quantise_token(View<const bf16>, View<e4m3>, float*, Stream&);

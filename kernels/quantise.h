@@ -23,9 +23,11 @@ inline constexpr float kLeastMaximum = kLargestCode * 0x1p-126f;
 // Scales and maxima are in device memory. They throw Fault(BadLaunch) where the sizes do not fit
 // each other.
 
-// By a scale that is known beforehand.
+// By a scale that is known beforehand. `overlaps`: it may begin before the kernel before it in the
+// stream has ended (overlap.h).
 template <typename T>
-void quantise_fixed(View<const T> x, const float* scale, View<e4m3> codes, Stream& stream);
+void quantise_fixed(View<const T> x, const float* scale, View<e4m3> codes, Stream& stream,
+                    bool overlaps = false);
 
 // By the largest element, in two parts: a group can take the maximum over its ranks in between.
 // *maximum = max |x|, NaN if any element is.

@@ -117,6 +117,24 @@ void quantised_product(View<const e4m3> x, const Scales& x_scales, const Quantis
                                                 bias.rows == 0 ? nullptr : bias.data, out, stream);
 }
 
+template <typename T, typename Out>
+void quantised_linear(View<const T> x, const float* x_scale, const QuantisedWeight& weight,
+                      View<const T> bias, View<e4m3> codes, View<Out> out, Stream& stream) {
+  require(weight.format.scheme == Scheme::fp8_tensor && (bias.rows == 0 || bias.cols == out.cols),
+          "quantised_linear", "scheme {}, the bias has {} elements, the output {} columns",
+          {std::int64_t(weight.format.scheme), bias.cols, out.cols});
+  quantise_fixed(x, x_scale, codes, stream, true);
+  scaled_matmul<e4m3, View<const e4m3>, T, Out>(
+      codes, Scales{.data = x_scale}, weight.codes, scales_of(weight),
+      bias.rows == 0 ? nullptr : bias.data, out, stream, true);
+}
+
+template void quantised_linear(View<const float>, const float*, const QuantisedWeight&,
+                               View<const float>, View<e4m3>, View<float>, Stream&);
+template void quantised_linear(View<const f16>, const float*, const QuantisedWeight&,
+                               View<const f16>, View<e4m3>, View<f16>, Stream&);
+template void quantised_linear(View<const bf16>, const float*, const QuantisedWeight&,
+                               View<const bf16>, View<e4m3>, View<bf16>, Stream&);
 template void quantised_product(View<const f16>, const QuantisedWeight&, View<const f16>, View<f16>,
                                 Stream&);
 template void quantised_product(View<const f16>, const QuantisedWeight&, View<const f16>,

@@ -44,4 +44,12 @@ template <typename T, typename Out>
 void quantised_product(View<const e4m3> x, const Scales& x_scales, const QuantisedWeight& weight,
                        View<const T> bias, View<Out> out, Stream& stream);
 
+// quantise_fixed and quantised_product of the codes, of fp8 with one scale (fp8_tensor): the weight
+// is on its way while x is quantised. So it (not its scale, nor x, nor the bias) must be complete
+// before the kernel before this call: weights that were loaded are. codes [x.rows, x.cols], any row
+// stride, becomes the quantised x.
+template <typename T, typename Out>
+void quantised_linear(View<const T> x, const float* x_scale, const QuantisedWeight& weight,
+                      View<const T> bias, View<e4m3> codes, View<Out> out, Stream& stream);
+
 }  // namespace tp

@@ -201,6 +201,56 @@ TEST(ProductBudget, FindsNoExactnessBesideSubnormalOperands) {
   EXPECT_GT(rho(0x1p-14), 0);
 }
 
+// Hopper's steps of e4m3 as published (numerics.md section 3): 32 products and the accumulator are
+// cut off below the bit that is `bits` below the largest of them.
+float narrow_sum(const double* a, const double* b, std::int64_t n, int bits) {
+  double total = 0;
+  for (std::int64_t first = 0; first < n; first += 32) {
+    const std::int64_t end = std::min(n, first + 32);
+    double largest = std::fabs(total);
+    for (std::int64_t k = first; k < end; ++k) largest = std::max(largest, std::fabs(a[k] * b[k]));
+    if (largest == 0) continue;
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - bits);
+    double sum = std::trunc(total / unit) * unit;
+    for (std::int64_t k = first; k < end; ++k) sum += std::trunc(a[k] * b[k] / unit) * unit;
+    total = sum;
+  }
+  return float(total);
+}
+
+// Of 16 x 16 sums of k random codes each (`positive`: of one sign), those that are rejected.
+int narrow_rejected(std::int64_t k, bool positive, int bits, bool declared, bool whole = false) {
+  Matrix x(16, k), w(16, k);
+  for (Matrix* m : {&x, &w}) {
+    for (std::int64_t i = 0; i < 16 * k; ++i) {
+      const Random4 r = philox(std::uint64_t(k + bits), m == &x ? 1 : 2, std::uint64_t(i));
+      double v = (double(r[0]) + double(r[1]) + double(r[2]) - 1.5 * 0x1p32) * 0x1p-31;
+      if (whole) v = r[0] % 2 ? 1 : 2;
+      if (whole && r[1] % 2 != 0) v = -v;
+      m->values[std::size_t(i)] = round_to(DType::e4m3, positive ? std::fabs(v) : v);
+    }
+  }
+  Accumulation accumulation{.depth = (k + 15) / 16, .matrix_steps = true};
+  accumulation.narrow_steps = declared;
+  const Budget budget = reference::product(x, w, {0, k}, nullptr, accumulation, true);
+  std::vector<float> out;
+  for (std::int64_t i = 0; i < 16; ++i)
+    for (std::int64_t j = 0; j < 16; ++j) out.push_back(narrow_sum(x.row(i), w.row(j), k, bits));
+  const Comparison c = compare(DType::f32, out.data(), budget);
+  return c.first ? int(c.first->count) : 0;
+}
+
+TEST(ProductBudget, KnowsNarrowSteps) {
+  for (const std::int64_t k : {32, 100, 1024, 4096}) {
+    for (const bool positive : {false, true})
+      EXPECT_EQ(narrow_rejected(k, positive, 13, true), 0) << k << positive;
+    EXPECT_EQ(narrow_rejected(k, false, 13, true, true), 0) << k;  // exact
+    // Steps that keep less, and those that were not declared, are found.
+    EXPECT_GE(narrow_rejected(k, true, 8, true), 200) << k;
+    EXPECT_GE(narrow_rejected(k, false, 13, false), 200) << k;
+  }
+}
+
 TEST(ProductBudget, AcceptsCorrectKernelsInAnyOrder) {
   for (int fill = 0; fill < 6; ++fill) {
     for (const DType t : kTypes) {

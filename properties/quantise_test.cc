@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "harness/device/testing.h"
+#include "kernels/quantised_linear.h"
 #include "reference/quantise.h"
 
 namespace tp {
@@ -206,6 +207,49 @@ TYPED_TEST(Quantise, ByTheLargestElementOfEachBlockOfColumns) {
 }
 
 // What is not a number stays visible: in its own code, and in every code that a scale of it made.
+// The weight is fetched while x is quantised: the same bits as one after the other, in any order of
+// what may run at the same time.
+TEST(QuantisedLinear, HasTheBitsOfItsTwoHalves) {
+  std::mt19937 generator(21);
+  std::normal_distribution<float> normal;
+  for (const std::int64_t tokens : {3, 16, 20}) {
+    constexpr std::int64_t kOut = 40, kIn = 528;
+    std::vector<bf16> x(std::size_t(tokens * kIn));
+    std::vector<e4m3> w(std::size_t(kOut * kIn));
+    for (bf16& v : x) v = from_float<bf16>(normal(generator));
+    for (e4m3& v : w) v = from_float<e4m3>(normal(generator));
+    for (std::uint64_t seed = 0; seed < 10; ++seed) {
+      const Report report = run_rank(
+          [&](Stream& stream) {
+            const Buffer xs = upload(stream, x), ws = upload(stream, w),
+                         x_scale = upload(stream, std::vector<float>{0.01f}),
+                         w_scale = upload(stream, std::vector<float>{0.5f}),
+                         codes = upload(stream, std::vector<e4m3>(x.size(), e4m3{0x7F})),
+                         out = upload(stream, std::vector<bf16>(std::size_t(tokens * kOut)));
+            QuantisedWeight weight{.format = {.scheme = Scheme::fp8_tensor}, .cols = kIn};
+            weight.codes = ws.as<e4m3>(kOut, kIn);
+            weight.factors = w_scale.as<float>(1, 1);
+            const View<bf16> in = xs.as<bf16>(tokens, kIn), outs = out.as<bf16>(tokens, kOut);
+            const View<e4m3> c = codes.as<e4m3>(tokens, kIn);
+            quantised_linear<bf16, bf16>(in, x_scale.as<float>(), weight, {}, c, outs, stream);
+            const auto codes_at_once = download<e4m3>(stream, codes);
+            const auto at_once = download<bf16>(stream, out);
+            poison(stream, codes, 0x7F);
+            quantise_fixed<bf16>(in, x_scale.as<float>(), c, stream);
+            quantised_product<bf16, bf16>(c, Scales{.data = x_scale.as<float>()}, weight, {}, outs,
+                                          stream);
+            const auto codes_after = download<e4m3>(stream, codes);
+            const auto after = download<bf16>(stream, out);
+            EXPECT_EQ(std::memcmp(codes_at_once.data(), codes_after.data(), codes_after.size()), 0);
+            EXPECT_EQ(std::memcmp(at_once.data(), after.data(), after.size() * 2), 0)
+                << tokens << " tokens, seed " << seed;
+          },
+          seed);
+      EXPECT_FALSE(report.fault) << report.fault->what;
+    }
+  }
+}
+
 TEST(QuantiseNaN, IsSeen) {
   std::vector<float> x = {1, NAN, 3, INFINITY};
   std::vector<e4m3> codes(4);

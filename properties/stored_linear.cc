@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "harness/base/check.h"
+#include "harness/device/library_product.h"
 #include "kernels/quantised_linear.h"
 #include "properties/stored_layout.h"
 #include "properties/stored_stages.h"
@@ -142,6 +143,13 @@ struct Dequantised {
   reference::Factors factors;
 };
 
+// Whether codes are multiplied with codes, and with one scale each.
+bool is_scaled_by_tensor(const Case& c) {
+  const QuantFormat f = format_of(c);
+  return f.scheme == Scheme::fp8_tensor &&
+         (f.activations == Activations::fixed || f.activations == Activations::tensor);
+}
+
 }  // namespace
 
 Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& in, std::size_t part,
@@ -208,7 +216,16 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
   const std::int64_t longest =
       f.scheme == Scheme::fp8_block ? std::min<std::int64_t>(own.size, f.block_cols) : own.size;
   return reference::scaled_product(x, of_x, w.values, w.factors, {0, own.size}, bias,
-                                   scaled_accumulation(x_type, longest), is_last);
+                                   is_scaled_by_tensor(c)
+                                       ? tensor_scaled_accumulation(x.rows, longest)
+                                       : scaled_accumulation(x_type, longest),
+                                   is_last);
+}
+
+bool product_has_own_bits(const Case& c, std::int64_t depth) {
+  if (is_quantised(c))
+    return is_scaled_by_tensor(c) && library_takes(DType::e4m3, c.num_tokens, depth);
+  return c.dtype != DType::f32 && library_takes(c.dtype, c.num_tokens, depth);
 }
 
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank) {

@@ -83,11 +83,14 @@ void product(RankRun& run, const Case& c, const Layer& layer, View<const T> bias
 // a layer that does not cut columns make the same. `is_last`: see scaled_product.
 Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& in, std::size_t part,
                          int tp_rank, const Matrix* bias, bool is_last);
+// Whether the product's bits may be the executor's own: where the library makes it
+// (Stage::own_bits). `depth`: columns of the input that a rank has.
+bool product_has_own_bits(const Case& c, std::int64_t depth);
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
 
-// linear::work, and what comes before the product. `activations`: elements of the input on all ranks
-// together.
+// linear::work, and what comes before the product. `activations`: elements of the input on all
+// ranks together.
 double work(const Case& c, double cols, std::int64_t depth, double activations);
 
 // What of an operator is in the user's checkpoint.

@@ -60,8 +60,39 @@ inline std::vector<bool> have_smaller(const Matrix& m, Shard cols, double least)
 // off is less than 2^q then, so there is nothing there; unless it takes a product to be larger than
 // that (see Accumulation), which is why `magnitude` is no less than what the products are taken
 // for.
-inline bool adds_exactly(double magnitude, int q) {
-  return q >= -149 && magnitude <= std::ldexp(1.0, 24 + q);
+inline bool adds_exactly(double magnitude, int q, int bits = 24) {
+  return q >= -149 && magnitude <= std::ldexp(1.0, bits + q);
+}
+
+// Bits that narrow steps (Accumulation) keep of the largest of their terms, and products of one.
+inline constexpr int kNarrowBits = 14, kNarrowStep = 32;
+
+// How far sum_k a[k] b[k] of narrow steps may be off (numerics.md section 4). Each step aligns its
+// products and the accumulator to the largest of them and cuts off what is below its 13th fraction
+// bit: with l that bit's value, up to l of each term, l / 2 in the mean and always toward zero. So
+// what positive products lose negative ones make good (the bias), and what is left of the products'
+// errors, uniform in [0, l) and independent, has the variance of a step's 33 terms, l^2 / 12 each:
+// eight standard deviations of it; the accumulator's own, at most l in a step; and half as much of
+// all again, for operands that are not spread evenly.
+inline double narrow_error(const double* a, const double* b, std::int64_t n) {
+  double prefix = 0, bias = 0, own = 0, variance = 0;
+  for (std::int64_t first = 0; first < n; first += kNarrowStep) {
+    double largest = std::fabs(prefix), sum = 0;
+    int net = 0;
+    for (std::int64_t k = first; k < std::min(n, first + kNarrowStep); ++k) {
+      const double product = a[k] * b[k];
+      largest = std::max(largest, std::fabs(product));
+      sum += product;
+      net += (product > 0) - (product < 0);
+    }
+    prefix += sum;
+    if (largest == 0) continue;
+    const double last = std::ldexp(1.0, std::ilogb(largest) - (kNarrowBits - 1));
+    bias += last * net / 2;
+    own += last;
+    variance += (kNarrowStep + 1) * last * last / 12;
+  }
+  return 1.5 * (std::fabs(bias) + own + 8 * std::sqrt(variance));
 }
 
 // sum_k a[k] b[k], k < n, added up in fp32. All products are multiples of 2^q. `has_subnormal`:
@@ -86,10 +117,12 @@ inline Bounded sum_of_products(const double* a, const double* b, std::int64_t n,
   const double s = (magnitudes[0] + magnitudes[1]) + (magnitudes[2] + magnitudes[3]);
   double raised = 0;
   for (k = 0; k < n && has_subnormal; ++k) raised += accumulation.raised(a[k], b[k]);
-  if (adds_exactly(std::max(s, raised), q)) return {r, 0};
+  const bool narrow = accumulation.narrow_steps;
+  if (adds_exactly(std::max(s, raised), q, narrow ? kNarrowBits : 24)) return {r, 0};
   // The kernel's roundings; this very loop's; and what underflow can take at each step, of which
   // there are as many as products where several chains meet.
-  return {r, (accumulation.error() + double(n) * 0x1p-53) * s + accumulation.cut(raised) +
+  const double wide = accumulation.error() * s + accumulation.cut(raised);
+  return {r, (narrow ? std::max(wide, narrow_error(a, b, n)) : wide) + double(n) * 0x1p-53 * s +
                  double(std::max(accumulation.depth, n)) * 0x1p-149};
 }
 

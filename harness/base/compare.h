@@ -37,6 +37,9 @@ struct Accumulation {
   std::int64_t depth = 0;  // what the first product passes
   bool matrix_steps = false;
   double least_normal = 0;  // the smallest normal operand, where a matrix step multiplies them
+  // The steps may also be Hopper's own of e4m3: 32 products each, of which 13 fraction bits are
+  // kept (numerics.md section 3; cuBLASLt's "fast accumulation").
+  bool narrow_steps = false;
 
   // What a step cuts off of its terms, relative to the largest of them.
   static constexpr double kCut = 17 * 0x1p-25;

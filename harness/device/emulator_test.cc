@@ -209,38 +209,30 @@ TEST(EmulatorFault, MmaIsForWholeWarps) {
   EXPECT_THAT(fault_of(two_kinds_of_mma), HasSubstr("others wait at mma"));
 }
 
-// A kernel that overlaps may begin before the one before it, and a forgotten wait shows.
+// A kernel that overlaps may begin before the one before it, and what it then has not waited for
+// shows: that one, or the one before that.
 TEST(Emulator, OverlappingKernelsNeedTheirWait) {
   if (kTsan) GTEST_SKIP() << "under TSan the kernels of a stream are in order";
-  for (const bool recorded : {false, true}) {
-    int shown = 0;
-    for (std::uint64_t seed = 0; seed < 20; ++seed) {
-      const Report report = run_rank(
-          [&](Stream& stream) {
-            const Buffer data = upload(stream, std::vector<int>((1 + kHandOvers) * kHandedOver));
-            Recording recording;
-            if (recorded) stream.begin_recording(recording);
-            hand_over(stream, data.as<int>(), OverlapMistake::no_wait);
-            if (recorded) stream.end_recording();
-            const std::vector<int> all = download<int>(stream, data);
-            shown += std::count(all.end() - kHandedOver, all.end(), kHandOvers) != kHandedOver;
-          },
-          seed);
-      EXPECT_FALSE(report.fault);
+  for (const OverlapMistake mistake : {OverlapMistake::no_wait, OverlapMistake::early_start}) {
+    for (const bool recorded : {false, true}) {
+      int shown = 0;
+      for (std::uint64_t seed = 0; seed < 20; ++seed) {
+        const Report report = run_rank(
+            [&](Stream& stream) {
+              const Buffer data = upload(stream, std::vector<int>((1 + kHandOvers) * kHandedOver));
+              Recording recording;
+              if (recorded) stream.begin_recording(recording);
+              hand_over(stream, data.as<int>(), mistake);
+              if (recorded) stream.end_recording();
+              const std::vector<int> all = download<int>(stream, data);
+              shown += std::count(all.end() - kHandedOver, all.end(), kHandOvers) != kHandedOver;
+            },
+            seed);
+        EXPECT_FALSE(report.fault);
+      }
+      EXPECT_GE(shown, 8) << "of 20";
     }
-    EXPECT_GE(shown, 15) << "of 20";
   }
-}
-
-TEST(EmulatorFault, NextKernelMustNotStartBeforeTheWait) {
-  if (kTsan) GTEST_SKIP() << "under TSan the kernels of a stream are in order";
-  EXPECT_THAT(fault_of([](Stream& stream) {
-                const Buffer data =
-                    upload(stream, std::vector<int>((1 + kHandOvers) * kHandedOver));
-                hand_over(stream, data.as<int>(), OverlapMistake::early_start);
-              }),
-              MatchesRegex("BadLaunch: let_next_kernel_start \\(kernels_testing.cu:[0-9]+\\) in "
-                           "kernel hand_over, block [012]: before wait_for_previous_kernel.*"));
 }
 
 TEST(EmulatorFault, SharedMemoryOverrun) {

@@ -51,6 +51,26 @@ __global__ void warp_sums_kernel(const float* x, float* tree, float* butterfly) 
   butterfly[threadIdx.x] = v;
 }
 
+template <int Lanes>
+__device__ float butterfly_of(float value) {
+  for (int distance = Lanes / 2; distance >= 1; distance /= 2)
+    value += __shfl_xor_sync(kAll, value, distance);
+  return value;
+}
+__global__ void part_sums_kernel(const float* x, float* tree, float* butterfly) {
+  const unsigned t = threadIdx.x;
+  tree[t] = part_sum<8>(x[t]);
+  tree[32 + t] = part_sum<16>(x[t]);
+  butterfly[t] = butterfly_of<8>(x[t]);
+  butterfly[32 + t] = butterfly_of<16>(x[t]);
+}
+__global__ void rounded_pairs_kernel(const float* x, std::uint32_t* to_f16,
+                                     std::uint32_t* to_bf16) {
+  const unsigned t = threadIdx.x;
+  to_f16[t] = round_pair<f16>(x[2 * t], x[2 * t + 1]);
+  to_bf16[t] = round_pair<bf16>(x[2 * t], x[2 * t + 1]);
+}
+
 __global__ void trace_order_kernel(unsigned* trace, unsigned* counter) {
   trace[atomicAdd(counter, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
@@ -365,12 +385,26 @@ __global__ void two_kinds_of_mma_kernel() {
   threadIdx.x < 20 ? multiply_nothing<f16>() : multiply_nothing<bf16>();
 }
 
-__global__ void hand_over_kernel(const int* from, int* to, OverlapMistake mistake) {
+__global__ void packed_conversions_kernel(std::uint32_t* out) {
+  const std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < 65536) {
+    const float v = to_float(f16{std::uint16_t(i)});
+    out[i] = codes_of(v, -v);
+  } else if (i < 65536 + 256) {
+    const std::uint32_t c = i - 65536;
+    widen_codes(c | (c + 1) % 256 << 8 | (c + 2) % 256 << 16 | (c + 3) % 256 << 24,
+                out[65536 + 2 * c], out[65536 + 2 * c + 1]);
+  }
+}
+
+__global__ void hand_over_kernel(const int* last_but_one, const int* last, int* to,
+                                 OverlapMistake mistake) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (mistake == OverlapMistake::early_start) let_next_kernel_start();
+  const int seen = last_but_one == nullptr ? -1 : last_but_one[i];
   if (mistake != OverlapMistake::no_wait) wait_for_previous_kernel();
   if (mistake == OverlapMistake::none) let_next_kernel_start();
-  to[i] = from[i] + 1;
+  to[i] = seen < 0 || seen + 1 == last[i] ? last[i] + 1 : -1;
 }
 
 }  // namespace
@@ -392,6 +426,13 @@ void block_maxima(Stream& stream, const float* x, float* out, int threads) {
 }
 void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly) {
   launch("warp_sums", warp_sums_kernel, 1, 32, 0, stream, x, tree, butterfly);
+}
+void part_sums(Stream& stream, const float* x, float* tree, float* butterfly) {
+  launch("part_sums", part_sums_kernel, 1, 32, 0, stream, x, tree, butterfly);
+}
+void rounded_pairs(Stream& stream, const float* x, std::uint32_t* to_f16, std::uint32_t* to_bf16,
+                   int threads) {
+  launch("rounded_pairs", rounded_pairs_kernel, 1, threads, 0, stream, x, to_f16, to_bf16);
 }
 void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads) {
   launch("trace_order", trace_order_kernel, blocks, threads, 0, stream, trace, counter);
@@ -546,11 +587,16 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out) {
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks) {
   launch("blocks_wait", blocks_wait_kernel, blocks, 32, 0, stream, flag, out);
 }
+void packed_conversions(Stream& stream, std::uint32_t* out) {
+  launch("packed_conversions", packed_conversions_kernel, 257, 256, 0, stream, out);
+}
+
 void hand_over(Stream& stream, int* data, OverlapMistake mistake) {
   for (int i = 0; i < kHandOvers; ++i) {
     const auto launch_it = [&](auto launch_as) {
       launch_as("hand_over", hand_over_kernel, dim3(kHandedOver / 100), dim3(100), std::size_t{0},
-                stream, data + i * kHandedOver, data + (i + 1) * kHandedOver, mistake);
+                stream, i == 0 ? nullptr : data + (i - 1) * kHandedOver, data + i * kHandedOver,
+                data + (i + 1) * kHandedOver, mistake);
     };
     if (i == 0) {
       launch_it([](auto&&... a) { launch(a...); });

@@ -21,6 +21,11 @@ void nested_masks(Stream& stream, unsigned* out);
 void block_sums(Stream& stream, const float* x, float* out, int threads);
 void block_maxima(Stream& stream, const float* x, float* out, int threads);
 void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly);
+// The same of each 8, then of each 16 neighbours: 32 sums and 32 sums.
+void part_sums(Stream& stream, const float* x, float* tree, float* butterfly);
+// round_pair of x[2 i] and x[2 i + 1], for each of `threads` threads.
+void rounded_pairs(Stream& stream, const float* x, std::uint32_t* to_f16, std::uint32_t* to_bf16,
+                   int threads);
 // trace[i]: the i-th thread that took a number, over the whole grid.
 void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads);
 // trace[i]: the i-th thread of the one block to pass a barrier.
@@ -80,6 +85,11 @@ void roundings(Stream& stream, const float* x, std::uint32_t* out, int count);
 inline constexpr int kConversions = 65536 + 3 * 256 + 16;
 void conversions(Stream& stream, std::uint32_t* out);
 
+// The same in packs: out[i], i < 65536, is codes_of(v, -v) of the f16 v = i, and out[65536 + 2 i]
+// and the next what widen_codes makes of the codes i, i + 1, i + 2, i + 3 (modulo 256), i < 256.
+inline constexpr int kPackedConversions = 65536 + 2 * 256;
+void packed_conversions(Stream& stream, std::uint32_t* out);
+
 // One warp: out (16 x 8) = c + a b, by one mma of T (f16 or bf16): a is 16 x 16, and b is 16 x 8,
 // or 8 x 16 if it is given by columns (load_b; otherwise load_b_transposed).
 template <typename T>
@@ -107,7 +117,8 @@ void await_fenced(Stream& stream, const int* data, const int* flag, int* out);
 void blocks_wait(Stream& stream, int* flag, int* out, int blocks);
 
 // data[i][j] = data[i - 1][j] + 1, i = 1 .. kHandOvers, by kernels that overlap each with the one
-// before it, the first one excepted; data [1 + kHandOvers, kHandedOver].
+// before it, the first one excepted; data [1 + kHandOvers, kHandedOver]. Before its wait each looks
+// at what the last but one wrote, which is complete unless the last one starts it early.
 inline constexpr int kHandOvers = 6, kHandedOver = 300;
 enum class OverlapMistake { none, no_wait, early_start };
 void hand_over(Stream& stream, int* data, OverlapMistake mistake);

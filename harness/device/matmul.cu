@@ -1,7 +1,9 @@
 #include <type_traits>
 
+#include "harness/device/library_product.h"
 #include "harness/device/matmul.h"
 #include "harness/device/require.h"
+#include "harness/device/streamed_product.cuh"
 #include "harness/device/tiled_product.cuh"
 
 namespace tp {
@@ -83,6 +85,34 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
   if constexpr (std::is_same_v<T, float>) {
     launch_float({x, w, {}, x.cols, bias, out}, stream);
   } else {
+    constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
+    if (library_matmul({.type = kType,
+                        .out_type = kOut,
+                        .m = x.rows,
+                        .n = w.rows,
+                        .k = x.cols,
+                        .x = x.data,
+                        .w = w.data,
+                        .out = out.data,
+                        .x_stride = x.row_stride,
+                        .w_stride = w.row_stride,
+                        .out_stride = out.row_stride,
+                        .bias = bias,
+                        .bias_type = kType},
+                       stream)) {
+      return;
+    }
+    if (can_be_streamed(x) && can_be_streamed(w)) {
+      return launch_streamed<T>("matmul",
+                                {.x = x,
+                                 .w = w,
+                                 .bias = bias,
+                                 .bias_type = kType,
+                                 .out = out.data,
+                                 .out_type = kOut,
+                                 .out_stride = out.row_stride},
+                                false, stream);
+    }
     launch_tiled<T>("matmul",
                     Product<Plain<T>, Plain<T>, Unscaled, T, Out>{
                         Plain<T>(x), Plain<T>(w), {}, x.cols, bias, out},
@@ -92,6 +122,7 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
 
 Accumulation matmul_accumulation(DType t, std::int64_t k) {
   if (t == DType::f32) return {.depth = k};
+  // Streamed, a product passes a quarter of these steps, and three additions.
   return {.depth = (k + kStep - 1) / kStep,
           .matrix_steps = true,
           .least_normal = t == DType::f16 ? 0x1p-14 : 0x1p-126};

@@ -11,11 +11,14 @@
 
 namespace tp {
 
-// out[i][j] = sum_k x[i][k] * w[j][k] + bias[j], added up in fp32 in ascending k, bias added in
-// fp32, one rounding to Out (T or float). x [m, k], w [n, k], out [m, n]: any sizes from 1 on, any
-// row strides, any alignment of T. bias: n elements, or nullptr. out must overlap nothing.
-// An element's bits depend on its row of x, its row of w and its bias alone, not on m and n.
-// Throws Fault(BadLaunch) where the sizes do not fit each other.
+// out[i][j] = sum_k x[i][k] * w[j][k] + bias[j], added up in fp32, bias added in fp32, one rounding
+// to Out (T or float). x [m, k], w [n, k], out [m, n]: any sizes from 1 on, any row strides, any
+// alignment of T. bias: n elements, or nullptr. out must overlap nothing.
+// An element's bits depend on its row of x, its row of w and its bias alone, and on who makes the
+// product (streamed_size.h): f32 goes in ascending k; f16 and bf16 are streamed where rows have
+// enough columns and begin at multiples of 16 bytes; but on a GPU with cuBLASLt, that makes
+// products of more than kMostStreamedRows such rows. Throws Fault(BadLaunch) where the sizes do not
+// fit each other.
 template <typename T, typename Out = T>
 void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stream& stream);
 

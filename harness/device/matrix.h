@@ -62,6 +62,12 @@ __device__ void mma(FragmentC& c, const FragmentA<T>& a, const FragmentB<T>& b,
 template <typename T>
 __device__ FragmentA<T> to_a(const FragmentC& left, const FragmentC& right);
 
+// Four values of e4m3, the first in the lowest bits, as two pairs of f16: exactly.
+__device__ void widen_codes(std::uint32_t codes, std::uint32_t& first, std::uint32_t& second);
+
+// Two floats as from_float<e4m3> rounds them, the first in the low byte; but any NaN is 0x7F.
+__device__ std::uint16_t codes_of(float first, float second);
+
 // Over the 4 lanes that hold a row of C: v += __shfl_xor_sync(~0u, v, o) for o = 1, 2; and the same
 // with `larger`: NaN if any lane's value is.
 __device__ float quad_sum(float value, Where where = Where::here());

@@ -1,7 +1,9 @@
 #include <type_traits>
 
+#include "harness/device/library_product.h"
 #include "harness/device/require.h"
 #include "harness/device/scaled_matmul.h"
+#include "harness/device/streamed_product.cuh"
 #include "harness/device/tiled_product.cuh"
 
 namespace tp {
@@ -216,11 +218,55 @@ void require_blocks(const Scales& s) {
           "a scale is for {} columns, of which {} are missing at first", {s.cols_per, s.first_col});
 }
 
+// Products of codes whose scales do not change along a row. False, and nothing is queued, where
+// tiles have to make them.
+template <typename T, typename Out>
+bool codes_matmul(const View<const e4m3>& x, const Scales& x_scales, const View<const e4m3>& w,
+                  const Scales& w_scales, const T* bias, const View<Out>& out, bool overlaps,
+                  Stream& stream) {
+  if (x_scales.cols_per != 0 || w_scales.cols_per != 0) return false;
+  constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
+  const bool of_tensors = x_scales.row_stride == 0 && w_scales.row_stride == 0;
+  if (of_tensors && library_matmul({.type = DType::e4m3,
+                                    .out_type = kOut,
+                                    .m = x.rows,
+                                    .n = w.rows,
+                                    .k = x.cols,
+                                    .x = x.data,
+                                    .w = w.data,
+                                    .out = out.data,
+                                    .x_stride = x.row_stride,
+                                    .w_stride = w.row_stride,
+                                    .out_stride = out.row_stride,
+                                    .x_scale = x_scales.data,
+                                    .w_scale = w_scales.data,
+                                    .bias = bias,
+                                    .bias_type = kType},
+                                   stream)) {
+    return true;
+  }
+  if (!can_be_streamed(x) || !can_be_streamed(w)) return false;
+  launch_streamed<e4m3>(kName,
+                        {.x = x,
+                         .w = w,
+                         .x_scales = x_scales.data,
+                         .x_scale_stride = x_scales.row_stride,
+                         .w_scales = w_scales.data,
+                         .w_scale_stride = w_scales.row_stride,
+                         .bias = bias,
+                         .bias_type = kType,
+                         .out = out.data,
+                         .out_type = kOut,
+                         .out_stride = out.row_stride},
+                        overlaps, stream);
+  return true;
+}
+
 }  // namespace
 
 template <typename X, typename Weight, typename T, typename Out>
 void scaled_matmul(View<const X> x, const Scales& x_scales, const Weight& w, const Scales& w_scales,
-                   const T* bias, View<Out> out, Stream& stream) {
+                   const T* bias, View<Out> out, Stream& stream, bool overlaps) {
   require(x.cols == cols_of(w) && out.rows == x.rows && out.cols == rows_of(w), kName,
           "x is {} x {}, w is {} x {}, out is {} x {}",
           {x.rows, x.cols, rows_of(w), cols_of(w), out.rows, out.cols});
@@ -230,6 +276,9 @@ void scaled_matmul(View<const X> x, const Scales& x_scales, const Weight& w, con
   if constexpr (std::is_same_v<X, float>) {
     require(false, kName, "x is f32, which tensor cores do not multiply: quantise it first", {});
   } else {
+    if constexpr (std::is_same_v<X, e4m3>) {
+      if (codes_matmul(x, x_scales, w, w_scales, bias, out, overlaps, stream)) return;
+    }
     using Multiplied = std::conditional_t<std::is_same_v<X, e4m3>, f16, X>;
     const auto x_operand = operand<Multiplied>(x);
     const auto w_operand = operand<Multiplied>(w);
@@ -248,45 +297,51 @@ Accumulation scaled_accumulation(DType x, std::int64_t k) {
           .least_normal = x == DType::f16 ? 0x1p-14 : 0x1p-126};
 }
 
+Accumulation tensor_scaled_accumulation(std::int64_t rows, std::int64_t k) {
+  Accumulation accumulation = scaled_accumulation(DType::e4m3, k);
+  accumulation.narrow_steps = library_takes(DType::e4m3, rows, k);
+  return accumulation;
+}
+
 template void scaled_matmul(View<const e4m3>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const float*, View<float>, Stream&);
+                            const float*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const e4m3>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const f16*, View<f16>, Stream&);
+                            const f16*, View<f16>, Stream&, bool);
 template void scaled_matmul(View<const e4m3>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const f16*, View<float>, Stream&);
+                            const f16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const e4m3>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const bf16*, View<bf16>, Stream&);
+                            const bf16*, View<bf16>, Stream&, bool);
 template void scaled_matmul(View<const e4m3>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const bf16*, View<float>, Stream&);
+                            const bf16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const float>, const Scales&, const View<const e4m3>&,
-                            const Scales&, const float*, View<float>, Stream&);
+                            const Scales&, const float*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const float>, const Scales&, const Nvfp4Weight&, const Scales&,
-                            const float*, View<float>, Stream&);
+                            const float*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const float>, const Scales&, const GptqWeight&, const Scales&,
-                            const float*, View<float>, Stream&);
+                            const float*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const f16*, View<f16>, Stream&);
+                            const f16*, View<f16>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const f16*, View<float>, Stream&);
+                            const f16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const Nvfp4Weight&, const Scales&,
-                            const f16*, View<f16>, Stream&);
+                            const f16*, View<f16>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const Nvfp4Weight&, const Scales&,
-                            const f16*, View<float>, Stream&);
+                            const f16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const GptqWeight&, const Scales&,
-                            const f16*, View<f16>, Stream&);
+                            const f16*, View<f16>, Stream&, bool);
 template void scaled_matmul(View<const f16>, const Scales&, const GptqWeight&, const Scales&,
-                            const f16*, View<float>, Stream&);
+                            const f16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const bf16*, View<bf16>, Stream&);
+                            const bf16*, View<bf16>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const View<const e4m3>&, const Scales&,
-                            const bf16*, View<float>, Stream&);
+                            const bf16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const Nvfp4Weight&, const Scales&,
-                            const bf16*, View<bf16>, Stream&);
+                            const bf16*, View<bf16>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const Nvfp4Weight&, const Scales&,
-                            const bf16*, View<float>, Stream&);
+                            const bf16*, View<float>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const GptqWeight&, const Scales&,
-                            const bf16*, View<bf16>, Stream&);
+                            const bf16*, View<bf16>, Stream&, bool);
 template void scaled_matmul(View<const bf16>, const Scales&, const GptqWeight&, const Scales&,
-                            const bf16*, View<float>, Stream&);
+                            const bf16*, View<float>, Stream&, bool);
 
 }  // namespace tp

@@ -51,9 +51,15 @@ struct GptqWeight {
 // A block ends where a scale of x or of w does. Its sum is added up in fp32, in ascending k, the
 // two scales are multiplied in fp32, and total = fmaf(sum of the block, their product, total), in
 // ascending b; then the bias is added in fp32, and there is one rounding to Out.
+// Where no scale changes along a row, x and w are codes and the rows have enough columns
+// (streamed_size.h), the columns may be added up in another order; and where they have one scale
+// each, cuBLASLt may do it, if there is one (library_product.h).
 // x [m, k], w [n, k], out [m, n]: any sizes from 1 on, any row strides, any alignment of the
 // elements. bias: n elements, or nullptr. out must overlap nothing.
-// An element's bits depend on its row of x, its row of w, their scales and its bias alone.
+// An element's bits depend on its row of x, its row of w, their scales and its bias alone, and on
+// who makes the product, as matmul's.
+// `overlaps`: it may begin before the kernel before it in the stream has ended, which makes no part
+// of w or its scales (overlap.h).
 // Throws Fault(BadLaunch) where the sizes do not fit each other.
 //   X e4m3 (activations that were quantised): Weight View<const e4m3>; T f32, f16 or bf16
 //   X = T, f16 or bf16 (those that were not): Weight View<const e4m3>, Nvfp4Weight or GptqWeight;
@@ -61,9 +67,11 @@ struct GptqWeight {
 //   Out T or float
 template <typename X, typename Weight, typename T, typename Out>
 void scaled_matmul(View<const X> x, const Scales& x_scales, const Weight& w, const Scales& w_scales,
-                   const T* bias, View<Out> out, Stream& stream);
+                   const T* bias, View<Out> out, Stream& stream, bool overlaps = false);
 
 // How scaled_matmul adds up the k products of a block; x: the type of the activations (X).
 Accumulation scaled_accumulation(DType x, std::int64_t k);
+// The same of codes times codes with one scale each, `rows` of x.
+Accumulation tensor_scaled_accumulation(std::int64_t rows, std::int64_t k);
 
 }  // namespace tp

@@ -220,6 +220,7 @@ TEST_F(DrawTest, NoSizeStarves) {
   Draw draw(make_domain({"layer"}, up_to(16), {}, ""), 3);
   const auto aligned = [](std::int64_t n) { return n % 8 == 0; };
   int deep = 0, deeper = 0, wide = 0, many = 0, full_rows = 0, deep_and_full = 0, deep_and_more = 0;
+  int streamed_few = 0, streamed_more = 0;  // of 16-bit elements: harness/device/streamed_size.h
   double work = 0;
   for (int i = 0; i < kCases; ++i) {
     const Case c = draw.next();
@@ -234,6 +235,7 @@ TEST_F(DrawTest, NoSizeStarves) {
     many += c.num_tokens > 64;
     full_rows += full;
     deep_and_full += full && hidden > 256;
+    if (full && hidden >= 256) ++(c.num_tokens <= 16 ? streamed_few : streamed_more);
     deep_and_more += hidden > 64 && c.num_tokens > 16;
   }
   EXPECT_LE(work / kCases, 1 << 20);
@@ -243,6 +245,8 @@ TEST_F(DrawTest, NoSizeStarves) {
   EXPECT_GE(many, kCases * 3 / 100);
   EXPECT_GE(full_rows, kCases / 4);
   EXPECT_GE(deep_and_full, kCases * 3 / 100);
+  EXPECT_GE(streamed_few, kCases * 2 / 100);
+  EXPECT_GE(streamed_more, kCases / 200);
   EXPECT_GE(deep_and_more, kCases * 3 / 100);
 }
 

@@ -162,8 +162,8 @@ struct Stage {
   std::function<std::vector<LocalBuffer>(int tp_rank)> buffers;
   std::function<void(RankRun&)> run;
   std::function<Cost(int tp_rank)> cost;
-  // Its kernels call functions of the executor's own (exp, log, tanh), whose bits differ between a
-  // GPU and the emulator where the result is not exact.
+  // Its kernels call functions of the executor's own (exp, log, tanh, a library's products), whose
+  // bits differ between a GPU and the emulator where the result is not exact.
   bool own_bits = false;
   // Budgets of the outputs, in their order.
   std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;

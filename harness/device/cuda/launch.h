@@ -42,7 +42,7 @@ void enqueue_launch(std::string_view name, void (*kernel)(Parameters...), dim3 g
     config.dynamicSmemBytes = shared_bytes;
     config.stream = to;
     config.attrs = &overlap;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.numAttrs = overlaps && can_overlap() ? 1 : 0;
     // Whoever hands it over asks for the last error.
     std::apply([&](const Parameters&... p) { cudaLaunchKernelEx(&config, kernel, p...); }, held);
   };

@@ -21,6 +21,13 @@ __device__ inline int lane() {
   return lane;
 }
 
+// `larger` in one instruction; of a NaN, only that it is one remains.
+__device__ inline float largest(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 }  // namespace cuda
 
 template <typename T>
@@ -114,13 +121,46 @@ __device__ inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& righ
            round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
 }
 
+__device__ inline void widen_codes(std::uint32_t codes, std::uint32_t& first,
+                                   std::uint32_t& second) {
+#if __CUDA_ARCH__ >= 890
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}"
+      : "=r"(first), "=r"(second)
+      : "r"(codes));
+#else
+  const auto wide = [codes](int i) {
+    return std::uint32_t{widened<f16>(e4m3{std::uint8_t(codes >> 8 * i)}).bits};
+  };
+  first = wide(0) | wide(1) << 16;
+  second = wide(2) | wide(3) << 16;
+#endif
+}
+
+__device__ inline std::uint16_t codes_of(float first, float second) {
+#if __CUDA_ARCH__ >= 890
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+  return codes;
+#else
+  const auto code = [](float x) {
+    return std::uint32_t{x == x ? from_float<e4m3>(x).bits : std::uint8_t{0x7F}};
+  };
+  return std::uint16_t(code(first) | code(second) << 8);
+#endif
+}
+
 __device__ inline float quad_sum(float value, Where) {
   value += __shfl_xor_sync(0xFFFFFFFFu, value, 1);
   return value + __shfl_xor_sync(0xFFFFFFFFu, value, 2);
 }
 __device__ inline float quad_max(float value, Where) {
-  value = larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, 1));
-  return larger(value, __shfl_xor_sync(0xFFFFFFFFu, value, 2));
+  value = cuda::largest(value, __shfl_xor_sync(0xFFFFFFFFu, value, 1));
+  return cuda::largest(value, __shfl_xor_sync(0xFFFFFFFFu, value, 2));
 }
 
 }  // namespace tp

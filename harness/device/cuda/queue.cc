@@ -293,6 +293,17 @@ int resident_blocks(std::string_view name, const void* kernel, int threads,
   return it->second;
 }
 
+bool can_overlap() {
+  static const bool can = [] {
+    int device = 0, major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major >= 9;
+  }();
+  return can;
+}
+
 void allow_shared_bytes(const void* kernel, std::size_t bytes, std::string_view name, int tp_rank) {
   constexpr std::size_t kAlwaysAllowed = 48 * 1024;
   static auto& allowed = *new std::map<const void*, std::size_t>;

@@ -115,6 +115,9 @@ class Submission final : public Work {
   std::function<void(cudaStream_t)> hand_over_;
 };
 
+// Whether kernels of this GPU can overlap (sm_90); others run them in order.
+bool can_overlap();
+
 // Above 48 KiB shared memory must be asked for. Launches that were queued before may need more than
 // this one, so it is never asked for less.
 void allow_shared_bytes(const void* kernel, std::size_t bytes, std::string_view name, int tp_rank);

@@ -52,6 +52,7 @@ void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory
   if (threads_.empty() || before != size.block) make_threads(size);
   for (Warp& warp : warps_) warp.exited = 0;
   alive_ = threads();
+  any_copies_ = false;
   push_all();
   fibers.reserve(threads_.size());
   release(&begin_clock_);
@@ -99,7 +100,7 @@ void Block::drop() {
   thread.state = State::ready;
 }
 
-void Block::exit(Thread& thread) {
+void Block::forget_copies(Thread& thread) {
   AsyncCopies& copies = copies_[thread.index];
   if (!copies.begun.empty()) {
     fail(thread, [this, &thread, &copies] {
@@ -109,6 +110,10 @@ void Block::exit(Thread& thread) {
     });
   }
   copies.groups = 0;
+}
+
+void Block::exit(Thread& thread) {
+  if (any_copies_) forget_copies(thread);
   release(fibers_);
   thread.state = State::unstarted;
   thread.fenced = false;
@@ -289,16 +294,8 @@ void wait_for_previous(Where where) {
   running->waited = true;
 }
 
-void let_next_start(Where where) {
-  Thread& thread = *running;
-  Block& block = block_of(thread);
-  if (thread.waited || block.previous_ended == nullptr) return;
-  block.fail(thread, [&] {
-    return fmt::format(
-        "let_next_kernel_start ({}) in {}: before wait_for_previous_kernel, so that the next "
-        "kernel could begin while the one before this one runs",
-        to_string(where), block.name());
-  });
+void let_next_start(Where) {
+  if (!running->waited) *running->block->lets_next_start = true;
 }
 
 void misaligned(const void* address, std::size_t bytes, const char* what, Where where) {

@@ -103,15 +103,27 @@ bool Grid::take_in(std::unique_ptr<Work>& next) {
 
 Progress Grid::step(Random& random) {
   if (!next_) return run(random);
-  if (complete_) return next_->step(random);
-  bool ahead = !next_->complete_ && random.below(2) == 0;
-  Progress progress = (ahead ? *next_ : *this).run(random);
-  if (ahead && progress == Progress::spun) {  // maybe for this one
-    ahead = false;
-    progress = run(random);
-  }
+  Grid* first = this;
+  while (first->complete_) first = first->next_.get();
+  // The one behind the first may run beside it, and others as far as those before them let them.
+  std::uint32_t choices = 0;
+  const auto choose = [&](std::uint32_t pick) {
+    choices = 0;
+    for (Grid* grid = first; grid != nullptr; grid = grid->next_.get()) {
+      if (!grid->complete_ && choices++ == pick) return grid;
+      if (grid != first && !grid->complete_ && !grid->lets_next_start_) break;
+    }
+    return static_cast<Grid*>(nullptr);
+  };
+  choose(~0u);
+  Grid* grid = choose(random.below(choices));
+  Progress progress = grid->run(random);
+  if (grid != first && progress == Progress::spun) progress = first->run(random);
   if (progress != Progress::done) return progress;
-  return complete_ && next_->complete_ && !next_->next_ ? Progress::done : Progress::moved;
+  for (grid = this; grid != nullptr; grid = grid->next_.get()) {
+    if (!grid->complete_) return Progress::moved;
+  }
+  return Progress::done;
 }
 
 Progress Grid::run(Random& random) {
@@ -148,6 +160,7 @@ void Grid::begin_block(Random& random) {
   resident_.back()->begin(launch_, index, shared, stream_.scheduler().options().poison,
                           queue_.fibers(), random.next());
   resident_.back()->previous_ended = previous_ended_;
+  resident_.back()->lets_next_start = &lets_next_start_;
   stream_.scheduler().count(1, threads_);
 }
 

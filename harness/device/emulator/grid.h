@@ -1,7 +1,7 @@
 #pragma once
 // A launch as a stream runs it: blocks begin in a drawn order, up to a number of them are resident
 // at once, and each step runs one of them until its threads wait or yield. Launches that overlap
-// are a chain, of which two run at a time.
+// are a chain, of which each runs beside the one before it.
 
 #include <cstdint>
 #include <memory>
@@ -48,6 +48,7 @@ class Grid final : public Work {
   std::uint64_t blocks_;
   std::uint64_t threads_;  // of a block
   bool complete_ = false;
+  bool lets_next_start_ = false;          // while the launch before it still runs
   const bool* previous_ended_ = nullptr;  // of the launch with which this one overlaps
   std::unique_ptr<Grid> next_;            // overlaps with this one
   std::uint64_t begun_ = 0;

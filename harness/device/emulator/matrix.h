@@ -87,6 +87,19 @@ inline FragmentA<T> to_a(const FragmentC& left, const FragmentC& right) {
            round_pair<T>(right.x[0], right.x[1]), round_pair<T>(right.x[2], right.x[3])}};
 }
 
+inline void widen_codes(std::uint32_t codes, std::uint32_t& first, std::uint32_t& second) {
+  const auto wide = [codes](int i) { return widened<f16>(e4m3{std::uint8_t(codes >> 8 * i)}); };
+  first = emulator::pack(wide(0), wide(1));
+  second = emulator::pack(wide(2), wide(3));
+}
+
+inline std::uint16_t codes_of(float first, float second) {
+  const auto code = [](float x) {
+    return std::uint32_t{x == x ? from_float<e4m3>(x).bits : std::uint8_t{0x7F}};
+  };
+  return std::uint16_t(code(first) | code(second) << 8);
+}
+
 inline float quad_sum(float value, Where where) {
   using namespace emulator;
   return from_bits<float>(meet(kQuadSum, 0xFFFFFFFFu, to_bits(value), 0, where));

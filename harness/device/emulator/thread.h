@@ -22,6 +22,7 @@ struct BlockInfo {
   std::uint8_t poison = 0;  // every byte of shared memory, at first
   // Of a launch that overlaps with the one before it: whether that one has ended.
   const bool* previous_ended = nullptr;
+  bool* lets_next_start = nullptr;  // set where it calls let_next_kernel_start before its wait
 };
 
 enum class State : std::uint8_t {
