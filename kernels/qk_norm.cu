@@ -43,9 +43,9 @@ int warps_of(std::int64_t cols, std::int64_t vector) {
 
 // In shared memory; behind it the weights, vectors [kHeld][threads of the block].
 struct alignas(16) Scratch {
-  float partial[2][2 * kMaxWarps];  // of the block's warps, of tokens by turns
+  float partial[2 * kMaxWarps];  // of the block's warps
   Vec<float, 2> received[kMaxPeers];
-  float inverse[2][2];  // of q and k, of tokens by turns
+  float inverse[2];  // of q and k
 };
 std::size_t shared_bytes(int threads) {
   return sizeof(Scratch) + std::size_t(threads) * kHeld * 16;
@@ -181,33 +181,26 @@ __device__ Vec<float, 2> sum_row(const Norms<T>& norms, const Share<T, kWhole>& 
 }
 
 // The whole norm of all tokens on this rank. While a block waits for its peers' sums of a token,
-// its own of the next one are on their way to them, and the row after that on its way here.
-// `reduced`: which of the statistics are all-reduced, those of q of all tokens first.
+// the next one's row is on its way. `reduced`: which of the statistics are all-reduced, those of q
+// of all tokens first. (96 registers: with fewer there are more blocks, and the memory gets
+// slower.)
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(2 * kMaxWarps * 32)
-    qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
+__global__ void __maxnreg__(96) qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
   Scratch& scratch = *dynamic_shared<Scratch>();
   const int thread = int(threadIdx.x);
   const bool meets = thread < peers.tp_size;  // a rank each, all in the first warp
   const std::int64_t tokens = norms.q.x.rows, step = gridDim.x;
   const Share<T, kWhole> share(norms);
-  typename Share<T, kWhole>::Row row, next, third;
+  typename Share<T, kWhole>::Row row, next;
   wait_for_previous_kernel();
   share.load_row(blockIdx.x, next);
   share.load_weights();
-  if (blockIdx.x + step < tokens) share.load_row(blockIdx.x + step, third);
   PeerChannel<> channel(peers, int(blockIdx.x));
-  Vec<float, 2> sent = sum_row(norms, share, blockIdx.x, next, scratch.partial[0]);
-  if (meets) channel.send(peers, thread, sent);
-  for (std::int64_t token = blockIdx.x, turn = 0; token < tokens; token += step, turn ^= 1) {
-    const Vec<float, 2> mine = sent;
+  for (std::int64_t token = blockIdx.x; token < tokens; token += step) {
     row = next;
-    next = third;
-    if (token + 2 * step < tokens) share.load_row(token + 2 * step, third);
-    if (token + step < tokens) {
-      sent = sum_row(norms, share, token + step, next, scratch.partial[turn ^ 1]);
-      if (meets) channel.send(peers, thread, sent);
-    }
+    const Vec<float, 2> mine = sum_row(norms, share, token, row, scratch.partial);
+    if (meets) channel.send(peers, thread, mine);
+    if (token + step < tokens) share.load_row(token + step, next);
     if (thread < 32) {
       if (meets) scratch.received[thread] = channel.receive(peers, thread, mine);
       __syncwarp();
@@ -218,12 +211,12 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
         const std::int64_t statistic = thread * tokens + token - reduced.offset;
         if (statistic < 0 || statistic >= reduced.size) total = thread == 0 ? mine[0] : mine[1];
         const float divisor = thread == 0 ? norms.q.divisor : norms.k.divisor;
-        scratch.inverse[turn][thread] = inverse_root(total / divisor, norms.eps);
+        scratch.inverse[thread] = inverse_root(total / divisor, norms.eps);
       }
     }
     share.wait_for_weights();
     __syncthreads();
-    share.normalize(token, row, scratch.inverse[turn][share.is_q() ? 0 : 1]);
+    share.normalize(token, row, scratch.inverse[share.is_q() ? 0 : 1]);
   }
   if (thread == 0) channel.close(peers);
 }
@@ -238,7 +231,7 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
   const Share<T, kWhole> share(norms);
   typename Share<T, kWhole>::Row row;
   share.load_row(token, row);
-  const Vec<float, 2> mine = sum_row(norms, share, token, row, scratch.partial[0]);
+  const Vec<float, 2> mine = sum_row(norms, share, token, row, scratch.partial);
   if (threadIdx.x != 0) return;
   sums[token] = mine[0];
   sums[gridDim.x + token] = mine[1];
