@@ -31,8 +31,8 @@ struct Norms {
   float eps;
 };
 
-// Vectors of 16 bytes of a row, and of the weight, that a thread keeps in shared memory. Those of
-// very wide rows are read again.
+// Vectors of 16 bytes that a thread keeps: of a row in registers, of the weight in shared memory.
+// Those of very wide rows are read again.
 constexpr int kHeld = 4;
 constexpr int kMaxWarps = 8;  // of a row
 
@@ -41,17 +41,14 @@ int warps_of(std::int64_t cols, std::int64_t vector) {
   return int(std::clamp<std::int64_t>((cols + warp - 1) / warp, 1, kMaxWarps));
 }
 
-constexpr int kStages = 3;  // rows that a block has at the same time
-
-// In shared memory; behind it vectors [kHeld][threads of the block] of the weights, and of each
-// row.
+// In shared memory; behind it the weights, vectors [kHeld][threads of the block].
 struct alignas(16) Scratch {
   float partial[2 * kMaxWarps];  // of the block's warps
   Vec<float, 2> received[kMaxPeers];
-  float inverse[2][2];  // of q and k, of tokens by turns
+  float inverse[2];  // of q and k
 };
-std::size_t shared_bytes(int threads, int stages) {
-  return sizeof(Scratch) + std::size_t(threads) * kHeld * 16 * std::size_t(1 + stages);
+std::size_t shared_bytes(int threads) {
+  return sizeof(Scratch) + std::size_t(threads) * kHeld * 16;
 }
 
 // What a thread has of one of the norms: vectors thread, thread + threads, ... of each row.
@@ -63,7 +60,7 @@ class Share {
         x_(is_q_ ? norms.q.x.data : norms.k.x.data),
         weight_(is_q_ ? norms.q.weight : norms.k.weight),
         out_(is_q_ ? norms.q.out.data : norms.k.out.data),
-        kept_(reinterpret_cast<Words<T>*>(dynamic_shared<Scratch>() + 1) + threadIdx.x),
+        weights_(reinterpret_cast<Words<T>*>(dynamic_shared<Scratch>() + 1) + threadIdx.x),
         x_stride_(int(is_q_ ? norms.q.x.row_stride : norms.k.x.row_stride)),
         out_stride_(int(is_q_ ? norms.q.out.row_stride : norms.k.out.row_stride)),
         cols_(int(is_q_ ? norms.q.x.cols : norms.k.x.cols)),
@@ -71,17 +68,37 @@ class Share {
         step_((is_q_ ? norms.q_threads : int(blockDim.x) - norms.q_threads) * kWide<T>) {}
   __device__ bool is_q() const { return is_q_; }
 
-  // Begun: copy_async_commit and copy_async_wait say when they are there for this thread, who is
-  // the only one that reads them.
-  __device__ void load_weights() const { load(weight_, 0); }
-  __device__ void load_row(std::int64_t token, int stage) const {
-    load(x_ + token * x_stride_, 1 + stage);
+  // Begun, and there for this thread, the only one that reads them, when wait_for_weights returns.
+  __device__ void load_weights() const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int col = first_ + i * step_;
+      if (col >= cols_) break;
+      if constexpr (kWhole) {
+        copy_async<16>(weight(i), weight_ + col);
+      } else {
+        *weight(i) = words_at(weight_, col);
+      }
+    }
+    copy_async_commit();
+  }
+  __device__ void wait_for_weights() const { copy_async_wait<0>(); }
+
+  struct Row {
+    Words<T> words[kHeld];
+  };
+  __device__ void load_row(std::int64_t token, Row& row) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int col = first_ + i * step_;
+      if (col < cols_) row.words[i] = words_at(x_ + token * x_stride_, col);
+    }
   }
 
   // The thread's part of a row's sum of squares.
-  __device__ float sum_of_squares(std::int64_t token, int stage) const {
+  __device__ float sum_of_squares(std::int64_t token, const Row& row) const {
     float sum = 0.0f;
-    each(token, stage, [&](int, int, const Words<T>& x) {
+    each(token, row, [&](int, int, const Words<T>& x) {
 #pragma unroll
       for (int e = 0; e < kWide<T>; ++e) sum = fmaf(element<T>(x, e), element<T>(x, e), sum);
     });
@@ -89,31 +106,17 @@ class Share {
   }
 
   // out = x * inverse * weight, rounded once.
-  __device__ void normalize(std::int64_t token, int stage, float inverse) const {
+  __device__ void normalize(std::int64_t token, const Row& row, float inverse) const {
     T* const out = out_ + token * out_stride_;
-    each(token, stage, [&](int i, int col, const Words<T>& x) {
-      const Words<T> weight = i < kHeld ? *kept(0, i) : words_at(weight_, col);
+    each(token, row, [&](int i, int col, const Words<T>& x) {
+      const Words<T> weight = i < kHeld ? *this->weight(i) : words_at(weight_, col);
       put(out, col,
           words_of<T>([&](int e) { return element<T>(x, e) * inverse * element<T>(weight, e); }));
     });
   }
 
  private:
-  __device__ Words<T>* kept(int row, int i) const {
-    return kept_ + (row * kHeld + i) * int(blockDim.x);
-  }
-  __device__ void load(const T* row, int to) const {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int col = first_ + i * step_;
-      if (col >= cols_) break;
-      if constexpr (kWhole) {
-        copy_async<16>(kept(to, i), row + col);
-      } else {
-        *kept(to, i) = words_at(row, col);
-      }
-    }
-  }
+  __device__ Words<T>* weight(int i) const { return weights_ + i * int(blockDim.x); }
   // Zeros behind the end of the row.
   __device__ Words<T> words_at(const T* row, int col) const {
     if constexpr (kWhole) {
@@ -133,12 +136,12 @@ class Share {
       for (int e = 0; e < kWide<T> && col + e < cols_; ++e) row[col + e] = v[e];
     }
   }
-  // f(number, column, words) of each of the thread's vectors of a row, kept or read again.
+  // f(number, column, words) of each of the thread's vectors of a row, held or read again.
   template <typename F>
-  __device__ void each(std::int64_t token, int stage, F f) const {
+  __device__ void each(std::int64_t token, const Row& row, F f) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      if (first_ + i * step_ < cols_) f(i, first_ + i * step_, *kept(1 + stage, i));
+      if (first_ + i * step_ < cols_) f(i, first_ + i * step_, row.words[i]);
     }
 #pragma unroll 1
     for (int col = first_ + kHeld * step_; col < cols_; col += step_)
@@ -149,72 +152,57 @@ class Share {
   const T* x_;
   const T* weight_;
   T* out_;
-  Words<T>* kept_;  // of this thread, every blockDim.x: the weights, the rows
+  Words<T>* weights_;                                // of this thread, every blockDim.x
   int x_stride_, out_stride_, cols_, first_, step_;  // in elements
 };
 
 // This rank's sums of squares of q and k from those of the block's warps, in their order.
 template <typename T>
-__device__ Vec<float, 2> rank_sums(const Norms<T>& norms, const Scratch& scratch) {
+__device__ Vec<float, 2> rank_sums(const Norms<T>& norms, const float (&partial)[2 * kMaxWarps]) {
   const int q_warps = norms.q_threads / 32, k_warps = int(blockDim.x) / 32 - q_warps;
-  float q = scratch.partial[0], k = scratch.partial[q_warps];
+  float q = partial[0], k = partial[q_warps];
 #pragma unroll
   for (int w = 1; w < kMaxWarps; ++w) {
-    if (w < q_warps) q += scratch.partial[w];
-    if (w < k_warps) k += scratch.partial[q_warps + w];
+    if (w < q_warps) q += partial[w];
+    if (w < k_warps) k += partial[q_warps + w];
   }
   return {{q * norms.q.multiplier, k * norms.k.multiplier}};
 }
 
-// A row's sums over the warps, in scratch.partial, for all threads.
+// This rank's sums of squares of a token, in the threads of the first warp.
 template <typename T, bool kWhole>
-__device__ void sum_row(const Share<T, kWhole>& share, std::int64_t token, int stage,
-                        Scratch& scratch) {
-  const float sum = warp_sum(share.sum_of_squares(token, stage));
-  if (threadIdx.x % 32 == 0) scratch.partial[threadIdx.x / 32] = sum;
+__device__ Vec<float, 2> sum_row(const Norms<T>& norms, const Share<T, kWhole>& share,
+                                 std::int64_t token, const typename Share<T, kWhole>::Row& row,
+                                 float (&partial)[2 * kMaxWarps]) {
+  const float sum = warp_sum(share.sum_of_squares(token, row));
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
   __syncthreads();
+  return threadIdx.x < 32 ? rank_sums(norms, partial) : Vec<float, 2>{};
 }
 
 // The whole norm of all tokens on this rank. While a block waits for its peers' sums of a token,
-// its own of the next one are on their way to them, and the row after that on its way here.
-// `reduced`: which of the statistics are all-reduced, those of q of all tokens first.
+// the next one's row is on its way. `reduced`: which of the statistics are all-reduced, those of q
+// of all tokens first. (96 registers: with fewer there are more blocks, and the memory gets
+// slower.)
 template <typename T, bool kWhole>
-__global__ void __launch_bounds__(2 * kMaxWarps * 32)
-    qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
+__global__ void __maxnreg__(96) qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
   Scratch& scratch = *dynamic_shared<Scratch>();
   const int thread = int(threadIdx.x);
-  const bool meets = thread < 32;  // the first warp does, a lane with each rank
+  const bool meets = thread < peers.tp_size;  // a rank each, all in the first warp
   const std::int64_t tokens = norms.q.x.rows, step = gridDim.x;
   const Share<T, kWhole> share(norms);
-  const auto load = [&](std::int64_t token, int stage) {
-    if (token < tokens) share.load_row(token, stage);
-    copy_async_commit();
-  };
+  typename Share<T, kWhole>::Row row, next;
   wait_for_previous_kernel();
-  load(blockIdx.x, 0);
+  share.load_row(blockIdx.x, next);
   share.load_weights();
-  load(blockIdx.x + step, 1);
   PeerChannel<> channel(peers, int(blockIdx.x));
-  Vec<float, 2> mine{}, next{};  // this rank's sums
-  const auto send = [&](std::int64_t token, int stage) {
-    sum_row(share, token, stage, scratch);
-    if (!meets) return;
-    next = rank_sums(norms, scratch);
-    if (thread < peers.tp_size) channel.send(peers, thread, next);
-  };
-  copy_async_wait<1>();
-  send(blockIdx.x, 0);
-  __syncthreads();  // the next row's sums come to the same place
-  int stage = 0;
-  for (std::int64_t token = blockIdx.x, turn = 0; token < tokens; token += step, turn ^= 1) {
-    const int second = stage == kStages - 1 ? 0 : stage + 1;
-    const int third = second == kStages - 1 ? 0 : second + 1;
-    mine = next;
-    load(token + 2 * step, third);
-    copy_async_wait<1>();
-    if (token + step < tokens) send(token + step, second);
-    if (meets) {
-      if (thread < peers.tp_size) scratch.received[thread] = channel.receive(peers, thread, mine);
+  for (std::int64_t token = blockIdx.x; token < tokens; token += step) {
+    row = next;
+    const Vec<float, 2> mine = sum_row(norms, share, token, row, scratch.partial);
+    if (meets) channel.send(peers, thread, mine);
+    if (token + step < tokens) share.load_row(token + step, next);
+    if (thread < 32) {
+      if (meets) scratch.received[thread] = channel.receive(peers, thread, mine);
       __syncwarp();
       if (thread < 2) {  // 0: q, 1: k
         float total = scratch.received[0][thread];
@@ -223,12 +211,12 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
         const std::int64_t statistic = thread * tokens + token - reduced.offset;
         if (statistic < 0 || statistic >= reduced.size) total = thread == 0 ? mine[0] : mine[1];
         const float divisor = thread == 0 ? norms.q.divisor : norms.k.divisor;
-        scratch.inverse[turn][thread] = inverse_root(total / divisor, norms.eps);
+        scratch.inverse[thread] = inverse_root(total / divisor, norms.eps);
       }
     }
+    share.wait_for_weights();
     __syncthreads();
-    share.normalize(token, stage, scratch.inverse[turn][share.is_q() ? 0 : 1]);
-    stage = second;
+    share.normalize(token, row, scratch.inverse[share.is_q() ? 0 : 1]);
   }
   if (thread == 0) channel.close(peers);
 }
@@ -241,15 +229,12 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
   Scratch& scratch = *dynamic_shared<Scratch>();
   const std::int64_t token = blockIdx.x;
   const Share<T, kWhole> share(norms);
-  share.load_row(token, 0);
-  copy_async_commit();
-  copy_async_wait<0>();
-  sum_row(share, token, 0, scratch);
-  if (threadIdx.x == 0) {
-    const Vec<float, 2> mine = rank_sums(norms, scratch);
-    sums[token] = mine[0];
-    sums[gridDim.x + token] = mine[1];
-  }
+  typename Share<T, kWhole>::Row row;
+  share.load_row(token, row);
+  const Vec<float, 2> mine = sum_row(norms, share, token, row, scratch.partial);
+  if (threadIdx.x != 0) return;
+  sums[token] = mine[0];
+  sums[gridDim.x + token] = mine[1];
 }
 
 template <typename T, bool kWhole>
@@ -257,14 +242,14 @@ __global__ void __launch_bounds__(2 * kMaxWarps * 32)
     normalize_kernel(Norms<T> norms, const float* sums) {
   const std::int64_t token = blockIdx.x;
   const Share<T, kWhole> share(norms);
-  share.load_row(token, 0);
+  typename Share<T, kWhole>::Row row;
+  share.load_row(token, row);
   share.load_weights();
-  copy_async_commit();
   const float total = sums[(share.is_q() ? 0 : gridDim.x) + token];
   const float divisor = share.is_q() ? norms.q.divisor : norms.k.divisor;
   const float inverse = inverse_root(total / divisor, norms.eps);
-  copy_async_wait<0>();
-  share.normalize(token, 0, inverse);
+  share.wait_for_weights();
+  share.normalize(token, row, inverse);
 }
 
 template <typename T>
@@ -312,7 +297,7 @@ namespace {
 template <typename T>
 std::int64_t meeting_blocks(const Peers& peers, std::int64_t tokens, int threads) {
   const auto resident = [&](auto* kernel) {
-    return resident_blocks("qk_norm", kernel, threads, shared_bytes(threads, kStages)) /
+    return resident_blocks("qk_norm", kernel, threads, shared_bytes(threads)) /
            peers.ranks_per_device;
   };
   const std::int64_t most = std::min(
@@ -353,16 +338,23 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
   const std::int64_t blocks = peers ? meeting_blocks<T>(*peers, qkv.rows, threads) : 0;
   if (blocks > 0) {
     group.peer_exchange<float>(reduced.size, stream);
-    launch_overlapping("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
-                       dim3(unsigned(blocks)), block, shared_bytes(threads, kStages), stream, norms,
-                       reduced, *peers);
+    const auto start = [&](auto launch_it) {
+      launch_it("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
+                dim3(unsigned(blocks)), block, shared_bytes(threads), stream, norms, reduced,
+                *peers);
+    };
+    if (tp_size == 1) {
+      start([](auto&&... what) { launch_overlapping(what...); });
+    } else {
+      start([](auto&&... what) { launch_meeting(what...); });
+    }
     return;
   }
   launch("qk_norm.sum_squares", choose(sum_squares_kernel<T, true>, sum_squares_kernel<T, false>),
-         tokens, block, shared_bytes(threads, 1), stream, norms, sums);
+         tokens, block, shared_bytes(threads), stream, norms, sums);
   group.all_reduce_sum(sums + reduced.offset, reduced.size, stream);
   launch("qk_norm.normalize", choose(normalize_kernel<T, true>, normalize_kernel<T, false>), tokens,
-         block, shared_bytes(threads, 1), stream, norms, static_cast<const float*>(sums));
+         block, shared_bytes(threads), stream, norms, static_cast<const float*>(sums));
 }
 
 template <typename T>

@@ -51,6 +51,25 @@ TEST(Variants, OfRmsNormAreAllDrawn) {
   expect_all(count, {"any", "8 1", "16 1", "32 1", "32 2", "32 4", "block 2", "block 4"});
 }
 
+// Rows of whole vectors, and others, on both paths, of one rank and of several that meet.
+TEST(Variants, OfQkNormAreAllDrawn) {
+  const auto count = drawn("qk_norm", [](const Case& c) -> std::string {
+    if (c.options.at("style") != 0) return "single heads";
+    const RankShape rank = partition(c.model, c.tp_size, 0);
+    const std::int64_t q = rank.heads.size * c.model.head_dim,
+                       k = rank.kv_heads.size * c.model.head_dim,
+                       v = rank.kv_heads.size * c.model.value_head_dim(), pad = c.options.at("pad");
+    bool whole = true;
+    for (const std::int64_t cols : {q, k, q + k + v + pad, q + pad, k + pad})
+      whole &= cols * size_of(c.dtype) % 16 == 0;
+    return fmt::format("{} {} {}", c.options.at("path") == 0 ? "peer" : "collective",
+                       whole ? "whole" : "any", c.tp_size == 1 ? "one" : "several");
+  });
+  expect_all(count, {"peer whole one", "peer any one", "peer whole several", "peer any several",
+                     "collective whole one", "collective any one", "collective whole several",
+                     "collective any several"});
+}
+
 TEST(Variants, OfLoraAreAllDrawn) {
   const auto name = [](LoraKernel kernel) {
     return kernel == LoraKernel::any ? "any" : kernel == LoraKernel::whole ? "whole" : "many";

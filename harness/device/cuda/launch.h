@@ -26,7 +26,7 @@ namespace cuda {
 
 template <typename... Parameters, typename... Arguments>
 void enqueue_launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                    std::size_t shared_bytes, bool overlaps, Stream& stream,
+                    std::size_t shared_bytes, bool overlaps, Kind kind, Stream& stream,
                     Arguments&&... arguments) {
   check_launch(name, {{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, shared_bytes},
                stream.tp_rank());
@@ -47,7 +47,7 @@ void enqueue_launch(std::string_view name, void (*kernel)(Parameters...), dim3 g
     std::apply([&](const Parameters&... p) { cudaLaunchKernelEx(&config, kernel, p...); }, held);
   };
   stream.enqueue_kernel(
-      std::make_unique<Submission>("kernel " + std::string(name), Kind::kernel, stream, submit));
+      std::make_unique<Submission>("kernel " + std::string(name), kind, stream, submit));
 }
 
 }  // namespace cuda
@@ -56,7 +56,7 @@ void enqueue_launch(std::string_view name, void (*kernel)(Parameters...), dim3 g
 template <typename... Parameters, typename... Arguments>
 void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
             std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
-  cuda::enqueue_launch(name, kernel, grid, block, shared_bytes, false, stream,
+  cuda::enqueue_launch(name, kernel, grid, block, shared_bytes, false, cuda::Kind::kernel, stream,
                        std::forward<Arguments>(arguments)...);
 }
 
@@ -64,8 +64,16 @@ void launch(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim
 template <typename... Parameters, typename... Arguments>
 void launch_overlapping(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                         std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
-  cuda::enqueue_launch(name, kernel, grid, block, shared_bytes, true, stream,
+  cuda::enqueue_launch(name, kernel, grid, block, shared_bytes, true, cuda::Kind::kernel, stream,
                        std::forward<Arguments>(arguments)...);
+}
+
+// The same of a kernel that meets those of other ranks: what it takes says how late they are.
+template <typename... Parameters, typename... Arguments>
+void launch_meeting(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
+  cuda::enqueue_launch(name, kernel, grid, block, shared_bytes, true, cuda::Kind::meets_others,
+                       stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace tp

@@ -145,14 +145,14 @@ void Queue::check() { cuda::check(error_, "the GPU", tp_rank_); }
 Fault culprit(cudaError_t error, Fault otherwise) {
   std::string what;
   int others = 0, tp_rank = -1;
-  for (const Kind kind : {Kind::kernel, Kind::harness}) {
+  for (const Kind kind : {Kind::kernel, Kind::meets_others, Kind::harness}) {
     for (Queue* queue : queues()) {
       const Queue::InFlight* at = queue->first_in_flight();
       if (at == nullptr || at->kind != kind) continue;
       if (what.empty()) {
         tp_rank = queue->tp_rank_;
         what = fmt::format("{}: {}", at->name, cudaGetErrorString(error));
-      } else if (kind == Kind::kernel) {
+      } else if (kind != Kind::harness) {
         constexpr int kNamed = 3;
         if (++others <= kNamed)
           what += fmt::format("; or {} on tp_rank {}", at->name, queue->tp_rank_);
@@ -173,14 +173,13 @@ void Queue::submit(std::string name, Kind kind,
                    const std::function<void(cudaStream_t)>& hand_over) {
   check();
   // Not of the group's stream: every rank measures how long it waits for that.
-  const bool measure =
-      timed_ && tp_rank_ >= 0 && (kind == Kind::kernel || kind == Kind::waits_for_others);
+  const bool measure = timed_ && tp_rank_ >= 0 && kind != Kind::harness && kind != Kind::waits;
   const auto record = [&](const std::shared_ptr<CUevent_st>& event) {
     cuda::check(cudaEventRecord(event.get(), stream()), "cudaEventRecord", tp_rank_);
   };
   Span span;
   if (measure) {
-    span = {take_event(true), take_event(true), kind == Kind::waits_for_others};
+    span = {take_event(true), take_event(true), kind != Kind::kernel};
     // The GPU must not come to the first event before the host has handed over the last.
     if (kind == Kind::kernel) launch_delay(kHandOverUs, stream());
     record(span.begin);
@@ -259,7 +258,7 @@ DeviceQueue::At Queue::at() {
   const InFlight* first = first_in_flight();
   // Whoever waits on the device waits for a stream that says for itself what it is at.
   const bool waits =
-      first != nullptr && (first->kind == Kind::waits || first->kind == Kind::waits_for_others);
+      first != nullptr && first->kind != Kind::kernel && first->kind != Kind::harness;
   return waits ? At::waits_for_others : At::runs;
 }
 

@@ -23,6 +23,7 @@ enum class Kind : std::uint8_t {
   harness,           // our own: copies, poison
   waits,             // for another stream
   waits_for_others,  // for other ranks
+  meets_others,      // a kernel of the code under test that waits for other ranks'
 };
 
 class Queue final : public DeviceQueue {

@@ -90,4 +90,12 @@ void launch_overlapping(std::string_view name, void (*kernel)(Parameters...), di
   emulator::enqueue_launch(std::move(launch), stream);
 }
 
+// The same of a kernel that meets those of other ranks.
+template <typename... Parameters, typename... Arguments>
+void launch_meeting(std::string_view name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                    std::size_t shared_bytes, Stream& stream, Arguments&&... arguments) {
+  launch_overlapping(name, kernel, grid, block, shared_bytes, stream,
+                     std::forward<Arguments>(arguments)...);
+}
+
 }  // namespace tp
