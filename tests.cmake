@@ -104,7 +104,8 @@ function(tp_mpi_test name)
   endforeach()
 endfunction()
 
-tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc LIBRARIES tp_group)
+tp_mpi_test(group_test SOURCES harness/group/tp_group_test.cc harness/group/peers_test.cc harness/group/peers_testing.cu
+  LIBRARIES tp_group)
 tp_test(budget_test LIBRARIES tp_base
   SOURCES properties/rms_norm_budget_test.cc properties/rope_budget_test.cc
           properties/product_budget_test.cc properties/quantise_budget_test.cc properties/merged_linear_budget_test.cc
@@ -114,8 +115,10 @@ tp_test(budget_test LIBRARIES tp_base
 tp_mpi_test(oracles_test SOURCES properties/run/oracles_test.cc properties/run/faulty_testing.cu LIBRARIES tp_run)
 tp_mpi_test(properties_test LIBRARIES tp_properties tp_fuzz
   SOURCES properties/properties_test.cc properties/norm_mutants_test.cc properties/attention_mutants_test.cc
+          properties/attention_choice_test.cc
           properties/merged_linear_test.cc properties/stored_linear_test.cc properties/blocks_test.cc
-          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc)
+          properties/stages_test.cc properties/lora_operator_test.cc properties/lora_user_test.cc
+          properties/variants_test.cc)
 target_compile_definitions(properties_test PRIVATE TP_BLOCKS="${CMAKE_SOURCE_DIR}/properties/blocks.cases"
   TP_CORPUS="${CMAKE_SOURCE_DIR}/harness/base/corpus")
 

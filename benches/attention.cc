@@ -1,5 +1,6 @@
-// attention/...: kernels alone, at the sizes of MiniMax-M2.5 on tp=2 (24 heads, 4 KV heads of 128)
-// and of Llama 3.1 8B (32 heads, 8 KV heads), and whole cases with all oracles.
+// gqa_prefill/... and gqa_decode/..., named as in benches/peers: q_heads and kv_heads are those of
+// one rank (24 and 4: MiniMax-M2.5 on tp=2; 6 and 1, 3 and 1: on tp=8 and on tp=16, where each KV
+// head is held twice). Keys of a sequence are consecutive rows, or lie in pages. And whole cases.
 
 #include "kernels/attention.h"
 
@@ -9,152 +10,203 @@
 #include <vector>
 
 #include "benches/bench.h"
-#include "benches/old_kernel_bench.h"
-#include "harness/base/fill.h"
-#include "harness/device/buffer.h"
-#include "harness/device/ceilings.h"
+#include "benches/bench_data.h"
+#include "benches/kernel_bench.h"
 #include "reference/attention.h"
 
 namespace tp {
 namespace {
 
-// `sequences` of `kv_len` keys each, of which the last `queries` ask. Keys lie in pages of 16.
-void bench_attention(benchmark::State& state, DType dtype, ModelShape model, int sequences,
-                     std::int64_t queries, std::int64_t kv_len, std::int64_t splits) {
-  constexpr std::int64_t kPage = 16;
-  const std::int64_t tokens = sequences * queries,
-                     rows = sequences * ((kv_len + kPage - 1) / kPage) * kPage;
-  const std::int64_t q_cols = std::int64_t{model.num_heads} * model.head_dim,
-                     k_cols = std::int64_t{model.num_kv_heads} * model.head_dim;
-  AttentionBatch batch;
-  batch.page_size = kPage;
-  batch.pages_per_sequence = rows / kPage / sequences;
-  batch.query_start = {0};
-  for (int s = 0; s < sequences; ++s) {
-    batch.kv_len.push_back(std::int32_t(kv_len));
-    batch.query_start.push_back(std::int32_t((s + 1) * queries));
+constexpr DType kType = DType::bf16;
+
+// `sequences` of `kv_len` keys each, of which the last `queries` ask.
+struct Shape {
+  std::int64_t sequences = 1, q_heads = 1, kv_heads = 1, dim = 128, queries = 1, kv_len = 1;
+  std::int64_t page_size = 0;
+
+  std::int64_t tokens() const { return sequences * queries; }
+  std::int64_t rows() const { return sequences * kv_len; }
+  ModelShape model() const {
+    return {.num_heads = int(q_heads), .num_kv_heads = int(kv_heads), .head_dim = int(dim)};
   }
-  for (std::int64_t p = 0; p < rows / kPage; ++p)
-    batch.table.push_back(std::int32_t((p * 7919) % (rows / kPage)));
-  const AttentionSettings settings{.scale = float(1 / std::sqrt(double(model.head_dim))),
-                                   .splits = splits};
-  const DataRegime regime{.fill = Fill::dense, .seed = 1};
-  const auto data = [&](const char* name, std::int64_t r, std::int64_t cols) {
-    std::vector<std::byte> bytes(std::size_t(r * cols * size_of(dtype)));
-    fill_block({name, dtype, r, cols, Role::activation, model.head_dim}, regime, {0, r}, {0, cols},
-               bytes.data(), cols);
-    return bytes;
-  };
-  const std::vector<std::byte> q = data("q", tokens, q_cols), k = data("k", rows, k_cols),
-                               v = data("v", rows, k_cols);
+};
 
-  // The sum over queries of the keys they see.
-  const double pairs = double(tokens) * (double(kv_len) - double(queries - 1) / 2);
-  const double flops = 4 * pairs * double(q_cols);
-  const KernelWork work{.bytes = double(size_of(dtype)) *
-                                 double(2 * sequences * kv_len * k_cols + 2 * tokens * q_cols),
-                        .flops = dtype == DType::f32 ? flops : 0,
-                        .matrix_flops = dtype == DType::f32 ? 0 : flops};
+AttentionBatch batch_of(const Shape& s) {
+  AttentionBatch batch{.query_start = {0}, .page_size = s.page_size};
+  for (std::int64_t i = 0; i < s.sequences; ++i) {
+    batch.kv_len.push_back(std::int32_t(s.kv_len));
+    batch.query_start.push_back(std::int32_t((i + 1) * s.queries));
+    if (s.page_size == 0) batch.table.push_back(std::int32_t(i * s.kv_len));
+  }
+  if (s.page_size == 0) return batch;
+  const std::int64_t pages = s.rows() / s.page_size;
+  batch.pages_per_sequence = pages / s.sequences;
+  // 7919 is a prime: every page once.
+  for (std::int64_t p = 0; p < pages; ++p) batch.table.push_back(std::int32_t(p * 7919 % pages));
+  return batch;
+}
 
-  struct Memory {
-    Buffer q, k, v, out, lse, workspace, query_start, kv_len, table;
-  };
-  Memory memory;
-  const auto buffer = [](Stream& stream, const char* name, const void* from, std::size_t bytes) {
-    Buffer b(stream, name, bytes, std::nullopt);
-    if (from != nullptr) from_host(stream, b.data(), from, bytes);
-    return b;
-  };
-  const auto prepare = [&](Stream& stream) -> Launch {
-    const auto integers = [&](const char* name, const std::vector<std::int32_t>& values) {
-      return buffer(stream, name, values.data(), 4 * values.size());
+class AttentionCall final : public KernelCall {
+ public:
+  AttentionCall(Stream& stream, const Shape& shape, std::uint64_t seed)
+      : s_(shape),
+        seed_(seed),
+        q_(tensor("q", s_.tokens(), s_.q_heads)),
+        k_(tensor("k", s_.rows(), s_.kv_heads)),
+        v_(tensor("v", s_.rows(), s_.kv_heads)),
+        batch_(batch_of(s_)),
+        settings_{.scale = float(1 / std::sqrt(double(s_.dim))), .splits = 0},
+        q_buffer_(bench_buffer(stream, q_, seed)),
+        k_buffer_(bench_buffer(stream, k_, seed)),
+        v_buffer_(bench_buffer(stream, v_, seed)),
+        out_(bench_output(stream, "out", q_buffer_.bytes())),
+        lse_(bench_output(stream, "lse", std::size_t(s_.tokens() * s_.q_heads) * sizeof(float))),
+        query_start_(bench_values(stream, "query_start", batch_.query_start)),
+        kv_len_(bench_values(stream, "kv_len", batch_.kv_len)),
+        table_(bench_values(stream, "table", batch_.table)) {
+    settings_.splits = attention_splits(kType, s_.model(), 1, batch_, settings_);
+    workspace_ = bench_output(
+        stream, "workspace",
+        std::size_t(attention_workspace(s_.tokens(), s_.model(), 1, settings_.splits)) *
+            sizeof(float));
+    batch_.device = {query_start_.as<std::int32_t>(), kv_len_.as<std::int32_t>(),
+                     table_.as<std::int32_t>()};
+  }
+
+  void launch(Stream& stream) override {
+    attention<bf16>({.q = q_buffer_.as<bf16>(q_.rows, q_.cols),
+                     .k = k_buffer_.as<bf16>(k_.rows, k_.cols),
+                     .v = v_buffer_.as<bf16>(v_.rows, v_.cols),
+                     .out = out_.as<bf16>(q_.rows, q_.cols),
+                     .lse = lse_.as<float>(q_.rows, s_.q_heads),
+                     .workspace = workspace_.as<float>()},
+                    batch_, settings_, s_.model(), sharding_rules(), 1, 0, stream);
+  }
+
+  // The first and the last query of a sequence, and one in the middle.
+  std::string verify(Stream& stream) override {
+    std::string wrong;
+    for (const std::int64_t query : {std::int64_t{0}, s_.queries / 2, s_.queries - 1}) {
+      const std::int64_t sequence = query == 0 ? 0 : s_.sequences - 1;
+      if (wrong.empty()) wrong = verify(stream, sequence, query);
+    }
+    return wrong.empty() ? verify(stream, s_.sequences - 1, s_.queries - 1) : wrong;
+  }
+
+ private:
+  TensorSpec tensor(const char* name, std::int64_t rows, std::int64_t heads) const {
+    return {
+        .name = name, .dtype = kType, .rows = rows, .cols = heads * s_.dim, .entity_cols = s_.dim};
+  }
+
+  std::string verify(Stream& stream, std::int64_t sequence, std::int64_t query) {
+    const std::int64_t token = sequence * s_.queries + query,
+                       keys = s_.kv_len - s_.queries + query + 1;  // those it sees
+    Matrix k(keys, k_.cols), v(keys, v_.cols);
+    const auto row_of = [&](std::int64_t j) {
+      if (s_.page_size == 0) return sequence * s_.kv_len + j;
+      const auto* pages = batch_.table.data() + sequence * batch_.pages_per_sequence;
+      return pages[j / s_.page_size] * s_.page_size + j % s_.page_size;
     };
-    memory = {buffer(stream, "q", q.data(), q.size()),
-              buffer(stream, "k", k.data(), k.size()),
-              buffer(stream, "v", v.data(), v.size()),
-              buffer(stream, "out", nullptr, q.size()),
-              buffer(stream, "lse", nullptr, std::size_t(tokens * model.num_heads) * 4),
-              buffer(stream, "workspace", nullptr,
-                     std::size_t(attention_workspace(tokens, model, 1, splits)) * 4),
-              integers("query_start", batch.query_start),
-              integers("kv_len", batch.kv_len),
-              integers("table", batch.table)};
-    batch.device = {memory.query_start.as<std::int32_t>(), memory.kv_len.as<std::int32_t>(),
-                    memory.table.as<std::int32_t>()};
-    return [&](Stream& s) {
-      dispatch(dtype, [&]<typename T>(T) {
-        attention<T>({.q = memory.q.as<T>(tokens, q_cols),
-                      .k = memory.k.as<T>(rows, k_cols),
-                      .v = memory.v.as<T>(rows, k_cols),
-                      .out = memory.out.as<T>(tokens, q_cols),
-                      .lse = memory.lse.as<float>(tokens, model.num_heads),
-                      .workspace = memory.workspace.as<float>()},
-                     batch, settings, model, sharding_rules(), 1, 0, s);
-      });
-    };
-  };
-  // The last query of the last sequence against the reference.
-  const auto verify = [&](Stream& stream) -> std::string {
-    std::vector<std::byte> row(std::size_t(q_cols * size_of(dtype)));
-    const std::size_t at = std::size_t((tokens - 1) * q_cols * size_of(dtype));
-    to_host(stream, row.data(), memory.out.as<std::byte>() + at, row.size());
-    stream.synchronize();
-    Matrix one(1, q_cols), keys(kv_len, k_cols), values(kv_len, k_cols);
-    for (std::int64_t j = 0; j < q_cols; ++j)
-      one.values[std::size_t(j)] = load(dtype, q.data() + at, j);
-    Sequence sequence{{0, 1}, {}};
-    for (std::int64_t j = 0; j < kv_len; ++j) {
-      sequence.keys.push_back(j);
-      const std::int64_t slot =
-          batch.table[std::size_t((sequences - 1) * batch.pages_per_sequence + j / kPage)] * kPage +
-          j % kPage;
-      for (std::int64_t d = 0; d < k_cols; ++d) {
-        keys.row(j)[d] = load(dtype, k.data(), slot * k_cols + d);
-        values.row(j)[d] = load(dtype, v.data(), slot * k_cols + d);
+    const std::byte* k_data = bench_data(k_, seed_).data();
+    const std::byte* v_data = bench_data(v_, seed_).data();
+    Sequence seen{{0, 1}, {}};
+    for (std::int64_t j = 0; j < keys; ++j) {
+      seen.keys.push_back(j);
+      for (std::int64_t d = 0; d < k.cols; ++d) {
+        k.row(j)[d] = load(kType, k_data, row_of(j) * k.cols + d);
+        v.row(j)[d] = load(kType, v_data, row_of(j) * v.cols + d);
       }
     }
-    const reference::Attention expected =
-        reference::attention(one, keys, values, nullptr, nullptr, model, {sequence},
-                             {.scale = settings.scale, .mask = settings.mask()},
-                             attention_profile(dtype, model, kv_len, settings));
-    const auto mismatch = compare(dtype, row.data(), expected.out).first;
-    return mismatch ? fmt::format("out[last, {}] is {}, not {} .. {}", mismatch->col, mismatch->got,
-                                  mismatch->lo, mismatch->hi)
-                    : "";
+    return wrong_rows(
+        stream, out_, kType, token,
+        reference::attention(bench_rows(q_, seed_, token, 1), k, v, nullptr, nullptr, s_.model(),
+                             {seen}, {.scale = settings_.scale, .mask = settings_.mask()},
+                             attention_profile(kType, s_.model(), 1, batch_, settings_))
+            .out);
+  }
+
+  Shape s_;
+  std::uint64_t seed_;
+  TensorSpec q_, k_, v_;
+  AttentionBatch batch_;
+  AttentionSettings settings_;
+  Buffer q_buffer_, k_buffer_, v_buffer_, out_, lse_, query_start_, kv_len_, table_, workspace_;
+};
+
+// bf16; as peers count it.
+KernelWork work_of(const Shape& s) {
+  const double kv = double(2 * s.rows() * s.kv_heads * s.dim),
+               q = double(s.tokens() * s.q_heads * s.dim);
+  // Of a prefill, half of all pairs.
+  const double pairs = double(s.tokens()) * double(s.kv_len) / (s.queries > 1 ? 2 : 1);
+  return {.read = 2 * (kv + q),
+          .written = 2 * q,
+          .matrix_flops = 4 * pairs * double(s.q_heads * s.dim)};
+}
+
+void add(const std::string& name, const Shape& shape) {
+  register_kernel_bench({.name = name,
+                         .work = work_of(shape),
+                         .make = [=](const BenchRank& rank, std::uint64_t seed) {
+                           return std::make_unique<AttentionCall>(rank.stream, shape, seed);
+                         }});
+}
+
+std::string pages(const Shape& s) {
+  return s.page_size == 0 ? "" : fmt::format("/page:{}", s.page_size);
+}
+void add_prefill(Shape s) {
+  s.kv_len = s.queries;
+  add(fmt::format("gqa_prefill/batch:{}/q_heads:{}/kv_heads:{}/dim:{}/seq:{}/causal:1/dtype:bf16{}",
+                  s.sequences, s.q_heads, s.kv_heads, s.dim, s.queries, pages(s)),
+      s);
+}
+void add_decode(const Shape& s) {
+  add(fmt::format("gqa_decode/batch:{}/q_heads:{}/kv_heads:{}/dim:{}/kv:{}/dtype:bf16{}",
+                  s.sequences, s.q_heads, s.kv_heads, s.dim, s.kv_len, pages(s)),
+      s);
+}
+
+const bool registered = [] {
+  if (!times_kernels()) {
+    add_prefill({.sequences = 1, .q_heads = 6, .kv_heads = 1, .queries = 70});
+    add_decode({.sequences = 2, .q_heads = 6, .kv_heads = 1, .kv_len = 320, .page_size = 16});
+    return true;
+  }
+  const auto prefill = [](std::int64_t batch, std::int64_t heads, std::int64_t kv_heads,
+                          std::int64_t seq, std::int64_t page_size = 0) {
+    add_prefill({.sequences = batch,
+                 .q_heads = heads,
+                 .kv_heads = kv_heads,
+                 .queries = seq,
+                 .page_size = page_size});
   };
-  bench_kernel(state, work, prepare, verify);
-}
-
-const ModelShape kMiniMaxTp2{.num_heads = 24, .num_kv_heads = 4, .head_dim = 128};
-const ModelShape kLlama8B{.num_heads = 32, .num_kv_heads = 8, .head_dim = 128};
-const ModelShape kSmall{.num_heads = 4, .num_kv_heads = 2, .head_dim = 64};
-
-void attention_prefill(benchmark::State& state) {
-  const bool gpu = ceilings().has_value();
-  const std::int64_t tokens = gpu ? state.range(0) : std::min<std::int64_t>(state.range(0), 64);
-  bench_attention(state, DType(state.range(1)), gpu ? kMiniMaxTp2 : kSmall, 1, tokens, tokens, 1);
-}
-BENCHMARK(attention_prefill)
-    ->ArgsProduct({{1024, 4096}, {int(DType::bf16), int(DType::f32)}})
-    ->ArgNames({"tokens", "dtype"})
-    ->UseManualTime()
-    ->Iterations(3)
-    ->Unit(benchmark::kMicrosecond);
-
-void attention_decode(benchmark::State& state) {
-  const bool gpu = ceilings().has_value();
-  bench_attention(state, DType::bf16, gpu ? kLlama8B : kSmall, gpu ? int(state.range(0)) : 2, 1,
-                  gpu ? state.range(1) : 128, gpu ? state.range(2) : 2);
-}
-BENCHMARK(attention_decode)
-    ->Args({1, 4096, 16})
-    ->Args({8, 4096, 4})
-    ->Args({32, 4096, 1})
-    ->Args({32, 4096, 2})
-    ->ArgNames({"sequences", "keys", "splits"})
-    ->UseManualTime()
-    ->Iterations(3)
-    ->Unit(benchmark::kMicrosecond);
+  prefill(8, 24, 4, 1024);
+  prefill(4, 24, 4, 2048);
+  for (const std::int64_t seq : {4096, 8192, 16384}) prefill(1, 24, 4, seq);
+  prefill(1, 24, 4, 8192, 16);
+  prefill(1, 48, 8, 4096);
+  prefill(1, 8, 1, 8192);
+  const auto decode = [](std::int64_t batch, std::int64_t heads, std::int64_t kv_heads,
+                         std::int64_t kv, std::int64_t page_size = 0) {
+    add_decode({.sequences = batch,
+                .q_heads = heads,
+                .kv_heads = kv_heads,
+                .kv_len = kv,
+                .page_size = page_size});
+  };
+  for (const std::int64_t kv : {1024, 2048, 4096, 16384}) decode(1, 24, 4, kv);
+  decode(8, 24, 4, 4096);
+  for (const std::int64_t kv : {1024, 4096, 16384}) decode(32, 24, 4, kv);
+  decode(32, 24, 4, 4096, 16);
+  decode(1, 8, 1, 4096);
+  decode(32, 8, 1, 4096);
+  decode(128, 8, 1, 4096);
+  // Twice as many ranks as KV heads read the same bytes as one rank for each.
+  for (const std::int64_t heads : {6, 3}) decode(128, heads, 1, 4096);
+  return true;
+}();
 
 // With all oracles.
 void attention_case(benchmark::State& state) {

@@ -1,188 +1,192 @@
-// lora_shrink_kernel, lora_expand_kernel and lora_kernels/<tokens>: alone, at the size of
-// MiniMax-M2.5's fused q, k and v projection on tp=2, with 8 adapters of LoRA rank 16 that tokens
-// take turns with.
+// lora/tokens:T/k:K/n:N/rank:R/adapters:A/dtype:bf16: shrink and expand, the second beginning while
+// the first one runs, of one matrix; lora_qkv of the fused q, k and v projection of MiniMax-M2.5 on
+// tp=2. Adapter i has the tokens from T (i / A)^2 on. lora/<tp_size>/<num_tokens>: whole cases.
 
 #include "kernels/lora.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <memory>
+#include <numeric>
+#include <string>
 #include <vector>
 
 #include "benches/bench.h"
-#include "benches/old_kernel_bench.h"
-#include "harness/base/fill.h"
-#include "harness/device/buffer.h"
-#include "harness/device/ceilings.h"
+#include "benches/bench_data.h"
+#include "benches/kernel_bench.h"
 #include "reference/product.h"
 
 namespace tp {
 namespace {
 
-constexpr std::int64_t kRank = 16, kAdapters = 8, kParts = 3;
-constexpr float kScale = 0.5f;
 constexpr DType kType = DType::bf16;
+constexpr float kScale = 0.5f;
 
 struct Size {
-  std::int64_t tokens, in, q, kv;
+  std::int64_t tokens, in;
+  std::vector<std::int64_t> parts;  // rows of B of each matrix
+  std::int64_t rank, adapters;
 
-  std::int64_t rows() const { return q + 2 * kv; }
+  std::int64_t rows() const { return std::accumulate(parts.begin(), parts.end(), std::int64_t{0}); }
+  std::int64_t num_parts() const { return std::int64_t(parts.size()); }
+  std::vector<std::int32_t> slots() const {
+    std::vector<std::int32_t> of;
+    for (std::int64_t i = 0; i < adapters; ++i) {
+      const std::int64_t end = tokens * (i + 1) * (i + 1) / (adapters * adapters);
+      of.resize(std::size_t(end), std::int32_t(i));
+    }
+    return of;
+  }
 };
 
-using Bytes = std::vector<std::byte>;
-
-Bytes data(const char* name, std::int64_t rows, std::int64_t cols) {
-  Bytes bytes(std::size_t(rows * cols * size_of(kType)));
-  fill_block({name, kType, rows, cols, Role::activation, cols}, {.fill = Fill::dense, .seed = 1},
-             {0, rows}, {0, cols}, bytes.data(), cols);
-  return bytes;
+TensorSpec tensor(const char* name, std::int64_t rows, std::int64_t cols) {
+  return {.name = name, .dtype = kType, .rows = rows, .cols = cols, .entity_cols = cols};
 }
 
-Matrix matrix(DType type, const Bytes& bytes, std::int64_t first, std::int64_t rows,
-              std::int64_t cols) {
-  Matrix m(rows, cols);
-  for (std::int64_t i = 0; i < rows * cols; ++i)
-    m.values[std::size_t(i)] = load(type, bytes.data(), first * cols + i);
-  return m;
-}
-
-void bench_lora(benchmark::State& state, bool shrinks, bool expands) {
-  const Size s = ceilings() ? Size{state.range(0), 3072, 3072, 512}
-                            : Size{std::min<std::int64_t>(state.range(0), 64), 512, 384, 64};
-  std::vector<std::int32_t> slots;
-  for (std::int64_t t = 0; t < s.tokens; ++t) slots.push_back(std::int32_t(t % kAdapters));
-  const LoraPlan plan = lora_plan(slots, kAdapters);
-  const std::vector<std::int32_t> ranks(kAdapters * kParts, kRank);
-  const std::vector<float> scales(kAdapters * kParts, kScale);
-  const LoraColumns columns{kParts, {s.q, s.kv, s.kv}, {0, s.q, s.q + s.kv}};
-  const Bytes x = data("x", s.tokens, s.in), a = data("a", kAdapters * kParts * kRank, s.in),
-              b = data("b", kAdapters * s.rows(), kRank), base = data("base", s.tokens, s.rows());
-  // What lora_expand reads where lora_shrink does not run; and what it shall be compared with.
-  Bytes h(std::size_t(kParts * s.tokens * kRank) * sizeof(float));
-  for (std::int64_t i = 0; i < kParts * s.tokens * kRank; ++i)
-    store(DType::f32, h.data(), i, double(i % 17) / 4 - 2);
-
-  struct Memory {
-    Buffer x, a, b, base, y, h, order, tiles, ranks, scales;
-  };
-  Memory memory;
-  const auto prepare = [&](Stream& stream) -> Launch {
-    const auto upload = [&](const char* name, const void* from, std::size_t bytes) {
-      Buffer buffer(stream, name, bytes, std::nullopt);
-      if (from != nullptr) from_host(stream, buffer.data(), from, bytes);
-      return buffer;
-    };
-    memory = {upload("x", x.data(), x.size()),
-              upload("a", a.data(), a.size()),
-              upload("b", b.data(), b.size()),
-              upload("base", base.data(), base.size()),
-              upload("y", nullptr, base.size()),
-              upload("h", h.data(), h.size()),
-              upload("order", plan.order.data(), plan.order.size() * sizeof(std::int32_t)),
-              upload("tiles", plan.tiles.data(), plan.tiles.size() * sizeof(LoraTile)),
-              upload("ranks", ranks.data(), ranks.size() * sizeof(std::int32_t)),
-              upload("scales", scales.data(), scales.size() * sizeof(float))};
-    return [&](Stream& on) {
-      const LoraBatch batch{.order = memory.order.as<std::int32_t>(),
-                            .tiles = memory.tiles.as<LoraTile>(),
-                            .num_tiles = std::int32_t(plan.tiles.size()),
-                            .ranks = memory.ranks.as<std::int32_t>(),
-                            .scales = memory.scales.as<float>(),
-                            .slots = kAdapters,
-                            .parts = kParts};
-      const auto shrunk = [&]<typename H>(H* at) -> LoraIntermediate<H> {
-        return {at, s.tokens, kRank, s.tokens * kRank, kRank, 1};
-      };
-      if (shrinks) {
-        lora_shrink<bf16, float>(memory.x.as<bf16>(s.tokens, s.in),
-                                 memory.a.as<bf16>(kAdapters * kParts * kRank, s.in), batch, 0,
-                                 shrunk(memory.h.as<float>()), on);
-      }
-      if (expands) {
-        const float* read = memory.h.as<float>();
-        lora_expand<bf16, float, bf16>(shrunk(read), memory.b.as<bf16>(kAdapters * s.rows(), kRank),
-                                       {}, batch, columns, memory.base.as<bf16>(s.tokens, s.rows()),
-                                       memory.y.as<bf16>(s.tokens, s.rows()), on);
-      }
-    };
-  };
-
-  // The last token, whose adapter is `slot`.
-  const auto verify = [&](Stream& stream) -> std::string {
-    const std::int64_t last = s.tokens - 1, slot = slots.back();
-    Bytes shrunk(h.size()), y(base.size());
-    to_host(stream, shrunk.data(), memory.h.data(), shrunk.size());
-    to_host(stream, y.data(), memory.y.data(), y.size());
-    stream.synchronize();
-    const auto wrong = [](const char* what, std::int64_t part, const Comparison& c) {
-      return c.first ? fmt::format("{}[{}, last, {}] is {}, not {} .. {}", what, part, c.first->col,
-                                   c.first->got, c.first->lo, c.first->hi)
-                     : "";
-    };
-    std::string said;
-    std::int64_t row = 0;  // of the slot's B
-    for (std::int64_t p = 0; p < kParts; row += columns.rows[p++]) {
-      const std::int64_t at = (p * s.tokens + last) * kRank;
-      if (shrinks && said.empty()) {
-        said =
-            wrong("h", p,
-                  compare(DType::f32, shrunk.data() + at * std::int64_t(sizeof(float)),
-                          reference::product(
-                              matrix(kType, x, last, 1, s.in),
-                              matrix(kType, a, (slot * kParts + p) * kRank, kRank, s.in), {0, s.in},
-                              nullptr, lora_shrink_accumulation(kType, s.in), false)));
-      }
-      if (expands && said.empty()) {
-        Matrix rounded = matrix(DType::f32, shrunk, at / kRank, 1, kRank);
-        for (double& value : rounded.values) value = round_to(kType, value);
-        Budget budget = reference::product(
-            rounded, matrix(kType, b, slot * s.rows() + row, columns.rows[p], kRank), {0, kRank},
-            nullptr, lora_expand_accumulation(kType, kRank), false);
-        const std::int64_t first = last * s.rows() + columns.at[p];
-        for (std::int64_t n = 0; n < columns.rows[p]; ++n) {
-          const auto i = std::size_t(n);
-          const reference::Bounded sum =
-              reference::plus({budget.r[i] * kScale, budget.rho[i] * kScale},
-                              load(kType, base.data(), first + n), true);
-          budget.r[i] = sum.r, budget.rho[i] = sum.rho;
-        }
-        said = wrong("y", p, compare(kType, y.data() + first * size_of(kType), budget));
-      }
+class LoraCall final : public KernelCall {
+ public:
+  LoraCall(Stream& stream, const Size& size, std::uint64_t seed)
+      : s_(size),
+        seed_(seed),
+        slots_(size.slots()),
+        x_(tensor("x", size.tokens, size.in)),
+        a_(tensor("a", size.adapters * size.num_parts() * size.rank, size.in)),
+        b_(tensor("b", size.adapters * size.rows(), size.rank)),
+        base_(tensor("base", size.tokens, size.rows())),
+        x_buffer_(bench_buffer(stream, x_, seed)),
+        a_buffer_(bench_buffer(stream, a_, seed)),
+        b_buffer_(bench_buffer(stream, b_, seed)),
+        base_buffer_(bench_buffer(stream, base_, seed)),
+        y_(bench_output(stream, "y", base_buffer_.bytes())),
+        h_(bench_output(stream, "h",
+                        std::size_t(size.num_parts() * size.tokens * size.rank) * sizeof(float))) {
+    const LoraPlan plan = lora_plan(slots_, std::int32_t(size.adapters));
+    const std::size_t matrices = std::size_t(size.adapters * size.num_parts());
+    order_ = bench_values(stream, "order", plan.order);
+    tiles_ = bench_values(stream, "tiles", plan.tiles);
+    ranks_ =
+        bench_values(stream, "ranks", std::vector<std::int32_t>(matrices, std::int32_t(size.rank)));
+    scales_ = bench_values(stream, "scales", std::vector<float>(matrices, kScale));
+    batch_ = {.order = order_.as<std::int32_t>(),
+              .tiles = tiles_.as<LoraTile>(),
+              .num_tiles = std::int32_t(plan.tiles.size()),
+              .ranks = ranks_.as<std::int32_t>(),
+              .scales = scales_.as<float>(),
+              .slots = std::int32_t(size.adapters),
+              .parts = std::int32_t(size.num_parts())};
+    columns_.parts = batch_.parts;
+    std::int64_t at = 0;
+    for (std::size_t p = 0; p < size.parts.size(); ++p) {
+      columns_.rows[p] = size.parts[p];
+      columns_.at[p] = at;
+      at += size.parts[p];
     }
-    return said;
+  }
+
+  void launch(Stream& stream) override {
+    const auto shrunk = [&]<typename H>(H* at) -> LoraIntermediate<H> {
+      return {at, s_.tokens, s_.rank, s_.tokens * s_.rank, s_.rank, 1};
+    };
+    lora_shrink<bf16, float>(view(x_, x_buffer_), view(a_, a_buffer_), batch_, 0,
+                             shrunk(h_.as<float>()), stream);
+    lora_expand<bf16, float, bf16>(
+        shrunk(static_cast<const float*>(h_.as<float>())), view(b_, b_buffer_), {}, batch_,
+        columns_, view(base_, base_buffer_), view(base_, y_), stream, LoraBefore::rest);
+  }
+
+  std::string verify(Stream& stream) override {
+    std::vector<float> h(h_.bytes() / sizeof(float));
+    to_host(stream, h.data(), h_.data(), h_.bytes());
+    stream.synchronize();
+    for (const std::int64_t token : {std::int64_t{0}, s_.tokens - 1}) {
+      const std::int64_t slot = slots_[std::size_t(token)];
+      Budget y(1, s_.rows());
+      const Matrix base = bench_rows(base_, seed_, token, 1);
+      for (std::int64_t p = 0; p < s_.num_parts(); ++p) {
+        const Budget shrunk = reference::product(
+            bench_rows(x_, seed_, token, 1),
+            bench_rows(a_, seed_, (slot * s_.num_parts() + p) * s_.rank, s_.rank), {0, s_.in},
+            nullptr, lora_shrink_accumulation(kType, s_.in), false);
+        const std::int64_t row = p * s_.tokens + token, first = columns_.at[p];
+        std::string wrong = wrong_rows(stream, h_, DType::f32, row, shrunk);
+        if (!wrong.empty()) return "h: " + wrong;
+        Matrix rounded(1, s_.rank);
+        for (std::int64_t j = 0; j < s_.rank; ++j)
+          rounded.values[std::size_t(j)] =
+              round_to(kType, double(h[std::size_t(row * s_.rank + j)]));
+        const Budget delta = reference::product(
+            rounded, bench_rows(b_, seed_, slot * s_.rows() + first, columns_.rows[p]),
+            {0, s_.rank}, nullptr, lora_expand_accumulation(kType, s_.rank), false);
+        for (std::int64_t n = 0; n < columns_.rows[p]; ++n) {
+          const auto from = std::size_t(n), to = std::size_t(first + n);
+          const reference::Bounded sum = reference::plus(
+              {delta.r[from] * kScale, delta.rho[from] * kScale}, base.values[to], true);
+          y.r[to] = sum.r, y.rho[to] = sum.rho;
+        }
+      }
+      std::string wrong = wrong_rows(stream, y_, kType, token, y);
+      if (!wrong.empty()) return "y: " + wrong;
+    }
+    return "";
+  }
+
+ private:
+  static View<bf16> view(const TensorSpec& tensor, const Buffer& buffer) {
+    return buffer.as<bf16>(tensor.rows, tensor.cols);
+  }
+
+  Size s_;
+  std::uint64_t seed_;
+  std::vector<std::int32_t> slots_;
+  TensorSpec x_, a_, b_, base_;
+  Buffer x_buffer_, a_buffer_, b_buffer_, base_buffer_, y_, h_, order_, tiles_, ranks_, scales_;
+  LoraBatch batch_;
+  LoraColumns columns_;
+};
+
+void add_kernel(const std::string& name, const Size& s) {
+  std::vector<std::int32_t> slots = s.slots();
+  const double used = double(std::unique(slots.begin(), slots.end()) - slots.begin());
+  const double tokens = double(s.tokens), ranks = double(s.rank * s.num_parts()),
+               rank = double(s.rank), in = double(s.in), rows = double(s.rows());
+  register_kernel_bench(
+      {.name = fmt::format("{}/tokens:{}/k:{}/n:{}/rank:{}/adapters:{}/dtype:bf16", name, s.tokens,
+                           s.in, s.rows(), s.rank, s.adapters),
+       .work = {.read = 2 * (tokens * in + used * (ranks * in + rank * rows) + tokens * rows) +
+                        4 * tokens * ranks,
+                .written = 2 * tokens * rows + 4 * tokens * ranks,
+                .matrix_flops = 2 * tokens * (ranks * in + rank * rows),
+                .launches = 2},
+       .make = [=](const BenchRank& at, std::uint64_t seed) {
+         return std::make_unique<LoraCall>(at.stream, s, seed);
+       }});
+}
+
+const bool registered = [] {
+  if (!times_kernels()) {
+    add_kernel("lora", {20, 256, {128}, 16, 2});
+    add_kernel("lora_qkv", {5, 256, {96, 32, 32}, 8, 2});
+    return true;
+  }
+  struct Row {
+    std::int64_t tokens, rank, adapters;
   };
-
-  const double used = double(std::min(kAdapters, s.tokens)), tokens = double(s.tokens),
-               rank = double(kRank), shrunk_bytes = tokens * double(kParts) * rank * 4,
-               element = size_of(kType);
-  KernelWork work;
-  if (shrinks) {
-    work.bytes += element * double(s.in) * (tokens + used * double(kParts) * rank) + shrunk_bytes;
-    work.matrix_flops += 2 * tokens * double(kParts) * rank * double(s.in);
-  }
-  if (expands) {
-    work.bytes += element * double(s.rows()) * (2 * tokens + used * rank) + shrunk_bytes;
-    work.matrix_flops += 2 * tokens * rank * double(s.rows());
-  }
-  bench_kernel(state, work, prepare, verify);
-}
-
-void lora_shrink_kernel(benchmark::State& state) { bench_lora(state, true, false); }
-void lora_expand_kernel(benchmark::State& state) { bench_lora(state, false, true); }
-void lora_kernels(benchmark::State& state) { bench_lora(state, true, true); }
-
-void of_tokens(benchmark::internal::Benchmark* bench) {
-  bench->Arg(1)
-      ->Arg(64)
-      ->Arg(4096)
-      ->ArgNames({"tokens"})
-      ->UseManualTime()
-      ->Iterations(3)
-      ->Unit(benchmark::kMicrosecond);
-}
-BENCHMARK(lora_shrink_kernel)->Apply(of_tokens);
-BENCHMARK(lora_expand_kernel)->Apply(of_tokens);
-BENCHMARK(lora_kernels)->Apply(of_tokens);
+  for (const Row& row : {Row{1, 16, 1},
+                         {16, 16, 1},
+                         {16, 16, 8},
+                         {64, 16, 1},
+                         {64, 16, 8},
+                         {64, 64, 8},
+                         {512, 16, 8},
+                         {8192, 16, 1},
+                         {8192, 16, 8},
+                         {8192, 64, 8}})
+    add_kernel("lora", {row.tokens, 3072, {4096}, row.rank, row.adapters});
+  for (const Row& row : {Row{64, 16, 1}, {64, 16, 8}, {4096, 16, 8}})
+    add_kernel("lora_qkv", {row.tokens, 3072, {3072, 512, 512}, row.rank, row.adapters});
+  return true;
+}();
 
 // lora/<tp_size>/<num_tokens>: the whole case, qkv of a narrow model, four adapters of rank 16.
 void lora(benchmark::State& state) {

@@ -1,10 +1,14 @@
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "harness/device/require.h"
 #include "kernels/attention.h"
+#include "kernels/attention_choice.h"
+#include "kernels/attention_decode.cuh"
 #include "kernels/attention_matrix.cuh"
 #include "kernels/attention_plain.cuh"
+#include "kernels/attention_prefill.cuh"
 
 namespace tp {
 
@@ -13,42 +17,27 @@ namespace {
 constexpr int kMaxWarps = 4;
 constexpr int kPlainRows = 4;  // of a warp in fp32
 
+// Measured on an H100: of prefill, shapes of 16 rows a warp, of 32 keys a tile and with more in
+// flight were all slower; of decode, more stages or keys a tile changed little.
+using Prefill = PrefillShape<4, 2, 64, 2, 2>;
+using Decode = DecodeShape<4, 16, 3, 2>;
+
+// Splits that the kernel chooses: enough blocks for the chip's 132 multiprocessors, and not more
+// than there are keys worth a block.
+constexpr std::int64_t kBlocksOfChip = 132, kLeastOfSplit = 64;
+
 std::int64_t largest(const std::vector<std::int32_t>& values) {
   return values.empty() ? 0 : *std::max_element(values.begin(), values.end());
 }
 
-// Keys that one query can see at most.
-std::int64_t most_visible(std::int64_t kv_len, const AttentionSettings& s) {
-  if (!s.window || *s.window >= kv_len) return kv_len;
-  return std::min(kv_len, s.causal ? *s.window : 2 * *s.window - 1);
-}
-
-// Keys of a tile: few where few are visible; wide heads take shorter ones, since a tile's rows fill
-// shared memory.
-int tile_of(DType dtype, const ModelShape& model, std::int64_t visible) {
-  if (dtype == DType::f32) return kPlainTile;
-  if (visible <= 32) return 16;
-  return std::max(model.head_dim, model.value_head_dim()) > 128 ? 32 : 64;
-}
-
-// How the rows of a pack are taken by a block.
-struct BlockShape {
-  int rows;
-  int warps;
-};
-BlockShape block_shape(DType dtype, std::int64_t pack, std::int64_t visible) {
-  const int of_warp = dtype == DType::f32 ? (pack >= kPlainRows ? kPlainRows : 1) : 16;
-  const int working = int(std::clamp<std::int64_t>((pack + of_warp - 1) / of_warp, 1, kMaxWarps));
-  // Where there is much to read, warps without rows of their own help to bring it.
-  const bool helped = dtype != DType::f32 && visible > 256;
-  return {working * of_warp, helped ? kMaxWarps : working};
+bool is_multiple(const void* address, std::size_t bytes) {
+  return reinterpret_cast<std::uintptr_t>(address) % bytes == 0;
 }
 
 template <typename T>
 bool whole_vectors(const View<const T>& x, std::int64_t head_cols) {
   constexpr std::int64_t kVector = 16 / sizeof(T);
-  return reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0 && x.row_stride % kVector == 0 &&
-         head_cols % kVector == 0;
+  return is_multiple(x.data, 16) && x.row_stride % kVector == 0 && head_cols % kVector == 0;
 }
 
 // Whether some element of `a` is one of `b`. Columns beside each other in the same rows are not.
@@ -145,6 +134,36 @@ void launch_matrix(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& st
          std::size_t(matrix_shared_bytes<kTile>(a.dim, a.v_dim, a.rows_of_block)), stream, a);
 }
 
+// Widths of heads that prefill and decode are made for.
+template <typename F>
+void with_dim(int dim, const F& f) {
+  if (dim == 32) f(std::integral_constant<int, 32>{});
+  if (dim == 64) f(std::integral_constant<int, 64>{});
+  if (dim == 128) f(std::integral_constant<int, 128>{});
+}
+
+template <typename T, int kDim>
+void launch_prefill(const AttentionLaunch<T>& a, dim3 grid, Stream& stream) {
+  launch("attention", attention_prefill_kernel<T, kDim, Prefill>, grid, dim3(Prefill::kThreads),
+         prefill_shared_bytes<T, kDim, Prefill>(), stream, a);
+}
+template <typename T, int kDim>
+void launch_decode(const AttentionLaunch<T>& a, std::int64_t sequences, Stream& stream) {
+  const dim3 grid(unsigned(a.splits), unsigned(a.heads / a.group), unsigned(sequences));
+  launch("attention", attention_decode_kernel<T, kDim, Decode>, grid, dim3(Decode::kThreads),
+         decode_shared_bytes<T, kDim, Decode>(), stream, a);
+}
+
+template <typename T>
+void launch_merge(const AttentionLaunch<T>& a, bool aligned, Stream& stream) {
+  const int warps = (a.splits + kMergedByWarp - 1) / kMergedByWarp;
+  const std::size_t shared = warps > 1 ? std::size_t(warps * a.v_dim) * sizeof(float) : 0;
+  const dim3 grid(unsigned(a.q.rows), unsigned(a.heads)), block(unsigned(32 * warps));
+  launch_overlapping("attention.merge",
+                     aligned && a.v_dim % 4 == 0 ? merge_kernel<T, 4> : merge_kernel<T, 1>, grid,
+                     block, shared, stream, a);
+}
+
 template <typename T, int kRows>
 void launch_plain(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& stream) {
   launch("attention", attention_plain_kernel<T, kRows>, grid, dim3(unsigned(32 * warps)),
@@ -152,6 +171,34 @@ void launch_plain(const AttentionLaunch<T>& a, dim3 grid, int warps, Stream& str
 }
 
 }  // namespace
+
+std::int64_t most_visible(std::int64_t max_kv_len, const AttentionSettings& s) {
+  if (!s.window || *s.window >= max_kv_len) return max_kv_len;
+  return std::min(max_kv_len, s.causal ? *s.window : 2 * *s.window - 1);
+}
+
+AttentionChoice choose_attention(DType dtype, const ModelShape& model, std::int64_t group,
+                                 std::int64_t max_queries, std::int64_t visible, bool simple) {
+  const std::int64_t pack = max_queries * group;
+  const int dim = model.head_dim, v_dim = model.value_head_dim();
+  const auto warps_of = [pack](int rows) {
+    return int(std::clamp<std::int64_t>((pack + rows - 1) / rows, 1, kMaxWarps));
+  };
+  if (dtype == DType::f32) {
+    const int of_warp = pack >= kPlainRows ? kPlainRows : 1, warps = warps_of(of_warp);
+    return {AttentionKernel::plain, kPlainTile, warps * of_warp, warps};
+  }
+  if (simple && dim == v_dim && (dim == 32 || dim == 64 || dim == 128)) {
+    if (pack <= kDecodeRows && visible > Decode::kKeys)
+      return {AttentionKernel::decode, Decode::kKeys, kDecodeRows, Decode::kWarps};
+    if (pack > kDecodeRows && visible > 32)
+      return {AttentionKernel::prefill, Prefill::kTile, Prefill::kRows, Prefill::kWarps};
+  }
+  // Tiles are short where few keys are visible, and where heads are wide, since a tile's rows fill
+  // shared memory. Where there is much to read, warps without rows of their own help to bring it.
+  const int tile = visible <= 32 ? 16 : std::max(dim, v_dim) > 128 ? 32 : 64, warps = warps_of(16);
+  return {AttentionKernel::matrix, tile, 16 * warps, visible > 256 ? kMaxWarps : warps};
+}
 
 std::int64_t AttentionBatch::max_queries() const {
   std::int64_t most = 0;
@@ -168,10 +215,32 @@ std::int64_t attention_workspace(std::int64_t tokens, const ModelShape& model, i
   return splits * tokens * heads * (model.value_head_dim() + 1);
 }
 
-AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::int64_t max_kv_len,
-                                   const AttentionSettings& settings) {
-  const std::int64_t visible = most_visible(max_kv_len, settings);
-  const int tile = tile_of(dtype, model, visible);
+std::int64_t attention_splits(DType dtype, const ModelShape& model, int tp_size,
+                              const AttentionBatch& batch, const AttentionSettings& settings) {
+  if (settings.splits > 0) return settings.splits;
+  const RankShape rank = partition(model, tp_size, 0);
+  const std::int64_t group = rank.heads.size / rank.kv_heads.size,
+                     visible = most_visible(batch.max_kv_len(), settings);
+  const AttentionChoice choice =
+      choose_attention(dtype, model, group, batch.max_queries(), visible, true);
+  const std::int64_t row_blocks =
+      std::max<std::int64_t>(1, (batch.max_queries() * group + choice.rows - 1) / choice.rows);
+  const std::int64_t blocks = rank.kv_heads.size * batch.sequences() * row_blocks;
+  return std::clamp<std::int64_t>(
+      kBlocksOfChip / blocks, 1,
+      std::clamp<std::int64_t>(visible / kLeastOfSplit, 1, kMaxAttentionSplits));
+}
+
+AttentionProfile attention_profile(DType dtype, const ModelShape& model, int tp_size,
+                                   const AttentionBatch& batch, const AttentionSettings& settings) {
+  const RankShape rank = partition(model, tp_size, 0);
+  const std::int64_t group = rank.heads.size / rank.kv_heads.size,
+                     visible = most_visible(batch.max_kv_len(), settings);
+  // Logits that are not simple are for another kernel: it has tiles of the same length where there
+  // is a choice, and no meeting of warps.
+  const AttentionChoice choice =
+      choose_attention(dtype, model, group, batch.max_queries(), visible, true);
+  const int tile = choice.tile;
   const bool matrix = dtype != DType::f32;
   // A row's keys can begin and end within a tile, whose other keys take part with weight 0.
   const std::int64_t tiles = (visible + tile - 1) / tile + 1, keys = tiles * tile;
@@ -182,6 +251,7 @@ AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::in
       .sum_depth = matrix ? keys / 4 + 2 : tiles + kWarpSumDepth,
       .p = dtype,
       .kv_tile = tile,
+      .merges = choice.kernel == AttentionKernel::decode ? 1 : 0,
       .splits = int(settings.splits)};
 }
 
@@ -201,8 +271,9 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   check_batch(batch, t.q.rows, t.k.rows);
   require(!s.window || *s.window >= 1, op, "a window of {} keys is below 1",
           {s.window.value_or(0)});
-  require(s.splits >= 1 && kv_heads * s.splits <= 65535 && batch.sequences() <= 65535, op,
-          "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
+  require(s.splits >= 1 && s.splits <= kMaxAttentionSplits && counts.heads <= 65535 &&
+              batch.sequences() <= 65535,
+          op, "{} splits of {} KV heads of {} sequences", {s.splits, kv_heads, batch.sequences()});
   require(s.splits == 1 || t.workspace != nullptr, op, "{} splits without a workspace", {s.splits});
   if (t.q.rows == 0) return;
 
@@ -211,18 +282,8 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   if (s.window) s.window = std::min(*s.window, max_keys + max_queries);
   const std::int64_t visible = most_visible(max_keys, s);
   constexpr DType kType = dtype_of<T>::value;
-  const int tile = tile_of(kType, model, visible);
-  const std::int64_t pack = max_queries * map.group;
-  const auto [rows, warps] = block_shape(kType, pack, visible);
-  // The rows of a block see `visible` keys each, from as many different positions as they have
-  // queries.
-  const std::int64_t spread = std::min(max_queries, (rows + map.group - 1) / map.group + 1);
-  const std::int64_t tiles =
-      r.tiles_of(std::min(max_keys, visible + spread), tile, s.window.has_value());
-  const bool decode = max_queries <= 1;
   const std::int64_t pages =
       batch.page_size == 0 ? 1 : (max_keys + batch.page_size - 1) / batch.page_size;
-
   AttentionLaunch<T> a{
       .q = t.q,
       .k = t.k,
@@ -237,6 +298,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .table = batch.device.table,
       .table_stride = r.table_stride(batch.pages_per_sequence, std::max<std::int64_t>(1, pages)),
       .page_size = std::int32_t(batch.page_size),
+      .page_divisor = Divisor(std::max<std::int64_t>(1, batch.page_size)),
       .offset_bits = r.offset_bits,
       .stale_pages = r.stale_pages,
       .dim = model.head_dim,
@@ -245,15 +307,13 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
       .heads = int(counts.heads),
       .group = int(map.group),
       .first_kv_head = int(map.first),
-      .tile = tile,
-      .rows_of_block = int(rows),
+      .group_divisor = Divisor(map.group),
       .splits = int(s.splits),
-      .tiles_of_split = int(r.tiles_of_split(tiles, s.splits)),
       .causal = s.causal,
       .causal_ahead = int(r.causal_ahead),
       .behind_context = r.behind_context,
       .length_unit = int(r.length_unit(batch.page_size)),
-      .window_left = s.window ? int(r.window_left(*s.window, decode)) : -1,
+      .window_left = s.window ? int(r.window_left(*s.window, max_queries <= 1)) : -1,
       .window_right = s.window ? int(r.window_right(*s.window, s.causal)) : -1,
       .scale = float(r.scale(s.scale, model)),
       .softcap = float(s.softcap),
@@ -267,11 +327,31 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   a.vectors = whole_vectors(a.q, a.dim) && whole_vectors(a.k, a.dim) &&
               whole_vectors(a.v, a.v_dim) && a.v_head_stride % 8 == 0;
 
-  const dim3 grid(unsigned(std::max<std::int64_t>(1, (pack + rows - 1) / rows)),
-                  unsigned(kv_heads * s.splits), unsigned(batch.sequences()));
+  a.pairs = a.v_dim % 2 == 0 && a.out.row_stride % 2 == 0 &&
+            is_multiple(t.out.data, 2 * sizeof(T)) && is_multiple(t.workspace, 8);
+
+  const auto [kernel, tile, rows, warps] =
+      choose_attention(kType, model, map.group, max_queries, visible,
+                       a.softcap == 0.0f && a.slopes == nullptr && a.scale > 0.0f);
+  a.tile = tile;
+  a.rows_of_block = rows;
+  // The rows of a block see `visible` keys each, from as many different positions as they have
+  // queries.
+  const std::int64_t spread = std::min(max_queries, (rows + map.group - 1) / map.group + 1);
+  const std::int64_t tiles =
+      r.tiles_of(std::min(max_keys, visible + spread), tile, s.window.has_value());
+  a.tiles_of_split = int(r.tiles_of_split(tiles, s.splits));
+
+  const std::int64_t pack = max_queries * map.group,
+                     row_blocks = std::max<std::int64_t>(1, (pack + rows - 1) / rows);
+  const dim3 grid(unsigned(row_blocks * kv_heads * s.splits), unsigned(batch.sequences()));
   if constexpr (kType == DType::f32) {
     rows == warps ? launch_plain<T, 1>(a, grid, warps, stream)
                   : launch_plain<T, kPlainRows>(a, grid, warps, stream);
+  } else if (kernel == AttentionKernel::prefill) {
+    with_dim(a.dim, [&](auto dim) { launch_prefill<T, dim()>(a, grid, stream); });
+  } else if (kernel == AttentionKernel::decode) {
+    with_dim(a.dim, [&](auto dim) { launch_decode<T, dim()>(a, batch.sequences(), stream); });
   } else if (tile == 16) {
     a.v_dim <= 64 ? launch_matrix<T, 16, 64>(a, grid, warps, stream)
                   : launch_matrix<T, 16, 256>(a, grid, warps, stream);
@@ -282,11 +362,7 @@ void attention(const AttentionTensors<T>& t, const AttentionBatch& batch,
   } else {
     launch_matrix<T, 64, 128>(a, grid, warps, stream);
   }
-  if (s.splits == 1) return;
-  constexpr int kMergeWarps = 4;
-  launch("attention.merge", merge_kernel<T>,
-         dim3(unsigned((t.q.rows * counts.heads + kMergeWarps - 1) / kMergeWarps)),
-         dim3(32 * kMergeWarps), 0, stream, a);
+  if (s.splits > 1) launch_merge(a, is_multiple(t.workspace, 16), stream);
 }
 
 template void attention(const AttentionTensors<float>&, const AttentionBatch&,

@@ -76,10 +76,15 @@ void attention(const AttentionTensors<T>& tensors, const AttentionBatch& batch,
 std::int64_t attention_workspace(std::int64_t tokens, const ModelShape& model, int tp_size,
                                  std::int64_t splits);
 
-// How attention computes in a call whose longest sequence has max_kv_len keys.
-AttentionProfile attention_profile(DType dtype, const ModelShape& model, std::int64_t max_kv_len,
-                                   const AttentionSettings& settings);
+// `settings.splits`, or, if that is 0, as many as suit the call.
+std::int64_t attention_splits(DType dtype, const ModelShape& model, int tp_size,
+                              const AttentionBatch& batch, const AttentionSettings& settings);
+
+// How attention computes in such a call.
+AttentionProfile attention_profile(DType dtype, const ModelShape& model, int tp_size,
+                                   const AttentionBatch& batch, const AttentionSettings& settings);
 
 inline constexpr std::int64_t kMaxAttentionHeadDim = 256;
+inline constexpr std::int64_t kMaxAttentionSplits = 64;
 
 }  // namespace tp

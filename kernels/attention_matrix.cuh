@@ -48,7 +48,7 @@ __device__ void bring_rows(T* to, int rows, int cols, bool vectors, const Source
 // and v_head_dim are kMaxDim, and no step needs to be asked whether it is one.
 template <typename T, int kTile, int kMaxDim, bool kExact>
 __global__ void attention_matrix_kernel(AttentionLaunch<T> a) {
-  const AttentionBlock<T> block(a);
+  const AttentionBlock<T> block = AttentionBlock<T>::of_grid(a);
   if (!block.has_row(block.first_row)) return;  // the whole block: this sequence is a short one
   const int warp = int(threadIdx.x / 32), lane = int(threadIdx.x % 32);
   const int dim = kExact ? kMaxDim : a.dim, v_dim = kExact ? kMaxDim : a.v_dim;

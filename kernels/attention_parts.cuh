@@ -6,6 +6,7 @@
 
 #include "harness/device/device.h"
 #include "kernels/attention.h"
+#include "kernels/divisor.h"
 
 namespace tp {
 
@@ -26,15 +27,18 @@ struct AttentionLaunch {
   const std::int32_t* table;
   std::int64_t table_stride;
   std::int32_t page_size;  // 0: consecutive rows
+  Divisor page_divisor;
   int offset_bits, stale_pages;
 
   int dim, v_dim, v_head_stride;
   int heads, group, first_kv_head;
+  Divisor group_divisor;
   int tile;           // keys
   int rows_of_block;  // of the pack
   int splits, tiles_of_split;
   bool causal;
   bool vectors;  // rows of q, k and v are whole 16-byte vectors
+  bool pairs;    // two neighbours of the output, or of a part, can be stored as one
   int causal_ahead, behind_context, length_unit;
   std::int32_t window_left, window_right;  // keys in front of and behind the own; -1: no window
 
@@ -48,23 +52,35 @@ template <typename T>
 struct AttentionBlock {
   const AttentionLaunch<T>& a;
   int sequence, kv_head, split;
+  int first_row;             // of the pack
   int first_query, queries;  // of the sequence: row of q, and how many
   int keys;
-  int first_row;  // of the pack
 
-  __device__ explicit AttentionBlock(const AttentionLaunch<T>& launch) : a(launch) {
-    sequence = int(blockIdx.z);
-    kv_head = int(blockIdx.y) / a.splits;
-    split = int(blockIdx.y) % a.splits;
+  int first_entry;  // of the sequence's row in the page table
+
+  __device__ AttentionBlock(const AttentionLaunch<T>& launch, int sequence, int kv_head, int split,
+                            int first_row)
+      : a(launch), sequence(sequence), kv_head(kv_head), split(split), first_row(first_row) {
     first_query = a.query_start[sequence];
     queries = a.query_start[sequence + 1] - first_query;
     keys = a.kv_len[sequence];
-    first_row = int(blockIdx.x) * a.rows_of_block;
+    first_entry = a.table[sequence * a.table_stride];
+  }
+  // By a grid of (blocks of rows * KV heads * splits, sequences). The last rows see the most keys:
+  // the blocks that have them begin first, those of all heads.
+  static __device__ AttentionBlock of_grid(const AttentionLaunch<T>& a) {
+    const unsigned columns = unsigned(a.heads / a.group * a.splits),
+                   row_block = gridDim.x / columns - 1 - blockIdx.x / columns;
+    const int column = int(blockIdx.x % columns);
+    return {a, int(blockIdx.y), column / a.splits, column % a.splits,
+            int(row_block) * a.rows_of_block};
   }
   __device__ int rows() const { return queries * a.group; }
   __device__ bool has_row(int row) const { return row < rows(); }
-  __device__ int query_of(int row) const { return row / a.group; }
-  __device__ int head_of(int row) const { return kv_head * a.group + row % a.group; }
+  __device__ int query_of(int row) const { return a.group_divisor.quotient(row); }
+  __device__ int head_of(int row) const {
+    return kv_head * a.group + row - query_of(row) * a.group;
+  }
   __device__ std::int64_t token_of(int row) const { return first_query + query_of(row); }
   __device__ int position_of(int row) const {
     return (keys - queries) * a.behind_context + query_of(row);
@@ -76,7 +92,8 @@ struct AttentionBlock {
     return first > 0 ? first : 0;
   }
   __device__ int end_key(int row) const {
-    int end = (keys + a.length_unit - 1) / a.length_unit * a.length_unit;
+    int end = keys;
+    if (a.length_unit > 1) end = (keys + a.length_unit - 1) / a.length_unit * a.length_unit;
     const int position = position_of(row);
     if (a.window_right >= 0) end = min(end, position + a.window_right + 1);
     if (a.causal) end = min(end, position + 1 + a.causal_ahead);
@@ -110,14 +127,23 @@ struct AttentionBlock {
            (a.first_kv_head + kv_head) * std::int64_t(a.v_head_stride);
   }
   __device__ std::int64_t offset_of(int position, std::int64_t row_stride) const {
-    const std::int32_t* row = a.table + sequence * a.table_stride;
-    if (a.page_size == 0) return (row[0] + std::int64_t(position)) * row_stride;
-    const int last = (keys - 1) / a.page_size - a.stale_pages;
-    const int page = min(position / a.page_size, last < 0 ? 0 : last);
-    const int unused = 64 - a.offset_bits;
-    const std::uint64_t begin = std::uint64_t(row[page] * (a.page_size * row_stride));
-    return std::int64_t(begin << unused >> unused) + position % a.page_size * row_stride;
+    return offset_in(page(position), position, row_stride);
   }
+  // The same in two steps: the entry of the page table (or the first key's row), and the rest.
+  __device__ std::int32_t page(int position) const {
+    if (a.page_size == 0) return first_entry;
+    const int last = page_index(keys - 1) - a.stale_pages;
+    return a.table[sequence * a.table_stride + min(page_index(position), last < 0 ? 0 : last)];
+  }
+  __device__ std::int64_t offset_in(std::int32_t page, int position,
+                                    std::int64_t row_stride) const {
+    if (a.page_size == 0) return (page + std::int64_t(position)) * row_stride;
+    const int unused = 64 - a.offset_bits;
+    const std::uint64_t begin = std::uint64_t(page * (a.page_size * row_stride));
+    return std::int64_t(begin << unused >> unused) +
+           (position - page_index(position) * a.page_size) * row_stride;
+  }
+  __device__ int page_index(int position) const { return a.page_divisor.quotient(position); }
 };
 
 // What a row's logits depend on; of a row that is not there, nothing is visible.
@@ -176,11 +202,13 @@ struct RowResult {
   float* part = nullptr;
   float* lse_at = nullptr;
   float lse, scale;  // `scale`: of what was accumulated
+  bool pairs;
 
   __device__ RowResult(const AttentionBlock<T>& block, int row, SoftmaxState s) {
     const AttentionLaunch<T>& a = block.a;
     const std::int64_t token = block.token_of(row);
     const int head = block.head_of(row);
+    pairs = a.pairs;
     scale = 1.0f;
     if (a.splits > 1) {
       const std::int64_t at = part_of(a, block.split, token, head);
@@ -206,34 +234,99 @@ struct RowResult {
       out[d] = from_float<T>(value * scale);
     }
   }
+  // Of columns d, which is even, and d + 1.
+  __device__ void store_pair(int d, float left, float right) const {
+    if (!pairs) {
+      store(d, left);
+      store(d + 1, right);
+      return;
+    }
+    left *= scale, right *= scale;
+    if (part != nullptr) {
+      store_vector<float, 2>(part + d, {left, right});
+    } else {
+      store_vector<T, 2>(out + d, {from_float<T>(left), from_float<T>(right)});
+    }
+  }
   __device__ void store_lse() const { *lse_at = lse; }
 };
 
-// One warp for each token and head: merges the states of the splits, and the sink.
-template <typename T>
+// Splits that a warp merges.
+inline constexpr int kMergedByWarp = 4;
+
+// A block for each token and head, a warp of it for every kMergedByWarp splits: merges their
+// states, and the sink. kWidth columns at a time.
+template <typename T, int kWidth>
 __global__ void merge_kernel(AttentionLaunch<T> a) {
-  const std::int64_t warp = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-  if (warp >= a.q.rows * a.heads) return;
-  const std::int64_t token = warp / a.heads;
-  const int head = int(warp % a.heads), lane = int(threadIdx.x % 32);
-  float m = a.sinks == nullptr ? -INFINITY : a.sinks[head];
-  for (int s = 0; s < a.splits; ++s) m = larger(m, part_lse(a)[part_of(a, s, token, head)]);
+  const int head = int(blockIdx.y), warps = int(blockDim.x / 32), warp = int(threadIdx.x / 32),
+            lane = int(threadIdx.x % 32);
+  const std::int64_t token = blockIdx.x, stride = a.q.rows * a.heads,
+                     at = part_of(a, 0, token, head);
+  const float* const lse = part_lse(a) + at;  // of split s at s * stride
+  const float sink = a.sinks == nullptr ? -INFINITY : a.sinks[head];
+  T* const out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
+  float* const sums = dynamic_shared<float>();  // [warps][v_dim], where there are several
+  using Columns = Vec<float, kWidth>;
+  Columns x[kMergedByWarp];
+  const auto load = [&](int d) {
+#pragma unroll
+    for (int i = 0; i < kMergedByWarp; ++i) {
+      const std::int64_t s = warp + i * warps;
+      x[i] = Columns{};
+      if (s < a.splits && d < a.v_dim)
+        x[i] = load_vector<float, kWidth>(a.parts + (at + s * stride) * a.v_dim + d);
+    }
+  };
+  wait_for_previous_kernel();
+  // All loads before the first meeting. A lane has the states of splits `lane` and `lane + 32`.
+  static_assert(kMaxAttentionSplits <= 64);
+  load(kWidth * lane);
+  float part[2], w[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int s = lane + 32 * i;
+    part[i] = s < a.splits ? lse[s * stride] : -INFINITY;
+  }
+  const float m = larger(sink, warp_max(larger(part[0], part[1])));
   // All parts may be empty: exp(-infinity - -infinity) would be NaN (vllm#28181).
   const float base = exponent_base(m, a.empty_maximum);
-  float sum = a.sinks == nullptr ? 0.0f : weight(a.sinks[head], base);
-  for (int s = 0; s < a.splits; ++s) sum += weight(part_lse(a)[part_of(a, s, token, head)], base);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) w[i] = lane + 32 * i < a.splits ? weight(part[i], base) : 0.0f;
+  float sum = warp_sum(w[0] + w[1]);
+  if (a.sinks != nullptr) sum += weight(sink, base);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  T* out = a.out.data + token * a.out.row_stride + head * std::int64_t(a.v_dim);
-  for (int d = lane; d < a.v_dim; d += 32) {
-    float total = 0.0f;
-    for (int s = 0; s < a.splits; ++s) {
-      const std::int64_t part = part_of(a, s, token, head);
-      total = fmaf(weight(part_lse(a)[part], base), a.parts[part * a.v_dim + d], total);
+  float own[kMergedByWarp];  // weights of this warp's splits
+#pragma unroll
+  for (int i = 0; i < kMergedByWarp; ++i) {
+    const int s = warp + i * warps;
+    own[i] = s < a.splits ? __shfl_sync(0xFFFFFFFFu, s < 32 ? w[0] : w[1], s % 32) : 0.0f;
+  }
+  for (int d = kWidth * lane; d < a.v_dim; d += kWidth * 32) {
+    if (d >= kWidth * 32) load(d);
+    Columns total = {};
+#pragma unroll
+    for (int i = 0; i < kMergedByWarp; ++i) {
+      if (warp + i * warps >= a.splits) break;
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) total[j] = fmaf(own[i], x[i][j], total[j]);
     }
+    if (warps > 1) {
+      store_vector<float, kWidth>(sums + warp * a.v_dim + d, total);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) out[d + j] = from_float<T>(total[j] * inverse);
+    }
+  }
+  if (warps > 1) __syncthreads();
+  if (threadIdx.x == blockDim.x - 1)  // who has least to do below
+    a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
+  if (warps == 1) return;
+  for (int d = int(threadIdx.x); d < a.v_dim; d += int(blockDim.x)) {
+    float total = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < warps; ++i) total += sums[i * a.v_dim + d];
     out[d] = from_float<T>(total * inverse);
   }
-  if (lane == 0)
-    a.lse.data[token * a.lse.row_stride + head] = sum == 0.0f ? -INFINITY : base + logf(sum);
 }
 
 }  // namespace tp

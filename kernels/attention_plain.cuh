@@ -19,7 +19,7 @@ inline std::int64_t plain_shared_floats(int dim, int v_dim, int warps, int rows)
 // kRows: of a warp, all multiplied with a value of k or v that is loaded once.
 template <typename T, int kRows>
 __global__ void attention_plain_kernel(AttentionLaunch<T> a) {
-  const AttentionBlock<T> block(a);
+  const AttentionBlock<T> block = AttentionBlock<T>::of_grid(a);
   if (!block.has_row(block.first_row)) return;  // the whole block: this sequence is a short one
   const int warps = int(blockDim.x / 32), warp = int(threadIdx.x / 32),
             lane = int(threadIdx.x % 32), first_row = block.first_row + warp * kRows;

@@ -13,7 +13,9 @@ void merge_states(float* parts, std::int64_t splits, std::int64_t rows, std::int
   a.splits = int(splits);
   a.heads = 1;
   a.v_dim = int(dim);
-  launch("attention.merge", merge_kernel<float>, dim3(unsigned(rows)), dim3(32), 0, stream, a);
+  const unsigned warps = unsigned(splits + kMergedByWarp - 1) / kMergedByWarp;
+  launch("attention.merge", merge_kernel<float, 1>, dim3(unsigned(rows)), dim3(32 * warps),
+         std::size_t(warps * dim) * sizeof(float), stream, a);
 }
 
 }  // namespace tp::testing

@@ -13,18 +13,16 @@
 
 namespace tp {
 
-// Tokens of one slot, at most kLoraTile of them: places [first, first + count) of the order. Tokens
-// of no adapter have slot -1.
+// Tokens of one slot, at most kLoraTile of them. Tokens of no adapter have slot -1.
 struct LoraTile {
-  std::int32_t slot, first, count;
-  std::int32_t of_slot;  // tokens that the slot has in all its tiles
+  std::int32_t slot, count;
 };
 constexpr std::int32_t kLoraTile = 16;
 
 // Tokens sorted by slot (those of no adapter last), each slot's in ascending order, and cut into
 // tiles. Made on the host, once for all layers of a step.
 struct LoraPlan {
-  std::vector<std::int32_t> order;
+  std::vector<std::int32_t> order;  // [tiles][kLoraTile], -1 behind the tokens of a tile
   std::vector<LoraTile> tiles;
 };
 // Throws Fault(BadLaunch) where a token's slot is not -1 .. slots-1.
@@ -32,7 +30,7 @@ LoraPlan lora_plan(const std::vector<std::int32_t>& slot_of_token, std::int32_t 
 
 // The same in device memory, and what is known of each slot.
 struct LoraBatch {
-  const std::int32_t* order = nullptr;  // [tokens]
+  const std::int32_t* order = nullptr;  // [tiles][kLoraTile]
   const LoraTile* tiles = nullptr;
   std::int32_t num_tiles = 0;
   // [slots][parts]: LoRA ranks, 0 of a matrix that the adapter does not change; and factors.
@@ -55,8 +53,9 @@ struct LoraIntermediate {
 // h[p][t][j] = sum_k x[t][k] a[slot of t][p][j][k], added up in fp32, rounded to H (T or float).
 // x [tokens, in]; a [slots * parts * h.cols, in]. Row j of the slots' A is row first_col + j of the
 // adapters'; where that is not below the adapter's LoRA rank, and for tokens of no adapter, h is 0
-// and nothing is read. Any row strides; segments of any length: matrix steps where a slot has more
-// than two tokens and T is f16 or bf16. Throws Fault(BadLaunch) where the sizes do not fit.
+// and nothing is read. Any row strides; segments of any length; matrix steps where T is f16 or
+// bf16. May begin before the kernel before it in the stream has ended (overlap.h): of what is read,
+// that one may write x, nothing else. Throws Fault(BadLaunch) where the sizes do not fit.
 template <typename T, typename H>
 void lora_shrink(View<const T> x, View<const T> a, const LoraBatch& batch, std::int64_t first_col,
                  LoraIntermediate<H> h, Stream& stream);
@@ -77,6 +76,13 @@ struct LoraColumns {
   std::int64_t at[kMaxParts] = {};    // the first column of y
 };
 
+// What lora_expand may take to be complete when it begins.
+enum class LoraBefore : std::uint8_t {
+  all,   // all that it reads
+  rest,  // all but h: that is what the kernel before it in the stream writes (lora_shrink, with
+         // nothing in between), and lora_expand begins while that one runs
+};
+
 // y[t][at[p] + n] = base[the same] + scale (sum_j h[p][t][j] b[slot of t][n of p][j] + bias[slot][n
 // of p]), j below the adapter's LoRA rank; h is rounded to T first, the sum is made in fp32, and so
 // are scaling and adding, with one rounding to Out (T or float) at the end. Tokens of no adapter,
@@ -87,11 +93,23 @@ struct LoraColumns {
 template <typename T, typename H, typename Out>
 void lora_expand(LoraIntermediate<const H> h, View<const T> b, View<const T> bias,
                  const LoraBatch& batch, const LoraColumns& columns, View<const Out> base,
-                 View<Out> y, Stream& stream);
+                 View<Out> y, Stream& stream, LoraBefore before = LoraBefore::all);
+
+// Which kernel each of the two is. An element's bits do not depend on it.
+enum class LoraKernel : std::uint8_t {
+  any,    // any rows
+  whole,  // whole vectors of 16-bit elements
+  whole_many_blocks,
+};
+// aligned: all tensors' rows begin at multiples of 16 bytes.
+LoraKernel lora_shrink_kernel(DType t, std::int64_t in, bool aligned, std::int64_t tiles,
+                              std::int64_t parts, std::int64_t h_cols);
+LoraKernel lora_expand_kernel(DType t, const LoraColumns& columns, std::int64_t y_cols,
+                              bool aligned, bool has_bias, std::int64_t tiles);
 
 // How the two add up: over k columns of x, and over a LoRA rank. No path is less exact. An
-// element's bits depend on its token's row, its rows of A or B, the adapter's LoRA rank, and
-// whether its slot has more than two tokens: on nothing else of the batch, and not on their order.
+// element's bits depend on its token's row, its rows of A or B, and the adapter's LoRA rank: on
+// nothing else of the batch.
 Accumulation lora_shrink_accumulation(DType t, std::int64_t k);
 Accumulation lora_expand_accumulation(DType t, std::int64_t rank);
 

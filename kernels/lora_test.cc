@@ -61,6 +61,8 @@ struct Host {
 // Shrunk activations likewise, in one of the ways that a layer may lay them out.
 enum class Layout { dense, tokens_outside, columns_apart };
 
+std::uint32_t as_bits(float value) { return std::bit_cast<std::uint32_t>(value); }
+
 template <typename H>
 struct HostShrunk {
   std::int64_t parts, tokens, cols;
@@ -551,8 +553,68 @@ TEST(Lora, BitsAreATokensOwn) {
   }
 }
 
-// Two tokens are computed as one is, and not as three are.
-TEST(Lora, FewTokensTakeNoMatrixSteps) {
+// Rows that are aligned and whole take other kernels than those that are not.
+TEST(Lora, BitsDoNotDependOnTheKernel) {
+  for (const int tokens : {1, 2, 3, 17}) {
+    for (const std::int32_t rank : {1, 6, 16, 20, 40}) {
+      SCOPED_TRACE(::testing::Message() << tokens << " tokens, LoRA rank " << rank);
+      const Adapters adapters{{tokens, 0, 3}, 40, {rank, 40}};
+      constexpr std::int64_t kIn = 672;
+      ASSERT_EQ(lora_shrink_kernel(DType::bf16, kIn, true, 3, 1, 40), LoraKernel::whole);
+      const auto shrunk = [&](std::int64_t pad) {
+        OneShrink<bf16, float> run(adapters, kIn, 0, 40, pad, pad, Layout::dense, dense_numbers(1));
+        run.go();
+        return run.h.values;
+      };
+      EXPECT_TRUE(std::ranges::equal(shrunk(0), shrunk(3), {}, as_bits, as_bits));
+
+      const LoraColumns columns{1, {200}, {8}};
+      ASSERT_EQ(lora_expand_kernel(DType::bf16, columns, 216, true, false, 3), LoraKernel::whole);
+      const auto expanded = [&](std::int64_t pad) {
+        OneExpand<bf16, float, float> run(adapters, columns, 216, false, true, pad, pad,
+                                          Layout::dense, dense_numbers(2));
+        run.go();
+        std::vector<std::uint32_t> bits;
+        for (std::int64_t t = 0; t < run.y.rows; ++t)
+          for (std::int64_t c = 0; c < 216; ++c) bits.push_back(as_bits(run.y.at(t, c)));
+        return bits;
+      };
+      EXPECT_EQ(expanded(0), expanded(3));
+    }
+  }
+}
+
+// lora_expand begins while lora_shrink runs, in any order of their threads.
+TEST(Lora, ExpandsBehindShrink) {
+  OneShrink<f16, float> shrink({{20, 2, 0}, 16, {16, 16, 9, 3}}, 608, 0, 16, 0, 0, Layout::dense,
+                               small_numbers(1));
+  OneExpand<f16, float, float> expand(shrink.adapters, {2, {200, 40}, {0, 200}}, 240, false, true,
+                                      0, 0, Layout::dense, small_numbers(2));
+  const std::vector<float> base = expand.y.values;
+  for (std::uint64_t seed = 0; seed < 8; ++seed) {
+    const Report report = run_rank(
+        [&](Stream& stream) {
+          const OnDevice on(stream, lora_plan(shrink.slot_of_token, 2), shrink.adapters.ranks,
+                            expand.scales, 2);
+          const Buffer xs = upload(stream, shrink.x.values), as = upload(stream, shrink.a.values),
+                       hs = upload(stream, shrink.h.values), bs = upload(stream, expand.b.values),
+                       ys = upload(stream, base);
+          lora_shrink<f16, float>(shrink.x.on(xs), shrink.a.on(as), on.batch, 0,
+                                  shrink.h.on<float>(hs), stream);
+          lora_expand<f16, float, float>(shrink.h.on<const float>(hs), expand.b.on(bs), {},
+                                         on.batch, expand.columns, expand.y.on(ys), expand.y.on(ys),
+                                         stream, LoraBefore::rest);
+          expand.h.values = download<float>(stream, hs);
+          expand.y.values = download<float>(stream, ys);
+        },
+        seed);
+    ASSERT_FALSE(report.fault) << report.fault->what;
+    expand.expect_exact();
+  }
+}
+
+// Nor on how many tokens the slot has, and in which tile this one is.
+TEST(Lora, BitsDoNotDependOnTheOtherTokens) {
   const auto shrunk = [](int tokens) {
     OneShrink<f16, float> run({{tokens, 0}, 8, {8}}, 500, 0, 8, 0, 0, Layout::dense,
                               dense_numbers(6));
@@ -563,22 +625,10 @@ TEST(Lora, FewTokensTakeNoMatrixSteps) {
         run.a.at(j, k) = from_float<f16>(1.0f / float(k + j + 2));
     }
     run.go();
-    return std::vector<float>(run.h.values.begin(), run.h.values.begin() + 8);
+    const auto last = run.h.values.begin() + 8 * (tokens - 1);
+    return std::vector<float>(last, last + 8);
   };
-  EXPECT_EQ(shrunk(2), shrunk(1));
-  EXPECT_NE(shrunk(3), shrunk(1));
-  EXPECT_EQ(shrunk(3), shrunk(16));
-}
-
-// A token that is alone in a slot's last tile has the bits that it has in the first one.
-TEST(Lora, TheLastTileTakesThePathOfTheOthers) {
-  OneShrink<f16, float> run({{17, 0}, 8, {8}}, 500, 0, 8, 0, 0, Layout::dense, dense_numbers(6));
-  for (std::int64_t k = 0; k < 500; ++k) {
-    for (std::int64_t t = 0; t < 17; ++t) run.x.at(t, k) = from_float<f16>(1.0f / float(k + 1));
-    for (std::int64_t j = 0; j < 8; ++j) run.a.at(j, k) = from_float<f16>(1.0f / float(k + j + 2));
-  }
-  run.go();
-  for (std::int64_t j = 0; j < 8; ++j) EXPECT_EQ(run.h.at(0, 16, j), run.h.at(0, 0, j)) << j;
+  for (const int tokens : {2, 3, 16, 17}) EXPECT_EQ(shrunk(tokens), shrunk(1)) << tokens;
 }
 
 // One token's NaN or infinity is no other's.
@@ -713,20 +763,22 @@ TEST(LoraJoin, PutsTheRanksSharesSideBySide) {
 
 TEST(LoraPlan, SortsTokensBySlotAndCutsTiles) {
   const LoraPlan plan = lora_plan({2, -1, 0, 2, -1, 2, 0}, 3);
-  EXPECT_EQ(plan.order, (std::vector<std::int32_t>{2, 6, 0, 3, 5, 1, 4}));
   ASSERT_EQ(plan.tiles.size(), 3u);
-  const std::int32_t tiles[][4] = {{0, 0, 2, 2}, {2, 2, 3, 3}, {-1, 5, 2, 2}};
+  const std::int32_t tiles[][2] = {{0, 2}, {2, 3}, {-1, 2}};
+  std::vector<std::int32_t> order(3 * kLoraTile, -1);
+  order[0] = 2, order[1] = 6;
+  order[16] = 0, order[17] = 3, order[18] = 5;
+  order[32] = 1, order[33] = 4;
+  EXPECT_EQ(plan.order, order);
   for (std::size_t i = 0; i < 3; ++i) {
     EXPECT_EQ(plan.tiles[i].slot, tiles[i][0]);
-    EXPECT_EQ(plan.tiles[i].first, tiles[i][1]);
-    EXPECT_EQ(plan.tiles[i].count, tiles[i][2]);
-    EXPECT_EQ(plan.tiles[i].of_slot, tiles[i][3]);
+    EXPECT_EQ(plan.tiles[i].count, tiles[i][1]);
   }
   const LoraPlan one = lora_plan(std::vector<std::int32_t>(33, 0), 1);
   ASSERT_EQ(one.tiles.size(), 3u);
-  EXPECT_EQ(one.tiles[2].first, 32);
+  EXPECT_EQ(one.order[32], 32);
+  EXPECT_EQ(one.order[33], -1);
   EXPECT_EQ(one.tiles[2].count, 1);
-  EXPECT_EQ(one.tiles[2].of_slot, 33);
   for (const std::int32_t slot : {-2, 3}) {
     EXPECT_EQ(fault_of([slot](Stream&) {
                 lora_plan({0, slot}, 3);

@@ -1,14 +1,19 @@
+#include <algorithm>
+#include <optional>
+
 #include "harness/device/device.h"
 #include "harness/device/require.h"
+#include "harness/group/peer_exchange.cuh"
 #include "kernels/qk_columns.h"
 #include "kernels/qk_norm.h"
 #include "kernels/reduce.cuh"
+#include "kernels/words.cuh"
 
 namespace tp {
 
 namespace {
 
-// One of the two norms as the kernels see it. blockIdx.y says which: 0 is q, 1 is k.
+// One of the two norms as the kernels see it.
 template <typename T>
 struct Norm {
   View<const T> x;
@@ -18,43 +23,254 @@ struct Norm {
   float multiplier;  // of this rank's sum: 1, or 0 where it does not count
 };
 
-// Sum of squares of a row, in every thread of the block. scratch: block_scratch_floats in shared
-// memory.
+// Both of them. A block takes a token: the first q_threads threads its q, all others its k.
 template <typename T>
-__device__ float row_sum_of_squares(const T* row, std::int64_t cols, float* scratch) {
-  float sum = 0.0f;
-  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
-    const float x = to_float(row[j]);
-    sum = fmaf(x, x, sum);
-  }
-  return block_sum(sum, scratch);
+struct Norms {
+  Norm<T> q, k;
+  int q_threads;
+  float eps;
+};
+
+// Vectors of 16 bytes of a row, and of the weight, that a thread keeps in shared memory. Those of
+// very wide rows are read again.
+constexpr int kHeld = 4;
+constexpr int kMaxWarps = 8;  // of a row
+
+int warps_of(std::int64_t cols, std::int64_t vector) {
+  const std::int64_t warp = 32 * kHeld * vector;
+  return int(std::clamp<std::int64_t>((cols + warp - 1) / warp, 1, kMaxWarps));
 }
 
-// out[j] = x[j] * inverse * weight[j], rounded once.
-template <typename T>
-__device__ void scale_row(const T* x, const T* weight, T* out, std::int64_t cols, float inverse) {
-  for (std::int64_t j = threadIdx.x; j < cols; j += blockDim.x) {
-    out[j] = from_float<T>(to_float(x[j]) * inverse * to_float(weight[j]));
-  }
+constexpr int kStages = 3;  // rows that a block has at the same time
+
+// In shared memory; behind it vectors [kHeld][threads of the block] of the weights, and of each
+// row.
+struct alignas(16) Scratch {
+  float partial[2 * kMaxWarps];  // of the block's warps
+  Vec<float, 2> received[kMaxPeers];
+  float inverse[2][2];  // of q and k, of tokens by turns
+};
+std::size_t shared_bytes(int threads, int stages) {
+  return sizeof(Scratch) + std::size_t(threads) * kHeld * 16 * std::size_t(1 + stages);
 }
 
+// What a thread has of one of the norms: vectors thread, thread + threads, ... of each row.
+template <typename T, bool kWhole>  // vectors are aligned, and rows have no rest
+class Share {
+ public:
+  __device__ explicit Share(const Norms<T>& norms)
+      : is_q_(int(threadIdx.x) < norms.q_threads),
+        x_(is_q_ ? norms.q.x.data : norms.k.x.data),
+        weight_(is_q_ ? norms.q.weight : norms.k.weight),
+        out_(is_q_ ? norms.q.out.data : norms.k.out.data),
+        kept_(reinterpret_cast<Words<T>*>(dynamic_shared<Scratch>() + 1) + threadIdx.x),
+        x_stride_(int(is_q_ ? norms.q.x.row_stride : norms.k.x.row_stride)),
+        out_stride_(int(is_q_ ? norms.q.out.row_stride : norms.k.out.row_stride)),
+        cols_(int(is_q_ ? norms.q.x.cols : norms.k.x.cols)),
+        first_((int(threadIdx.x) - (is_q_ ? 0 : norms.q_threads)) * kWide<T>),
+        step_((is_q_ ? norms.q_threads : int(blockDim.x) - norms.q_threads) * kWide<T>) {}
+  __device__ bool is_q() const { return is_q_; }
+
+  // Begun: copy_async_commit and copy_async_wait say when they are there for this thread, who is
+  // the only one that reads them.
+  __device__ void load_weights() const { load(weight_, 0); }
+  __device__ void load_row(std::int64_t token, int stage) const {
+    load(x_ + token * x_stride_, 1 + stage);
+  }
+
+  // The thread's part of a row's sum of squares.
+  __device__ float sum_of_squares(std::int64_t token, int stage) const {
+    float sum = 0.0f;
+    each(token, stage, [&](int, int, const Words<T>& x) {
+#pragma unroll
+      for (int e = 0; e < kWide<T>; ++e) sum = fmaf(element<T>(x, e), element<T>(x, e), sum);
+    });
+    return sum;
+  }
+
+  // out = x * inverse * weight, rounded once.
+  __device__ void normalize(std::int64_t token, int stage, float inverse) const {
+    T* const out = out_ + token * out_stride_;
+    each(token, stage, [&](int i, int col, const Words<T>& x) {
+      const Words<T> weight = i < kHeld ? *kept(0, i) : words_at(weight_, col);
+      put(out, col,
+          words_of<T>([&](int e) { return element<T>(x, e) * inverse * element<T>(weight, e); }));
+    });
+  }
+
+ private:
+  __device__ Words<T>* kept(int row, int i) const {
+    return kept_ + (row * kHeld + i) * int(blockDim.x);
+  }
+  __device__ void load(const T* row, int to) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int col = first_ + i * step_;
+      if (col >= cols_) break;
+      if constexpr (kWhole) {
+        copy_async<16>(kept(to, i), row + col);
+      } else {
+        *kept(to, i) = words_at(row, col);
+      }
+    }
+  }
+  // Zeros behind the end of the row.
+  __device__ Words<T> words_at(const T* row, int col) const {
+    if constexpr (kWhole) {
+      return load_words(row + col);
+    } else {
+      Vec<T, kWide<T>> v;
+      for (int e = 0; e < kWide<T>; ++e)
+        v[e] = col + e < cols_ ? row[col + e] : from_float<T>(0.0f);
+      return std::bit_cast<Words<T>>(v);
+    }
+  }
+  __device__ void put(T* row, int col, const Words<T>& words) const {
+    if constexpr (kWhole) {
+      store_words(row + col, words);
+    } else {
+      const auto v = std::bit_cast<Vec<T, kWide<T>>>(words);
+      for (int e = 0; e < kWide<T> && col + e < cols_; ++e) row[col + e] = v[e];
+    }
+  }
+  // f(number, column, words) of each of the thread's vectors of a row, kept or read again.
+  template <typename F>
+  __device__ void each(std::int64_t token, int stage, F f) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first_ + i * step_ < cols_) f(i, first_ + i * step_, *kept(1 + stage, i));
+    }
+#pragma unroll 1
+    for (int col = first_ + kHeld * step_; col < cols_; col += step_)
+      f(kHeld, col, words_at(x_ + token * x_stride_, col));
+  }
+
+  bool is_q_;
+  const T* x_;
+  const T* weight_;
+  T* out_;
+  Words<T>* kept_;  // of this thread, every blockDim.x: the weights, the rows
+  int x_stride_, out_stride_, cols_, first_, step_;  // in elements
+};
+
+// This rank's sums of squares of q and k from those of the block's warps, in their order.
+template <typename T>
+__device__ Vec<float, 2> rank_sums(const Norms<T>& norms, const Scratch& scratch) {
+  const int q_warps = norms.q_threads / 32, k_warps = int(blockDim.x) / 32 - q_warps;
+  float q = scratch.partial[0], k = scratch.partial[q_warps];
+#pragma unroll
+  for (int w = 1; w < kMaxWarps; ++w) {
+    if (w < q_warps) q += scratch.partial[w];
+    if (w < k_warps) k += scratch.partial[q_warps + w];
+  }
+  return {{q * norms.q.multiplier, k * norms.k.multiplier}};
+}
+
+// A row's sums over the warps, in scratch.partial, for all threads.
+template <typename T, bool kWhole>
+__device__ void sum_row(const Share<T, kWhole>& share, std::int64_t token, int stage,
+                        Scratch& scratch) {
+  const float sum = warp_sum(share.sum_of_squares(token, stage));
+  if (threadIdx.x % 32 == 0) scratch.partial[threadIdx.x / 32] = sum;
+  __syncthreads();
+}
+
+// The whole norm of all tokens on this rank. While a block waits for its peers' sums of a token,
+// its own of the next one are on their way to them, and the row after that on its way here.
+// `reduced`: which of the statistics are all-reduced, those of q of all tokens first.
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(2 * kMaxWarps * 32)
+    qk_norm_kernel(Norms<T> norms, Shard reduced, Peers peers) {
+  Scratch& scratch = *dynamic_shared<Scratch>();
+  const int thread = int(threadIdx.x);
+  const bool meets = thread < 32;  // the first warp does, a lane with each rank
+  const std::int64_t tokens = norms.q.x.rows, step = gridDim.x;
+  const Share<T, kWhole> share(norms);
+  const auto load = [&](std::int64_t token, int stage) {
+    if (token < tokens) share.load_row(token, stage);
+    copy_async_commit();
+  };
+  wait_for_previous_kernel();
+  load(blockIdx.x, 0);
+  share.load_weights();
+  load(blockIdx.x + step, 1);
+  PeerChannel<> channel(peers, int(blockIdx.x));
+  Vec<float, 2> mine{}, next{};  // this rank's sums
+  const auto send = [&](std::int64_t token, int stage) {
+    sum_row(share, token, stage, scratch);
+    if (!meets) return;
+    next = rank_sums(norms, scratch);
+    if (thread < peers.tp_size) channel.send(peers, thread, next);
+  };
+  copy_async_wait<1>();
+  send(blockIdx.x, 0);
+  __syncthreads();  // the next row's sums come to the same place
+  int stage = 0;
+  for (std::int64_t token = blockIdx.x, turn = 0; token < tokens; token += step, turn ^= 1) {
+    const int second = stage == kStages - 1 ? 0 : stage + 1;
+    const int third = second == kStages - 1 ? 0 : second + 1;
+    mine = next;
+    load(token + 2 * step, third);
+    copy_async_wait<1>();
+    if (token + step < tokens) send(token + step, second);
+    if (meets) {
+      if (thread < peers.tp_size) scratch.received[thread] = channel.receive(peers, thread, mine);
+      __syncwarp();
+      if (thread < 2) {  // 0: q, 1: k
+        float total = scratch.received[0][thread];
+#pragma unroll 4
+        for (int r = 1; r < peers.tp_size; ++r) total += scratch.received[r][thread];
+        const std::int64_t statistic = thread * tokens + token - reduced.offset;
+        if (statistic < 0 || statistic >= reduced.size) total = thread == 0 ? mine[0] : mine[1];
+        const float divisor = thread == 0 ? norms.q.divisor : norms.k.divisor;
+        scratch.inverse[turn][thread] = inverse_root(total / divisor, norms.eps);
+      }
+    }
+    __syncthreads();
+    share.normalize(token, stage, scratch.inverse[turn][share.is_q() ? 0 : 1]);
+    stage = second;
+  }
+  if (thread == 0) channel.close(peers);
+}
+
+// The same in two kernels, with a collective between them. One block a token.
 // sums[token] = this rank's sum of squares of q, sums[tokens + token] that of k.
-template <typename T>
-__global__ void sum_squares_kernel(Norm<T> q, Norm<T> k, float* sums) {
-  const Norm<T>& norm = blockIdx.y == 0 ? q : k;
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(2 * kMaxWarps * 32)
+    sum_squares_kernel(Norms<T> norms, float* sums) {
+  Scratch& scratch = *dynamic_shared<Scratch>();
   const std::int64_t token = blockIdx.x;
-  const float sum = row_sum_of_squares(norm.x.data + token * norm.x.row_stride, norm.x.cols,
-                                       dynamic_shared<float>());
-  if (threadIdx.x == 0) sums[blockIdx.y * gridDim.x + token] = sum * norm.multiplier;
+  const Share<T, kWhole> share(norms);
+  share.load_row(token, 0);
+  copy_async_commit();
+  copy_async_wait<0>();
+  sum_row(share, token, 0, scratch);
+  if (threadIdx.x == 0) {
+    const Vec<float, 2> mine = rank_sums(norms, scratch);
+    sums[token] = mine[0];
+    sums[gridDim.x + token] = mine[1];
+  }
+}
+
+template <typename T, bool kWhole>
+__global__ void __launch_bounds__(2 * kMaxWarps * 32)
+    normalize_kernel(Norms<T> norms, const float* sums) {
+  const std::int64_t token = blockIdx.x;
+  const Share<T, kWhole> share(norms);
+  share.load_row(token, 0);
+  share.load_weights();
+  copy_async_commit();
+  const float total = sums[(share.is_q() ? 0 : gridDim.x) + token];
+  const float divisor = share.is_q() ? norms.q.divisor : norms.k.divisor;
+  const float inverse = inverse_root(total / divisor, norms.eps);
+  copy_async_wait<0>();
+  share.normalize(token, 0, inverse);
 }
 
 template <typename T>
-__global__ void normalize_kernel(Norm<T> q, Norm<T> k, const float* sums, float eps) {
-  const Norm<T>& norm = blockIdx.y == 0 ? q : k;
-  const std::int64_t token = blockIdx.x;
-  const float inverse = inverse_root(sums[blockIdx.y * gridDim.x + token] / norm.divisor, eps);
-  scale_row(norm.x.data + token * norm.x.row_stride, norm.weight,
-            norm.out.data + token * norm.out.row_stride, norm.x.cols, inverse);
+bool is_whole(const Norm<T>& norm) {
+  return has_aligned_rows(norm.x) && has_aligned_rows(norm.out) && norm.x.cols % kWide<T> == 0 &&
+         reinterpret_cast<std::uintptr_t>(norm.weight) % 16 == 0;
 }
 
 // One of the two norms of single heads.
@@ -89,10 +305,27 @@ __global__ void norm_heads_kernel(HeadNorm<T> q, HeadNorm<T> k, int head_dim, fl
 
 }  // namespace
 
+namespace {
+
+// How many blocks of the kernel that meets its peers a rank launches: nothing where they cannot
+// meet. Of the same number on all ranks, whatever their rows' alignment.
+template <typename T>
+std::int64_t meeting_blocks(const Peers& peers, std::int64_t tokens, int threads) {
+  const auto resident = [&](auto* kernel) {
+    return resident_blocks("qk_norm", kernel, threads, shared_bytes(threads, kStages)) /
+           peers.ranks_per_device;
+  };
+  const std::int64_t most = std::min(
+      {peers.channels, resident(qk_norm_kernel<T, false>), resident(qk_norm_kernel<T, true>)});
+  return std::min(tokens, most);
+}
+
+}  // namespace
+
 template <typename T>
 void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, View<T> k_out,
              float* sums, const ModelShape& model, const ShardingRules& rules, float eps,
-             TpGroup& group, Stream& stream) {
+             TpGroup& group, Stream& stream, QkNormPath path) {
   const int tp_size = group.tp_size(), tp_rank = group.tp_rank();
   const auto [q_cols, k_cols] =
       qk_columns("qk_norm", qkv, q_out, k_out, model, partition(model, tp_size, tp_rank));
@@ -100,22 +333,36 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
           "the q_norm weight has {} elements, q has {} columns", {weights.q.cols, q_cols.size});
   require(weights.k.cols == k_cols.size, "qk_norm",
           "the k_norm weight has {} elements, k has {} columns", {weights.k.cols, k_cols.size});
-  const Norm<T> q{qkv.columns(q_cols.offset, q_cols.size), weights.q.data, q_out,
-                  float(q_cols.size * rules.norm.q_shards(model, tp_size)), 1.0f};
+  const int q_threads = 32 * warps_of(q_cols.size, kWide<T>);
+  const int threads = q_threads + 32 * warps_of(k_cols.size, kWide<T>);
   // Ranks that share a KV head hold equal sums, so the total counts it once per replica, and so
   // does the divisor (sgl-project/sglang#20967 divided by the replicas, which is too little).
-  const Norm<T> k{qkv.columns(k_cols.offset, k_cols.size), weights.k.data, k_out,
-                  float(k_cols.size * rules.norm.k_shards(model, tp_size)),
-                  rules.norm.k_counts(model, tp_size, tp_rank) ? 1.0f : 0.0f};
-
-  const dim3 grid(unsigned(qkv.rows), 2);
-  const int threads = row_threads(q_cols.size);  // at least as wide as k
-  launch("qk_norm.sum_squares", sum_squares_kernel<T>, grid, dim3(unsigned(threads)),
-         block_scratch_floats(threads) * sizeof(float), stream, q, k, sums);
+  const Norms<T> norms{{qkv.columns(q_cols.offset, q_cols.size), weights.q.data, q_out,
+                        float(q_cols.size * rules.norm.q_shards(model, tp_size)), 1.0f},
+                       {qkv.columns(k_cols.offset, k_cols.size), weights.k.data, k_out,
+                        float(k_cols.size * rules.norm.k_shards(model, tp_size)),
+                        rules.norm.k_counts(model, tp_size, tp_rank) ? 1.0f : 0.0f},
+                       q_threads,
+                       eps};
   const Shard reduced = rules.norm.stats_reduced(qkv.rows);
+  const dim3 tokens(unsigned(qkv.rows)), block{unsigned(threads)};
+  const bool whole = is_whole(norms.q) && is_whole(norms.k);
+  const auto choose = [&](auto* of_whole, auto* of_any) { return whole ? of_whole : of_any; };
+
+  const std::optional<Peers> peers = path == QkNormPath::peer ? group.peers(stream) : std::nullopt;
+  const std::int64_t blocks = peers ? meeting_blocks<T>(*peers, qkv.rows, threads) : 0;
+  if (blocks > 0) {
+    group.peer_exchange<float>(reduced.size, stream);
+    launch_overlapping("qk_norm", choose(qk_norm_kernel<T, true>, qk_norm_kernel<T, false>),
+                       dim3(unsigned(blocks)), block, shared_bytes(threads, kStages), stream, norms,
+                       reduced, *peers);
+    return;
+  }
+  launch("qk_norm.sum_squares", choose(sum_squares_kernel<T, true>, sum_squares_kernel<T, false>),
+         tokens, block, shared_bytes(threads, 1), stream, norms, sums);
   group.all_reduce_sum(sums + reduced.offset, reduced.size, stream);
-  launch("qk_norm.normalize", normalize_kernel<T>, grid, dim3(unsigned(threads)), 0, stream, q, k,
-         static_cast<const float*>(sums), eps);
+  launch("qk_norm.normalize", choose(normalize_kernel<T, true>, normalize_kernel<T, false>), tokens,
+         block, shared_bytes(threads, 1), stream, norms, static_cast<const float*>(sums));
 }
 
 template <typename T>
@@ -151,26 +398,30 @@ Profile qk_head_norm_profile(const ModelShape& model) {
           .rsqrt_ulps = 1};
 }
 
-QkNormProfiles qk_norm_profiles(const ModelShape& model, int tp_size) {
+QkNormProfiles qk_norm_profiles(const ModelShape& model, DType dtype, int tp_size) {
   const RankShape rank = partition(model, tp_size, 0);  // all ranks are equally wide
-  const std::int64_t q_cols = rank.heads.size * model.head_dim,
-                     k_cols = rank.kv_heads.size * model.head_dim;
-  const int threads = row_threads(q_cols);
+  const std::int64_t vector = 16 / size_of(dtype);
   const auto profile = [&](std::int64_t cols) {
-    return Profile{.depth = row_sum_depth(cols, threads),
+    const int warps = warps_of(cols, vector);
+    const std::int64_t step = 32 * warps * vector;  // what all threads take at a time
+    // A thread's vectors, its warp, the warps one after another.
+    return Profile{.depth = (cols + step - 1) / step * vector + kWarpSumDepth + warps - 1,
                    .all_reduce_terms = tp_size,
                    .terms = cols * tp_size,
                    .rsqrt_ulps = 1};
   };
-  return {profile(q_cols), profile(k_cols)};
+  return {profile(rank.heads.size * model.head_dim), profile(rank.kv_heads.size * model.head_dim)};
 }
 
 template void qk_norm(View<const float>, const QkNormWeights<float>&, View<float>, View<float>,
-                      float*, const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&);
+                      float*, const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&,
+                      QkNormPath);
 template void qk_norm(View<const f16>, const QkNormWeights<f16>&, View<f16>, View<f16>, float*,
-                      const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&);
+                      const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&,
+                      QkNormPath);
 template void qk_norm(View<const bf16>, const QkNormWeights<bf16>&, View<bf16>, View<bf16>, float*,
-                      const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&);
+                      const ModelShape&, const ShardingRules&, float, TpGroup&, Stream&,
+                      QkNormPath);
 template void qk_head_norm(View<const float>, const QkNormWeights<float>&, float, View<float>,
                            View<float>, const ModelShape&, const RankShape&, const ShardingRules&,
                            float, Stream&);

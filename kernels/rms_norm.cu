@@ -25,7 +25,9 @@ struct Norm {
 
 // ---- Rows in registers.
 
-constexpr int kBlockThreads = 128;  // of a block that several rows share
+constexpr int kBlockThreads = 128;   // of a block that several rows share
+constexpr int kMaxRowThreads = 512;  // of a row
+constexpr int kElements = 16;        // of a thread, where so many threads are enough
 
 // What a thread has of a row: vectors t, t + threads, .. of it.
 template <typename T, int Vectors>
@@ -45,7 +47,8 @@ struct HeldSum {
 // Threads: of a row, if they are a warp or a part of one; 0: all of the block. x * inverse is kept
 // in Normed until the weight is multiplied; x + residual, if Adds, in Sum.
 template <int Threads, int Vectors, bool Adds, typename Sum, typename Normed, typename T>
-__global__ void held_rows_kernel(Norm<T> norm) {
+__global__ void __launch_bounds__(Threads == 0 ? kMaxRowThreads : kBlockThreads)
+    held_rows_kernel(Norm<T> norm) {
   const int threads = Threads == 0 ? int(blockDim.x) : Threads,
             thread = Threads == 0 ? int(threadIdx.x) : int(threadIdx.x) % Threads;
   std::int64_t row = blockIdx.x;
@@ -67,8 +70,10 @@ __global__ void held_rows_kernel(Norm<T> norm) {
     return held;
   };
 
-  const HeldRow<T, Vectors> weight = load(norm.weight),
-                            x = load(norm.x.data + row * norm.x.row_stride);
+  const HeldRow<T, Vectors> weight = load(norm.weight);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const HeldRow<T, Vectors> x = load(norm.x.data + row * norm.x.row_stride);
   const auto scale = [&](const auto& held) {
     float sum = 0.0f;
 #pragma unroll
@@ -171,13 +176,13 @@ void launch_norm(const char* name, const Norm<T>& norm, bool aligned, Stream& st
   const auto of_part = [&]<int Threads, int Vectors>() {
     const unsigned in_block = unsigned(min(int(rows), kBlockThreads / Threads)),
                    warps = (in_block * Threads + 31) / 32, of_block = warps * 32 / Threads;
-    launch(name, held_rows_kernel<Threads, Vectors, Adds, Sum, Normed, T>,
-           dim3((rows + of_block - 1) / of_block), dim3(warps * 32), 0, stream, norm);
+    launch_overlapping(name, held_rows_kernel<Threads, Vectors, Adds, Sum, Normed, T>,
+                       dim3((rows + of_block - 1) / of_block), dim3(warps * 32), 0, stream, norm);
   };
   const auto of_block = [&]<int Vectors>() {
-    launch(name, held_rows_kernel<0, Vectors, Adds, Sum, Normed, T>, dim3(rows),
-           dim3(unsigned(share.threads)), block_scratch_floats(share.threads) * sizeof(float),
-           stream, norm);
+    launch_overlapping(name, held_rows_kernel<0, Vectors, Adds, Sum, Normed, T>, dim3(rows),
+                       dim3(unsigned(share.threads)),
+                       block_scratch_floats(share.threads) * sizeof(float), stream, norm);
   };
   if (share.vectors == 0) {
     launch(name, any_rows_kernel<Adds, Sum, Normed, T>, dim3(rows), dim3(unsigned(share.threads)),
@@ -243,21 +248,24 @@ void add_rms_norm(View<const T> x, View<const T> residual, View<const T> weight,
 
 RowShare rms_norm_share(DType t, std::int64_t cols, bool aligned) {
   const std::int64_t wide = 16 / size_of(t), vectors = cols / wide;
-  if (!aligned || cols % wide != 0 || vectors > 8 * kMaxThreads)
+  // A thread has room for 8 vectors.
+  if (!aligned || cols % wide != 0 || vectors > 8 * kMaxRowThreads)
     return {.threads = row_threads(cols), .vectors = 0};
-  // A warp has no barrier to wait at.
-  if (vectors <= 16) return {.threads = vectors <= 8 ? 8 : 16, .vectors = 1};
-  if (vectors <= 128) return {.threads = 32, .vectors = vectors <= 32 ? 1 : vectors <= 64 ? 2 : 4};
-  const int each = vectors <= 2 * kMaxThreads ? 2 : vectors <= 4 * kMaxThreads ? 4 : 8;
+  if (vectors <= 32) return {.threads = vectors <= 8 ? 8 : vectors <= 16 ? 16 : 32, .vectors = 1};
+  if (vectors <= 64) return {.threads = 32, .vectors = 2};
+  int each = int(kElements / wide);
+  while (vectors > each * kMaxRowThreads) each *= 2;
   return {.threads = int((vectors + each * 32 - 1) / (each * 32)) * 32, .vectors = each};
 }
 
 Profile rms_norm_profile(DType t, std::int64_t cols, bool aligned) {
   const RowShare share = rms_norm_share(t, cols, aligned);
-  // A vector's chain, then the vectors, then the threads.
+  // Of a vector, of a thread's vectors, and of the threads.
   const std::int64_t depth =
-      share.vectors == 0 ? row_sum_depth(cols, share.threads)
-                         : 16 / size_of(t) + share.vectors - 1 + block_sum_depth(share.threads);
+      share.vectors == 0
+          ? row_sum_depth(cols, share.threads)
+          : 16 / size_of(t) + share.vectors - 1 +
+                (share.threads < 32 ? ceil_log2(share.threads) : block_sum_depth(share.threads));
   return {.depth = depth, .all_reduce_terms = 1, .terms = cols, .rsqrt_ulps = 1};
 }
 

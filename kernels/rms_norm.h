@@ -12,7 +12,9 @@
 namespace tp {
 
 // x, out [rows, cols], any row stride; weight [1, cols]. out must not overlap x. `rounding`: the
-// contract, above. Throws Fault(BadLaunch) where the sizes do not fit each other.
+// contract, above. May begin before the kernel before it in the stream has ended (overlap.h), which
+// must not be what writes the weight. Throws Fault(BadLaunch) where the sizes do not fit each
+// other.
 template <typename T>
 void rms_norm(View<const T> x, View<const T> weight, View<T> out, float eps,
               const NormRounding& rounding, Stream& stream);

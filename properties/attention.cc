@@ -10,6 +10,7 @@
 #include <cmath>
 #include <limits>
 #include <set>
+#include <tuple>
 
 #include "properties/attention_call.h"
 #include "properties/attention_data.h"
@@ -36,10 +37,18 @@ using Value = std::function<double(const DataRegime&, std::int64_t, std::int64_t
 // The value of any tensor's element, also of one that is filled by role and regime.
 Value value_of(const TensorSpec& tensor) {
   if (tensor.value) return tensor.value;
-  return [tensor](const DataRegime& regime, std::int64_t row, std::int64_t col) {
-    alignas(8) std::byte bytes[8];
-    fill_block(tensor, regime, {row, 1}, {col, 1}, bytes, 1);
-    return load(tensor.dtype, bytes, 0);
+  // A row at a time: whoever asks for an element asks for its neighbours next.
+  const auto asked = [](const DataRegime& g, std::int64_t row) {
+    return std::tuple(g.fill, g.seed, g.eps, g.scale_log2, g.rotate_rows, row);
+  };
+  return [tensor, asked, filled = std::vector<std::byte>(), of = asked({}, -1)](
+             const DataRegime& regime, std::int64_t row, std::int64_t col) mutable {
+    if (of != asked(regime, row)) {
+      filled.resize(std::size_t(tensor.cols * size_of(tensor.dtype)));
+      fill_block(tensor, regime, {row, 1}, {0, tensor.cols}, filled.data(), tensor.cols);
+      of = asked(regime, row);
+    }
+    return load(tensor.dtype, filled.data(), col);
   };
 }
 
@@ -335,7 +344,7 @@ Stage make_stage(const Case& c, const ShardingRules& rules, const Variation& var
             {.scale = plan.settings.scale,
              .mask = plan.settings.mask(),
              .softcap = plan.settings.softcap},
-            attention_profile(c.dtype, m, plan.call.batch.max_kv_len(), plan.settings));
+            attention_profile(c.dtype, m, c.tp_size, plan.call.batch, plan.settings));
         return {std::move(result.out), std::move(result.lse)};
       },
       .blind_to = {},
@@ -401,6 +410,7 @@ std::vector<LawRun> laws() {
       law("splits", "keys that are not split give the same", false,
           [](const Case& c) {
             Case one = c;
+            one.options["split_by"] = 0;
             one.options["splits"] = 1;
             return std::pair{one, Variation{.law = "splits"}};
           }),
@@ -423,7 +433,7 @@ std::optional<std::string> idle_law(const Case& c) {
   if (name == kPages && option("page_size") == 0) return "law=pages needs pages";
   if (name == kHeads && c.model.num_kv_heads == 1) return "law=heads needs several KV heads";
   if (name == "strided" && option("pad") == 0) return "law=strided needs pad";
-  if (name == "splits" && option("splits") == 1) return "law=splits needs splits";
+  if (name == "splits" && attention_settings(c).splits == 1) return "law=splits needs splits";
   return std::nullopt;
 }
 
@@ -448,6 +458,8 @@ std::optional<std::string> refuse(const Case& c) {
       c.num_tokens + c.options.at("num_seqs") * (c.options.at("context") + 64) + 64;
   const std::int64_t heads = std::max({c.model.num_heads, c.model.num_kv_heads, c.tp_size});
   if (auto reason = too_large(rows, heads * dim)) return reason;
+  if (c.options.at("split_by") == 1 && c.options.at("splits") != 1)
+    return "split_by=kernel leaves nothing to splits=" + std::to_string(c.options.at("splits"));
   return idle_law(c);
 }
 

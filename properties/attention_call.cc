@@ -60,12 +60,20 @@ std::vector<Key> attention_batch_keys() {
                "without context or missing those of the fused qkv row",
        .min = 0,
        .max = 64},
+      {.name = "split_by",
+       .help = "who says into how many parts the keys of a query are split: the case, or the "
+               "kernel itself",
+       .min = 0,
+       .max = 1,
+       .words = {"case", "kernel"},
+       .weights = {80, 20}},
       {.name = "splits",
        .help = "parts that the keys of a query are split into",
        .min = 1,
-       .max = 64,
+       .max = kMaxAttentionSplits,
        .fallback = 1,
-       .draw_max = 6},
+       .draw_max = 6,
+       .fits = [](const Case& c, std::int64_t) { return c.options.at("split_by") == 0; }},
       {.name = "placement",
        .help = "which KV heads a rank's cache holds: its own, or the whole model's",
        .min = 0,
@@ -221,8 +229,12 @@ AttentionSettings attention_settings(const Case& c) {
   s.causal = c.options.at("mask") == 0;
   if (window > 0) s.window = window;
   s.softcap = kSoftcaps[c.options.at("softcap")];
-  s.splits = c.options.at("splits");
   s.whole_cache = c.options.at("placement") == 1;
+  s.splits = c.options.at("splits");
+  if (c.options.at("split_by") == 1) {
+    s.splits = 0;
+    s.splits = attention_splits(c.dtype, c.model, c.tp_size, attention_call(c).batch, s);
+  }
   return s;
 }
 

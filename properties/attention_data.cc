@@ -75,7 +75,7 @@ class Layout {
   double code(std::uint64_t seed, std::int64_t key, std::int64_t kv_head, std::int64_t c) const {
     const std::int64_t blocks = (data.model.head_dim + 127) / 128;
     const std::int64_t block = (key * data.model.num_kv_heads + kv_head) * blocks + c / 128;
-    const Random4 bits = philox(seed, kCodes, std::uint64_t(block));
+    const Random4& bits = code_(seed, kCodes, std::uint64_t(block));
     return bits[std::size_t(c % 128 / 32)] >> (c % 32) & 1 ? 1.0 : -1.0;
   }
 
@@ -84,10 +84,10 @@ class Layout {
   std::int64_t target(std::uint64_t seed, std::int64_t token, std::int64_t head) const {
     const Query& q = query(token);
     if (q.visible.size == 0) return key_at(q.sequence, q.visible.offset);
-    const Random4 r =
-        philox(seed, kTargets, std::uint64_t(token * data.model.num_heads + head) + 1);
+    const Random4& r =
+        target_(seed, kTargets, std::uint64_t(token * data.model.num_heads + head) + 1);
     std::int64_t at = q.visible.offset + std::int64_t(r[0] % std::uint64_t(q.visible.size));
-    const std::uint64_t turn = std::uint64_t(token + head) + philox(seed, kTargets, 0)[0];
+    const std::uint64_t turn = std::uint64_t(token + head) + turn_(seed, kTargets, 0)[0];
     switch (turn % 8) {
       case 0:
         at = q.visible.offset;
@@ -135,6 +135,20 @@ class Layout {
     return positions;
   }
 
+  // The sum of their codes, a coordinate each.
+  const std::vector<double>& heard(std::uint64_t seed, std::int64_t token,
+                                   std::int64_t head) const {
+    const std::array asked{std::int64_t(seed), token, head};
+    if (heard_by_ == asked) return heard_;
+    heard_by_ = asked;
+    heard_.assign(std::size_t(data.model.head_dim), 0);
+    for (const std::int64_t key : watched(seed, token, head)) {
+      for (std::size_t c = 0; c < heard_.size(); ++c)
+        heard_[c] += code(seed, key, kv_head_of(head), std::int64_t(c));
+    }
+    return heard_;
+  }
+
   // The query of `kv_head` that a stale slot shall tempt: of the sequence whose page it ends, or of
   // any.
   struct Tempted {
@@ -143,8 +157,8 @@ class Layout {
   std::optional<Tempted> tempted(std::uint64_t seed, std::int64_t slot,
                                  std::int64_t kv_head) const {
     if (data.sequences.empty()) return std::nullopt;
-    const Random4 r =
-        philox(seed, kTemptations, std::uint64_t(slot * data.model.num_kv_heads + kv_head));
+    const Random4& r =
+        temptation_(seed, kTemptations, std::uint64_t(slot * data.model.num_kv_heads + kv_head));
     std::int64_t sequence = key_of_slot[std::size_t(slot)] / kPositions;
     if (key_of_slot[std::size_t(slot)] >= kNobody)
       sequence = std::int64_t(r[0] % data.sequences.size());
@@ -180,6 +194,10 @@ class Layout {
 
   std::vector<std::int64_t> owned_;
   std::vector<Query> queries_;
+  // What the element before was made of: all of a head have it in common.
+  mutable LastPhilox code_, target_, turn_, temptation_;
+  mutable std::array<std::int64_t, 3> heard_by_{-1, -1, -1};  // seed, token, head
+  mutable std::vector<double> heard_;
 };
 
 // The codes of one_hot, in powers of two. Two codes that differ in one coordinate are 11 apart in
@@ -237,9 +255,7 @@ TensorSpec attention_q(DType dtype, const AttentionData& data) {
       const std::int64_t head = col / dim, c = col % dim;
       const double size =
           tripwire_score(d, layout->query(row).visible.size) / (double(dim) * d.scale);
-      double sum = 0;
-      for (const std::int64_t key : layout->watched(g.seed, row, head))
-        sum += layout->code(g.seed, key, layout->kv_head_of(head), c);
+      const double sum = layout->heard(g.seed, row, head)[std::size_t(c)];
       const std::uint32_t bits =
           philox(g.seed, kNoise, std::uint64_t(row * d.model.num_heads * dim + col))[0];
       return size * (sum + 0.1 * sign_of(bits) * fraction_of(bits));
@@ -279,10 +295,10 @@ TensorSpec attention_v(DType dtype, const AttentionData& data) {
     return t;
   }
   const bool real = data.fill == Fill::tripwire;
-  t.value = [layout, dim, cols = t.cols, stream = stream_of(t.name), real](
-                const DataRegime& g, std::int64_t slot, std::int64_t col) {
+  t.value = [layout, dim, cols = t.cols, stream = stream_of(t.name), real, last = LastPhilox()](
+                const DataRegime& g, std::int64_t slot, std::int64_t col) mutable {
     const std::uint64_t index = std::uint64_t(layout->key_of_slot[std::size_t(slot)] * cols + col);
-    if (!real) return integer_of(philox(g.seed, stream, index / 4)[index % 4]);
+    if (!real) return integer_of(last(g.seed, stream, index / 4)[index % 4]);
     // About normal, and about its head.
     double sum = 0;
     for (const std::uint32_t bits : philox(g.seed, stream, index))

@@ -29,7 +29,7 @@ bool is_decode_law(const Case& c) {
   const std::int64_t law = c.options.at("law");
   return law > 0 && find_operator(c.op).key("law")->print(law) == "decode";
 }
-bool is_split(const Case& c) { return c.options.at("splits") > 1; }
+bool is_split(const Case& c) { return attention_settings(c).splits > 1; }
 bool has_head_vector(const Case& c) {
   return c.tp_size > 1 && (c.options.at("sinks") == 1 || c.options.at("alibi") == 1);
 }

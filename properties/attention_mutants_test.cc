@@ -233,6 +233,47 @@ const Planted kPlanted[] = {
      "attention num_heads=2 num_kv_heads=2 head_dim=2 tp_size=1 num_tokens=1 v_head_dim=1 "
      "dtype=bf16 seed=3 fill=dense",
      Outcome::Uninitialised},
+    // In the kernels for the chip's limit: prefill, then decode.
+    {"own:mask-sees-next",
+     "attention num_heads=6 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=6 dtype=bf16 seed=3 "
+     "fill=tripwire context=40",
+     Outcome::WrongValue},
+    {"swa-partition-undercount:aligned",
+     "attention num_heads=6 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=6 dtype=bf16 seed=3 "
+     "fill=ties context=100 window=40",
+     Outcome::WrongValue},
+    {"finite-mask-sentinel:1e4",
+     "attention num_heads=1 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=40 dtype=f16 seed=3 "
+     "fill=ties missing=3",
+     Outcome::WrongValue},
+    {"merge-both-empty:nan",
+     "attention num_heads=1 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=40 dtype=f16 seed=3 "
+     "fill=dense missing=3",
+     Outcome::NotFinite},
+    {"own:stale-page",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=100 page_size=16",
+     Outcome::WrongValue},
+    {"page-offset-int32:16-bit",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=one_hot context=2500 page_size=16",
+     Outcome::WrongValue},
+    {"own:split-drops-tail",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=200 split_by=kernel",
+     Outcome::WrongValue},
+    {"lse-base-mismatch:twice",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=100 splits=2",
+     Outcome::WrongValue},
+    {"swa-window-inclusive:decode",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=100 window=70",
+     Outcome::WrongValue},
+    {"merge-both-empty:nan",
+     "attention num_heads=2 num_kv_heads=1 head_dim=32 tp_size=1 num_tokens=1 dtype=bf16 seed=3 "
+     "fill=ties context=100 window=70 splits=6",
+     Outcome::NotFinite},
     {"output-gate-not-sliced:group-start",
      "attention_block hidden_size=1 num_heads=2 num_kv_heads=1 head_dim=2 tp_size=2 num_tokens=1 "
      "dtype=bf16 seed=3 fill=dense gate=1",

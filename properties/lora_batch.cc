@@ -75,6 +75,21 @@ LocalBuffer h_buffer(const Case& c, const Layer& layer, Use use, int tp_rank) {
           2 * at.rows, at.cols, {{"lora_h", {0, at.cols}, 0, Shard{first, at.rows}}}};
 }
 
+std::int64_t columns_of_x(const Case& c, const Layer& layer) {
+  return layer.cuts_columns ? layer.in_features / c.tp_size : layer.in_features;
+}
+std::vector<LocalBuffer> shrink_buffers(const Case& c, const Layer& layer, int tp_rank) {
+  const std::int64_t width = columns_of_x(c, layer), elements = std::int64_t(layer.parts.size()) *
+                                                                c.num_tokens * max_rank(c, layer);
+  const Shard own{layer.cuts_columns ? tp_rank * width : 0, width};
+  return {{"x", Use::input, c.dtype, c.num_tokens, width + c.options.at("pad"), {{"x", own}}},
+          {"lora_mine", Use::workspace, intermediate_dtype(c), 1, elements},
+          {"lora_gathered", Use::workspace, intermediate_dtype(c), 1, elements}};
+}
+ShrinkCollective collective_of(const Case& c, const Layer& layer, const ShardingRules& rules) {
+  return rules.lora.shrink_collective(layer.cuts_columns, shares_out_rank(c), joins(c, layer));
+}
+
 Matrix h_of_part(const Case& c, const Layer& layer, const Matrix& h, std::size_t part,
                  int tp_rank) {
   const Places at = places(c, layer);

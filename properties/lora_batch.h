@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/lora.h"
+#include "kernels/lora_layer.h"
 #include "properties/lora_call.h"
 #include "properties/run/stage.h"
 
@@ -46,6 +47,23 @@ TensorSpec h_spec(const Case& c, const Layer& layer);
 LocalBuffer h_buffer(const Case& c, const Layer& layer, Use use, int tp_rank);
 // [tokens, LoRA ranks] of one part, as rank `tp_rank` has it.
 Matrix h_of_part(const Case& c, const Layer& layer, const Matrix& h, std::size_t part, int tp_rank);
+
+// Columns of x that a rank has.
+std::int64_t columns_of_x(const Case& c, const Layer& layer);
+// x, and what lora_shrink_over_ranks needs beside the slots and h.
+std::vector<LocalBuffer> shrink_buffers(const Case& c, const Layer& layer, int tp_rank);
+ShrinkCollective collective_of(const Case& c, const Layer& layer, const ShardingRules& rules);
+
+// Shrinks x to the buffer `h`.
+template <typename T, typename H>
+void run_shrink(RankRun& run, const Case& c, const Layer& layer, const ShardingRules& rules,
+                const char* h) {
+  lora_shrink_over_ranks<T, H>(
+      run.view<T>("x").columns(0, columns_of_x(c, layer)), run.view<T>("lora_a"),
+      batch_of(run, c, layer), lora_layer(c, layer, run.group.tp_rank()), joins(c, layer),
+      {run.view<H>("lora_mine").data, run.view<H>("lora_gathered").data},
+      intermediate(run.view<H>(h), c, layer), rules, run.group, run.stream);
+}
 
 // Calls f with values of the type of the activations and of that of the intermediate.
 template <typename F>

@@ -29,6 +29,11 @@ bool shared_out_fits(const Case& c, std::int64_t on) {
          (c.model.hidden_size % c.tp_size == 0 && option(c, "joins") == 0);
 }
 bool stored_fits(const Case& c, std::int64_t stored) { return stored == 0 || !is_row_parallel(c); }
+// The sum or the shares of ranks do not stand between the two kernels.
+bool together_fits(const Case& c, std::int64_t on) {
+  return on == 0 ||
+         (option(c, "shared_out") == 0 && (!is_row_parallel(c) || option(c, "joins") == 0));
+}
 bool joins_fit(const Case& c, std::int64_t joins) { return joins == 0 || is_row_parallel(c); }
 
 }  // namespace
@@ -116,12 +121,20 @@ std::vector<Key> keys() {
       flag("lora_bias", "1: B of some adapters has a bias", {75, 25}),
       flag("in_place", "1: the delta is added where the base's output is", {60, 40}),
       flag("reload", "1: slots held other adapters before"),
+      {.name = "together",
+       .help = "1: shrunk again and expanded at once, the second kernel beginning while the first "
+               "one runs",
+       .min = 0,
+       .max = 1,
+       .words = {"0", "1"},
+       .fits = together_fits},
   };
   return all;
 }
 
 bool shares_out_rank(const Case& c) { return option(c, "shared_out") == 1; }
 bool merges_scale(const Case& c) { return option(c, "merged_scale") == 1; }
+bool shrinks_again(const Case& c) { return option(c, "together") == 1; }
 bool has_bias(const Case& c) { return option(c, "lora_bias") == 1; }
 DeltaJoins joins(const Case& c, const Layer& layer) {
   return layer.cuts_columns && option(c, "joins") == 0 ? DeltaJoins::partial : DeltaJoins::whole;
@@ -150,6 +163,8 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer) {
       return fmt::format("shared_out=1: {} rows of B are not {} equal shares", layer.rows.front(),
                          c.tp_size);
   }
+  if (!together_fits(c, option(c, "together")))
+    return "together=1: what ranks tell each other stands between shrink and expand";
   const std::int64_t rows = *std::max_element(layer.rows.begin(), layer.rows.end()),
                      room = max_rank(c, layer) * slots(c);
   if (auto reason = too_large(rows, room)) return reason;

@@ -38,7 +38,8 @@ std::optional<std::string> refuse(const Case& c, const Layer& layer);
 
 bool shares_out_rank(const Case& c);  // "fully sharded"
 bool merges_scale(const Case& c);
-bool has_bias(const Case& c);  // some adapters' B has one
+bool shrinks_again(const Case& c);  // lora_expand's stage runs both kernels, one behind the other
+bool has_bias(const Case& c);       // some adapters' B has one
 DeltaJoins joins(const Case& c, const Layer& layer);
 std::int64_t slots(const Case& c);
 // LoRA ranks that a slot has room for; ranks that share them out have equal shares.

@@ -38,6 +38,9 @@ bool adds_bias(const Case& c, const Layer& layer, const ShardingRules& rules, in
   return has_bias(c) && (!is_in_sum || rules.linear.row_adds_bias(tp_rank));
 }
 
+// Shrunk activations that nothing but lora_expand sees.
+constexpr const char* kShrunkAgain = "lora_h_again";
+
 std::string of_lora(const std::string& base) { return base + "_lora"; }
 
 std::vector<Budget> expand_reference(const Case& c, const Layer& layer, DType base_dtype,
@@ -100,15 +103,19 @@ std::vector<Budget> expand_reference(const Case& c, const Layer& layer, DType ba
 
 }  // namespace
 
-Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const ShardingRules& rules,
-                   const Variation& v) {
+Stage expand_stage(const Case& c, const Layer& layer, const TensorSpec& x, DType base_dtype,
+                   const ShardingRules& rules, const Variation& v) {
   const std::int64_t tokens = c.num_tokens;
-  const bool partial = joins(c, layer) == DeltaJoins::partial;
+  const bool partial = joins(c, layer) == DeltaJoins::partial, again = shrinks_again(c);
   Stage stage{.name = "lora_expand"};
   const SlotTensors slots_of = slot_tensors(c, layer);
   stage.inputs = slots_of.b;
   stage.inputs.insert(stage.inputs.end(), slots_of.bias.begin(), slots_of.bias.end());
   stage.inputs.insert(stage.inputs.end(), {slots_of.ranks, slots_of.scales, h_spec(c, layer)});
+  if (again) {
+    stage.inputs.insert(stage.inputs.end(), slots_of.a.begin(), slots_of.a.end());
+    stage.inputs.push_back(x);
+  }
   for (std::size_t p = 0; p < layer.parts.size(); ++p) {
     const std::int64_t rows = partial ? c.tp_size * tokens : tokens;
     const std::int64_t ranks = partial && v.law == "tp1" ? v.argument : 1;
@@ -133,9 +140,16 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
   stage.buffers = [=](int tp_rank) {
     std::vector<LocalBuffer> all = batch_buffers(c, v, rules);
     for (LocalBuffer& b : slot_buffers(c, layer, rules, Use::input, tp_rank)) {
-      if (b.name != "lora_a") all.push_back(std::move(b));
+      if (b.name != "lora_a" || again) all.push_back(std::move(b));
     }
     all.push_back(h_buffer(c, layer, Use::input, tp_rank));
+    if (again) {
+      for (LocalBuffer& b : shrink_buffers(c, layer, tp_rank)) all.push_back(std::move(b));
+      LocalBuffer h = h_buffer(c, layer, Use::workspace, tp_rank);
+      h.name = kShrunkAgain;
+      h.pieces.clear();
+      all.push_back(h);
+    }
     all.push_back(rows_of(tp_rank, Use::input));
     all.push_back(rows_of(tp_rank, Use::output));
     return all;
@@ -156,16 +170,21 @@ Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const Sh
     const bool bias = adds_bias(c, layer, rules, tp_rank), in_place = c.options.at("in_place") == 1;
     with_types(c, [&]<typename T, typename H>(T, H) {
       const auto expand = [&]<typename Out>(Out) {
-        LoraIntermediate<const H> h = intermediate<const H>(run.view<H>("lora_h"), c, layer);
+        LoraIntermediate<const H> h =
+            intermediate<const H>(run.view<H>(again ? kShrunkAgain : "lora_h"), c, layer);
         h.part_stride =
             rules.lora.slice_stride(h.part_stride, columns.parts * tokens * h.cols, columns.parts);
         const View<Out> base = run.view<Out>(layer.buffer).columns(0, width),
                         y = run.view<Out>(of_lora(layer.buffer)).columns(0, width);
         if (in_place) store_sums<Out, Out>(base, y, run.stream);
+        // Nothing stands between the two, and so lora_expand begins while the other runs.
+        if (again) run_shrink<T, H>(run, c, layer, rules, kShrunkAgain);
         lora_expand<T, H, Out>(
             h, first_rows<const T>(run.view<T>("lora_b"), slots(c) * lora_b_rows(of_rank, rules)),
             bias ? View<const T>(run.view<T>("lora_bias")) : View<const T>{},
-            batch_of(run, c, layer), columns, in_place ? y : base, y, run.stream);
+            batch_of(run, c, layer), columns, in_place ? y : base, y, run.stream,
+            again && collective_of(c, layer, rules) == ShrinkCollective::none ? LoraBefore::rest
+                                                                              : LoraBefore::all);
       };
       if (base_dtype == c.dtype) {
         expand(T{});

@@ -58,33 +58,24 @@ std::vector<Budget> shrink_reference(const Case& c, const Layer& layer, const Va
 Stage shrink_stage(const Case& c, const Layer& layer, const TensorSpec& x,
                    const ShardingRules& rules, const Variation& v) {
   const std::int64_t tokens = c.num_tokens, parts = std::int64_t(layer.parts.size());
-  const std::int64_t width = layer.cuts_columns ? layer.in_features / c.tp_size : layer.in_features;
+  const std::int64_t width = columns_of_x(c, layer);
   Stage stage{.name = "lora_shrink"};
   const SlotTensors slots_of = slot_tensors(c, layer);
   stage.inputs = slots_of.a;
   stage.inputs.insert(stage.inputs.end(), {x, slots_of.ranks, slots_of.scales});
   stage.outputs = {h_spec(c, layer)};
   stage.buffers = [=](int tp_rank) {
-    const Shard own{layer.cuts_columns ? tp_rank * width : 0, width};
     std::vector<LocalBuffer> all = batch_buffers(c, v, rules);
     for (LocalBuffer& b : slot_buffers(c, layer, rules, Use::input, tp_rank)) {
       if (b.name != "lora_b" && b.name != "lora_bias") all.push_back(std::move(b));
     }
-    all.push_back({"x", Use::input, c.dtype, tokens, width + c.options.at("pad"), {{"x", own}}});
+    for (LocalBuffer& b : shrink_buffers(c, layer, tp_rank)) all.push_back(std::move(b));
     all.push_back(h_buffer(c, layer, Use::output, tp_rank));
-    const std::int64_t elements = parts * tokens * max_rank(c, layer);
-    all.push_back({"lora_mine", Use::workspace, intermediate_dtype(c), 1, elements});
-    all.push_back({"lora_gathered", Use::workspace, intermediate_dtype(c), 1, elements});
     return all;
   };
   stage.run = [=](RankRun& run) {
-    with_types(c, [&]<typename T, typename H>(T, H) {
-      lora_shrink_over_ranks<T, H>(
-          run.view<T>("x").columns(0, width), run.view<T>("lora_a"), batch_of(run, c, layer),
-          lora_layer(c, layer, run.group.tp_rank()), joins(c, layer),
-          {run.view<H>("lora_mine").data, run.view<H>("lora_gathered").data},
-          intermediate(run.view<H>("lora_h"), c, layer), rules, run.group, run.stream);
-    });
+    with_types(
+        c, [&]<typename T, typename H>(T, H) { run_shrink<T, H>(run, c, layer, rules, "lora_h"); });
   };
   stage.cost = [=](int) -> Cost {
     const double ranks = double(max_rank(c, layer) * parts);

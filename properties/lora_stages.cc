@@ -10,7 +10,7 @@ namespace tp::lora {
 std::vector<Stage> stages(const Case& c, const Layer& layer, const TensorSpec& x, DType base_dtype,
                           const ShardingRules& rules, const Variation& variation) {
   return {load_stage(c, layer, rules, variation), shrink_stage(c, layer, x, rules, variation),
-          expand_stage(c, layer, base_dtype, rules, variation)};
+          expand_stage(c, layer, x, base_dtype, rules, variation)};
 }
 
 Delta first_delta(const Case& c, const Layer& layer, std::size_t part) {

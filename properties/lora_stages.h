@@ -27,8 +27,8 @@ Stage load_stage(const Case& c, const Layer& layer, const ShardingRules& rules,
                  const Variation& variation);
 Stage shrink_stage(const Case& c, const Layer& layer, const TensorSpec& x,
                    const ShardingRules& rules, const Variation& variation);
-Stage expand_stage(const Case& c, const Layer& layer, DType base_dtype, const ShardingRules& rules,
-                   const Variation& variation);
+Stage expand_stage(const Case& c, const Layer& layer, const TensorSpec& x, DType base_dtype,
+                   const ShardingRules& rules, const Variation& variation);
 
 // Of the first adapter: what it adds to matrix `part` is scale B A. It must be stored split.
 struct Delta {

@@ -332,7 +332,8 @@ Stage norm_stage(const Case& c, const ShardingRules& rules, const Variation& var
   const std::int64_t tokens = c.num_tokens, pad = c.options.at("pad"), dim = m.head_dim,
                      v_dim = m.value_head_dim();
   const double eps = norm::eps_of(c, variation);
-  const QkNormProfiles profiles = qk_norm_profiles(m, c.tp_size);
+  const QkNormPath path = c.options.at("path") == 0 ? QkNormPath::peer : QkNormPath::collective;
+  const QkNormProfiles profiles = qk_norm_profiles(m, c.dtype, c.tp_size);
   const auto heads = [&](std::string name, std::int64_t rows, std::int64_t count,
                          std::int64_t width, Role role) {
     return TensorSpec{std::move(name), c.dtype, rows, count * width, role, width};
@@ -370,7 +371,8 @@ Stage norm_stage(const Case& c, const ShardingRules& rules, const Variation& var
               qk_norm<T>(run.view<T>("qkv"), {run.view<T>("q_weight"), run.view<T>("k_weight")},
                          run.view<T>("q_norm").columns(0, rank.heads.size * dim),
                          run.view<T>("k_norm").columns(0, rank.kv_heads.size * dim),
-                         run.view<float>("sums").data, m, rules, float(eps), run.group, run.stream);
+                         run.view<float>("sums").data, m, rules, float(eps), run.group, run.stream,
+                         path);
             });
           },
       .cost = [=](int tp_rank) -> Cost {
@@ -438,6 +440,18 @@ Stage load_stage(const Case& c, const Stage& norm, const Stage& right) {
   return stage;
 }
 
+// Where kernels cannot meet both are the collective's.
+LawRun law_path() {
+  return {.law = {"path",
+                  "one kernel that meets its peers' and two around a collective give the "
+                  "same bits"},
+          .vary = [](const Case& c) {
+            Case other = c;
+            other.options.at("path") = 1 - c.options.at("path");
+            return std::pair{other, Variation{}};
+          }};
+}
+
 std::vector<Stage> stages(const Case& c, const ShardingRules& rules, const Variation& variation) {
   Stage norm = norm_stage(c, rules, variation);
   if (!is_stored(c)) return {std::move(norm)};
@@ -478,8 +492,16 @@ Operator make_qk_norm() {
                 .min = 0,
                 .max = 1,
                 .words = {"given", "stored"},
-                .weights = {70, 30}}},
-      .laws = {law_tp1(), law_scale(), law_tokens()},
+                .weights = {70, 30}},
+               {.name = "path",
+                .help =
+                    "full_width: one kernel that meets its peers' where they can, or two around "
+                    "a collective",
+                .min = 0,
+                .max = 1,
+                .words = {"peer", "collective"},
+                .weights = {75, 25}}},
+      .laws = {law_tp1(), law_scale(), law_tokens(), law_path()},
       .mutants = mutants(),
       .refuse =
           [](const Case& c) {

@@ -139,13 +139,14 @@ TensorSpec table(const Case& c) {
 TensorSpec heads(const Case& c, std::string name, std::int64_t count, std::int64_t width) {
   TensorSpec t{std::move(name), c.dtype, c.num_tokens, count * width, Role::activation, width};
   if (c.fill != Fill::exact || norm_of(c) == kNoNorm) return t;
-  t.value = [t](const DataRegime& g, std::int64_t row, std::int64_t col) {
-    const std::uint64_t stream = stream_of(t.name), size_stream = stream_of("size of " + t.name);
-    const auto source = std::uint64_t((row + g.rotate_rows) % t.rows);
-    const auto at = source * std::uint64_t(t.cols) + std::uint64_t(col);
+  t.value = [rows = t.rows, cols = t.cols, width, stream = stream_of(t.name),
+             size_stream = stream_of("size of " + t.name), of_head = LastPhilox()](
+                const DataRegime& g, std::int64_t row, std::int64_t col) mutable {
+    const std::int64_t at = (row + g.rotate_rows) % rows * cols + col;
     // 2^5 .. 2^7, as any exact row.
-    const int size = 5 + int(philox(g.seed, size_stream, at / std::uint64_t(t.entity_cols))[0] % 3);
-    return std::ldexp(philox(g.seed, stream, at)[0] >> 31 ? -1.0 : 1.0, g.scale_log2 + size);
+    const int size = 5 + int(of_head(g.seed, size_stream, std::uint64_t(at / width))[0] % 3);
+    const double sign = philox(g.seed, stream, std::uint64_t(at))[0] >> 31 ? -1.0 : 1.0;
+    return std::ldexp(sign, g.scale_log2 + size);
   };
   return t;
 }

@@ -21,6 +21,8 @@ Comparison compare(DType t, const void* y, const Budget& budget) {
       ++result.unchecked;
       continue;
     }
+    // What exact data are, all of them, and what needs no rounding of anything.
+    if (got == r && rho >= 0 && std::isfinite(r) && std::signbit(got) == std::signbit(r)) continue;
     const double error = std::fabs(got - r);
     bool accepted;
     double lo = r, hi = r;
@@ -38,8 +40,8 @@ Comparison compare(DType t, const void* y, const Budget& budget) {
       // Saturation is no error: what is beyond the type's largest number is meant to become that.
       const double beyond = t == DType::e4m3 ? std::max(0.0, std::fabs(r) - 448) : 0;
       if (std::isfinite(got) && error > beyond) {
-        result.score = std::max(result.score,
-                                (error - beyond) / (rho + half_ulp(t, std::fabs(r) + rho)));
+        result.score =
+            std::max(result.score, (error - beyond) / (rho + half_ulp(t, std::fabs(r) + rho)));
       }
     }
     if (!accepted) {

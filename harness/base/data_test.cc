@@ -18,6 +18,29 @@ TEST(Philox, KnownAnswers) {
   EXPECT_EQ(philox(~0ull, ~0ull, ~0ull), (Random4{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
 }
 
+TEST(Philox, WordsAreThoseOfTheBlocks) {
+  for (const std::uint64_t first : {0ull, 3ull, 17ull, (1ull << 34) - 21}) {
+    for (const std::size_t count : {0u, 1u, 5u, 31u, 32u, 75u}) {
+      std::vector<std::uint32_t> words(count);
+      philox_words(7, stream_of("x"), first, words);
+      for (std::size_t i = 0; i < count; ++i) {
+        const std::uint64_t at = first + i;
+        ASSERT_EQ(words[i], philox(7, stream_of("x"), at / 4)[at % 4]) << first << ", " << i;
+      }
+    }
+  }
+}
+
+TEST(Philox, TheLastBlockIsKeptForItsOwnArgumentsOnly) {
+  LastPhilox last;
+  for (const std::uint64_t seed : {0ull, 1ull, 1ull}) {
+    for (const std::uint64_t stream : {0ull, 0ull, 5ull}) {
+      for (const std::uint64_t index : {0ull, 0ull, 9ull})
+        EXPECT_EQ(last(seed, stream, index), philox(seed, stream, index));
+    }
+  }
+}
+
 std::vector<float> values(const TensorSpec& t, const DataRegime& g, Shard rows, Shard cols) {
   std::vector<float> out(std::size_t(rows.size * cols.size));
   fill_block(t, g, rows, cols, out.data(), cols.size);

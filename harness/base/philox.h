@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 namespace tp {
@@ -19,5 +20,25 @@ constexpr std::uint64_t stream_of(std::string_view name) {
 }
 
 Random4 philox(std::uint64_t seed, std::uint64_t stream, std::uint64_t index);
+
+// Words [first, first + out.size()) of a stream: word i is philox(seed, stream, i / 4)[i % 4].
+void philox_words(std::uint64_t seed, std::uint64_t stream, std::uint64_t first,
+                  std::span<std::uint32_t> out);
+
+// philox() for whoever computes an element at a time: neighbours share a block, or one of their row
+// or head, so the last one is kept.
+class LastPhilox {
+ public:
+  const Random4& operator()(std::uint64_t seed, std::uint64_t stream, std::uint64_t index) {
+    const std::array<std::uint64_t, 3> asked{seed, stream, index};
+    if (!known_ || asked != of_) value_ = philox(seed, stream, index), of_ = asked, known_ = true;
+    return value_;
+  }
+
+ private:
+  bool known_ = false;
+  std::array<std::uint64_t, 3> of_{};
+  Random4 value_{};
+};
 
 }  // namespace tp

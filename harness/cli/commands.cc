@@ -44,8 +44,8 @@ void where_flags(Flags& f) {
 }
 void jobs_flag(Flags& f) {
   f.text("--jobs", "J",
-         "worker jobs (default: as many as fill the cores; on a GPU 1; with more "
-         "there, timings are left out)");
+         "worker jobs (default: as many as keep the cores busy; on a GPU 1; with "
+         "more there, timings are left out)");
 }
 Where where(const Flags& f, bool with_jobs) {
   Where w;

@@ -10,6 +10,12 @@ namespace tp {
 template <int Bytes>
 __device__ void copy_async(void* shared, const void* global, Where where = Where::here());
 
+// The same, or Bytes of zeros where nothing is `wanted`; then `global` is not read, but still a
+// multiple of Bytes.
+template <int Bytes>
+__device__ void copy_async_or_zero(void* shared, const void* global, bool wanted,
+                                   Where where = Where::here());
+
 // Makes one group of all copies that this thread began since its last commit. A group may be empty.
 __device__ void copy_async_commit();
 

@@ -6,9 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <numeric>
 #include <random>
 
+#include "harness/base/dtype.h"
 #include "harness/device/kernels_testing.h"
 #include "harness/device/larger.h"
 #include "harness/device/sanitizer.h"
@@ -74,6 +76,40 @@ TEST(Kernels, WarpSumHasTheBitsOfTheButterfly) {
       warp_sums(stream, x.as<float>(), out, out + 32);
     });
     for (int lane = 0; lane < 32; ++lane) EXPECT_EQ(out[lane], out[32 + lane]);
+  }
+}
+
+TEST(Kernels, PartSumsHaveTheBitsOfTheButterfly) {
+  for (unsigned data = 0; data < 20; ++data) {
+    const auto out = results<float>(128, [&](Stream& stream, float* out) {
+      const Buffer x = upload(stream, noise(32, data));
+      part_sums(stream, x.as<float>(), out, out + 64);
+    });
+    for (int i = 0; i < 64; ++i) EXPECT_EQ(out[i], out[64 + i]) << i;
+  }
+}
+
+TEST(Kernels, RoundsPairsAsFromFloatDoes) {
+  constexpr int kThreads = 1024;
+  std::vector<float> values = noise(2 * kThreads);
+  // Ties, subnormals, overflow, zeros.
+  const float special[] = {1.00390625f, 1.01171875f, 1.00048828125f, 1e-6f, -3e-8f, 65520.0f,
+                           1e38f,       3.4e38f,     INFINITY,       -0.0f, 1e-39f, -INFINITY};
+  std::copy(std::begin(special), std::end(special), values.begin());
+  values[20] = NAN;
+  values[21] = -NAN;
+  const auto out = results<std::uint32_t>(2 * kThreads, [&](Stream& stream, std::uint32_t* out) {
+    const Buffer x = upload(stream, values);
+    rounded_pairs(stream, x.as<float>(), out, out + kThreads, kThreads);
+  });
+  for (int i = 0; i < 2 * kThreads; ++i) {
+    const float value = values[std::size_t(i)];
+    const auto half = [&](int first) {
+      return std::uint16_t(out[std::size_t(first + i / 2)] >> 16 * (i % 2));
+    };
+    const bool is_nan = std::isnan(value);
+    EXPECT_EQ(half(0), is_nan ? 0x7FFF : from_float<f16>(value).bits) << value;
+    EXPECT_EQ(half(kThreads), is_nan ? 0x7FFF : from_float<bf16>(value).bits) << value;
   }
 }
 
@@ -254,6 +290,7 @@ TYPED_TEST(Matrix, ProductsAreRoundedAsDocumented) {
       std::vector<float> c = values<float>(kM * kN, 2 * low, std::min(2 * high, 127), generator);
       for (int i = 0; i < kM * kN; i += 3) c[i] = 0.0f;
       for (int i = 0; i < kM * kK; i += 7) a[i] = 0.0f;
+      std::fill_n(a.begin() + round % kM * kK, kK, -0.0f);  // a row beyond the tokens of a batch
       const std::vector<float> got = product<TypeParam>(a, b, c, round % 2 == 0);
       for (int m = 0; m < kM; ++m) {
         for (int n = 0; n < kN; ++n) {
@@ -322,6 +359,11 @@ TYPED_TEST(Matrix, ProductsOfInfinitiesAndNans) {
     EXPECT_EQ(std::isinf(got[9 * kN + n]), n != 4);
     EXPECT_EQ(got[15 * kN + n], 0.0f);
   }
+  b[2 * kN + 5] = INFINITY;
+  b[6 * kN + 7] = NAN;
+  const std::vector<float> other = product<TypeParam>(a, b, c, true);
+  for (int n = 0; n < kN; ++n)  // also where all of a row are zeros
+    EXPECT_EQ(std::isnan(other[15 * kN + n]), n == 5 || n == 7);
 }
 
 // The accumulators of one product, as the A operand of the next: with columns of the identity for

@@ -51,6 +51,26 @@ __global__ void warp_sums_kernel(const float* x, float* tree, float* butterfly) 
   butterfly[threadIdx.x] = v;
 }
 
+template <int Lanes>
+__device__ float butterfly_of(float value) {
+  for (int distance = Lanes / 2; distance >= 1; distance /= 2)
+    value += __shfl_xor_sync(kAll, value, distance);
+  return value;
+}
+__global__ void part_sums_kernel(const float* x, float* tree, float* butterfly) {
+  const unsigned t = threadIdx.x;
+  tree[t] = part_sum<8>(x[t]);
+  tree[32 + t] = part_sum<16>(x[t]);
+  butterfly[t] = butterfly_of<8>(x[t]);
+  butterfly[32 + t] = butterfly_of<16>(x[t]);
+}
+__global__ void rounded_pairs_kernel(const float* x, std::uint32_t* to_f16,
+                                     std::uint32_t* to_bf16) {
+  const unsigned t = threadIdx.x;
+  to_f16[t] = round_pair<f16>(x[2 * t], x[2 * t + 1]);
+  to_bf16[t] = round_pair<bf16>(x[2 * t], x[2 * t + 1]);
+}
+
 __global__ void trace_order_kernel(unsigned* trace, unsigned* counter) {
   trace[atomicAdd(counter, 1u)] = blockIdx.x * blockDim.x + threadIdx.x;
 }
@@ -406,6 +426,13 @@ void block_maxima(Stream& stream, const float* x, float* out, int threads) {
 }
 void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly) {
   launch("warp_sums", warp_sums_kernel, 1, 32, 0, stream, x, tree, butterfly);
+}
+void part_sums(Stream& stream, const float* x, float* tree, float* butterfly) {
+  launch("part_sums", part_sums_kernel, 1, 32, 0, stream, x, tree, butterfly);
+}
+void rounded_pairs(Stream& stream, const float* x, std::uint32_t* to_f16, std::uint32_t* to_bf16,
+                   int threads) {
+  launch("rounded_pairs", rounded_pairs_kernel, 1, threads, 0, stream, x, to_f16, to_bf16);
 }
 void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads) {
   launch("trace_order", trace_order_kernel, blocks, threads, 0, stream, trace, counter);

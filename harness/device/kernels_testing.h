@@ -21,6 +21,11 @@ void nested_masks(Stream& stream, unsigned* out);
 void block_sums(Stream& stream, const float* x, float* out, int threads);
 void block_maxima(Stream& stream, const float* x, float* out, int threads);
 void warp_sums(Stream& stream, const float* x, float* tree, float* butterfly);
+// The same of each 8, then of each 16 neighbours: 32 sums and 32 sums.
+void part_sums(Stream& stream, const float* x, float* tree, float* butterfly);
+// round_pair of x[2 i] and x[2 i + 1], for each of `threads` threads.
+void rounded_pairs(Stream& stream, const float* x, std::uint32_t* to_f16, std::uint32_t* to_bf16,
+                   int threads);
 // trace[i]: the i-th thread that took a number, over the whole grid.
 void trace_order(Stream& stream, unsigned* trace, unsigned* counter, int blocks, int threads);
 // trace[i]: the i-th thread of the one block to pass a barrier.

@@ -12,7 +12,11 @@ int default_processes(std::string_view executor) {
 }
 
 int default_jobs(std::string_view executor, int processes) {
-  return executor == kGpu ? 1 : std::max(1, int(std::thread::hardware_concurrency()) / processes);
+  if (executor == kGpu) return 1;
+  const int filling = std::max(1, int(std::thread::hardware_concurrency()) / processes);
+  // The processes of a job wait for each other: they have unequal shares of the ranks, or none, and
+  // one of them judges. A job more takes the cores while they do.
+  return processes > 1 ? filling + 1 : filling;
 }
 
 Where settled(Where where) {

@@ -23,7 +23,8 @@ struct Where {
 };
 
 // The processes of a job where none are asked for, and the jobs. The emulator fills the cores, with
-// at most 4 processes a job. The ranks of a case share a GPU, and so one process has it to itself.
+// at most 4 processes a job, and keeps them full with one job more where there are several. The
+// ranks of a case share a GPU, and so one process has it to itself.
 int default_processes(std::string_view executor);
 int default_jobs(std::string_view executor, int processes);
 

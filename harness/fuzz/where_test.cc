@@ -6,6 +6,8 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <thread>
+
 #include "harness/base/operator.h"
 #include "harness/fuzz/both.h"
 #include "harness/fuzz/canary_testing.h"
@@ -261,6 +263,10 @@ TEST(Where, DefaultsAreTheExecutors) {
   EXPECT_EQ(settled({.on = "gpu", .processes = 8}).jobs, 1);
   EXPECT_EQ(settled({.on = "both"}).processes, 0);
   EXPECT_EQ(settled({.on = "emulator", .processes = 3, .jobs = 2}).jobs, 2);
+  const int cores = int(std::thread::hardware_concurrency());
+  EXPECT_EQ(settled({.on = "emulator", .processes = 1}).jobs, cores);
+  // Processes of one job wait for each other.
+  EXPECT_EQ(settled({.on = "emulator", .processes = cores + 1}).jobs, 2);
 }
 
 TEST(Where, TheHeaderHasALineForEachExecutor) {

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <malloc.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
@@ -140,6 +141,9 @@ void serve(World& world) {
 
 int worker_main(World& world, Link link, const UserFiles& files) {
   prctl(PR_SET_PDEATHSIG, SIGKILL);  // a worker stuck in a loop never sees the end of its input
+  // What a case gave back the next one takes: the system neither gets it nor clears it in between.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 256 << 20);
   ledger = &ledger_page(world.process());
   on_fatal_signal(note_signal);
   const int answers = take_standard_output();

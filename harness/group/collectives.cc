@@ -4,7 +4,8 @@ namespace tp {
 
 std::string_view name_of(Collective what) {
   constexpr std::string_view kNames[] = {"all_reduce_sum", "all_reduce_max", "reduce_scatter_sum",
-                                         "all_gather",     "broadcast",      "barrier"};
+                                         "all_gather",     "broadcast",      "peer_exchange",
+                                         "barrier"};
   return kNames[std::size_t(what)];
 }
 
@@ -20,6 +21,7 @@ Volume volume_of(Collective what, std::int64_t count, std::int64_t root, int tp_
       return {everybody, count, tp_size * count};
     case Collective::broadcast:
       return {{root, 1}, count, count};
+    case Collective::peer_exchange:
     case Collective::barrier:
       break;
   }

@@ -18,6 +18,7 @@ enum class Collective : std::uint8_t {
   reduce_scatter_sum,
   all_gather,
   broadcast,
+  peer_exchange,  // kernels move the data
   barrier
 };
 std::string_view name_of(Collective what);

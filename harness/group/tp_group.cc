@@ -205,9 +205,10 @@ void GroupSession::issue() {
     if (at(rank)->in_count > 0) in.push_back(at(rank)->in_data);
     out.push_back(at(rank)->out_data);
   }
-  if (processes_ > 1) in = through_link(first, in);
+  const bool moves_itself = first.what == Collective::peer_exchange;
+  if (processes_ > 1 && !moves_itself) in = through_link(first, in);
   const std::int64_t count = first.header.count;
-  if (count > 0) {
+  if (count > 0 && !moves_itself) {
     switch (first.what) {
       case Collective::all_reduce_sum:
       case Collective::all_reduce_max:
@@ -220,6 +221,7 @@ void GroupSession::issue() {
       case Collective::broadcast:
         gather_ranks(first.dtype, in, out, count, stream);
         break;
+      case Collective::peer_exchange:
       case Collective::barrier:
         break;
     }
@@ -270,6 +272,7 @@ void GroupSession::complete() {
     case Collective::broadcast:
       result = channel_.received();
       break;
+    case Collective::peer_exchange:
     case Collective::barrier:
       break;
   }

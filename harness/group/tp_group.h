@@ -25,6 +25,7 @@
 #include "harness/device/stream.h"
 #include "harness/group/collectives.h"
 #include "harness/group/ledger.h"
+#include "harness/group/peers.h"
 #include "harness/group/world.h"
 
 namespace tp {
@@ -66,6 +67,26 @@ class TpGroup {
   void broadcast(T* data, std::int64_t count, int root, Stream& stream) {
     enter(Collective::broadcast, data, data, count, dtype_of<T>::value, stream, root);
   }
+  // What kernels need to meet those of the other ranks while they run; nothing where they cannot:
+  // one kernel runs at a time, there are too many ranks, or processes whose devices do not reach
+  // each other's memory. The same answer on all ranks.
+  std::optional<Peers> peers(const Stream& stream) const;
+  // The kernel that is launched next exchanges `count` elements of T with those of the other ranks,
+  // by itself, through peers(). It does not begin before all ranks are here: a rank that comes to
+  // something else is a CollectiveMismatch, and no kernel waits for it.
+  template <typename T>
+  void peer_exchange(std::int64_t count, Stream& stream) {
+    if (agreed_) return;
+    enter(Collective::peer_exchange, nullptr, nullptr, count, dtype_of<T>::value, stream);
+  }
+  // The same rank, after a peer_exchange of all ranks whose kernels may meet without another one:
+  // for launches that nothing may interrupt, as a graph of many. That all ranks launch them is the
+  // caller's word.
+  TpGroup agreed() const {
+    TpGroup other = *this;
+    other.agreed_ = true;
+    return other;
+  }
   void barrier(Stream& stream) {
     enter(Collective::barrier, nullptr, nullptr, 0, DType::f32, stream);
   }
@@ -87,6 +108,7 @@ class TpGroup {
   GroupSession& session_;
   int tp_rank_;
   std::int64_t communicator_ = 0;
+  bool agreed_ = false;
 };
 
 // Ranks [first, first + size) of tp_size live on process `process` of `processes`.
@@ -154,6 +176,8 @@ class GroupSession {
   void issue();
   std::vector<const void*> through_link(const Entry& first, const std::vector<const void*>& in);
   std::vector<std::int64_t> contributors_of_processes(const Shard& contributors) const;
+  std::byte* peer_part(int tp_rank, std::size_t bytes) const;
+  void clear_peer_parts(std::size_t bytes);
   std::byte* grown(Buffer& buffer, std::size_t bytes);
   bool poll();
   bool wait_to_the_end();
@@ -169,7 +193,9 @@ class GroupSession {
   std::deque<Entry> entries_;  // of this case; addresses are stable
   // Where collectives between ranks of this process run: after all of them, before all of them.
   Stream* device_stream_ = nullptr;
-  Buffer mine_, all_;  // what goes through a link, and what came
+  Buffer mine_, all_;   // what goes through a link, and what came
+  Buffer peer_buffer_;  // all ranks' peer memory, where they are of one process
+  bool peers_are_clear_ = false;
   std::vector<LocalRank> ranks_;
   std::int64_t completed_ = 0;  // collectives that all ranks have behind them
   Phase phase_ = Phase::idle;

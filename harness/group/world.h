@@ -29,6 +29,7 @@ class World {
   int process() const { return process_; }
   // Which one it is among the processes of this host.
   int local_process() const { return local_process_; }
+  int processes_of_host() const { return processes_of_host_; }
   bool is_root() const { return process_ == 0; }
 
   // What process 0 passes, on all processes. Everybody calls it.
@@ -55,6 +56,7 @@ class World {
   int processes_ = 1;
   int process_ = 0;
   int local_process_ = 0;
+  int processes_of_host_ = 1;
   bool mpi_ = false;
   bool starts_and_ends_mpi_ = false;
   bool retired_ = false;

@@ -110,8 +110,31 @@ class Assembly {
 
 Matrix matrix_of(const TensorSpec& tensor, const std::vector<std::byte>& bytes) {
   Matrix m(tensor.rows, tensor.cols);
-  for (std::size_t i = 0; i < m.values.size(); ++i)
-    m.values[i] = load(tensor.dtype, bytes.data(), std::int64_t(i));
+  // Asks for the type once, not once an element.
+  const auto load_as = [&]<typename T>(T) {
+    for (std::size_t i = 0; i < m.values.size(); ++i)
+      m.values[i] = load(dtype_of<T>::value, bytes.data(), std::int64_t(i));
+  };
+  switch (tensor.dtype) {
+    case DType::f32:
+      load_as(float{});
+      break;
+    case DType::f16:
+      load_as(f16{});
+      break;
+    case DType::bf16:
+      load_as(bf16{});
+      break;
+    case DType::e4m3:
+      load_as(e4m3{});
+      break;
+    case DType::u8:
+      load_as(std::uint8_t{});
+      break;
+    case DType::i32:
+      load_as(std::int32_t{});
+      break;
+  }
   return m;
 }
 
@@ -243,7 +266,7 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
       // Its inputs may be anything: what memory held, sizes among it.
       for (const TensorSpec& t : stage.outputs) {
         const std::vector<std::byte>& bytes = assemblies.at(t.name).bytes();
-        result.exact.emplace_back();
+        result.rhos.emplace_back();
         XXH3_64bits_update(hash, bytes.data(), bytes.size());
       }
       continue;
@@ -251,7 +274,7 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
     const StageInputs inputs(stage, data, assemblies);
     const Places places(c.model, stages, stage);
     const auto start = std::chrono::steady_clock::now();
-    const std::vector<Budget> budgets = stage.reference(inputs);
+    std::vector<Budget> budgets = stage.reference(inputs);
     result.reference_seconds +=
         std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     for (std::size_t i = 0; i < stage.outputs.size(); ++i) {
@@ -277,15 +300,15 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
             places, got.owner(comparison.first->row, comparison.first->col), t, *comparison.first);
       }
       if (got.replica() && !result.finding) result.finding = wrong_replica(places, got, budgets[i]);
-      std::vector<bool>& exact = result.exact.emplace_back();
-      for (const double rho : budgets[i].rho) {
-        exact.push_back(rho == 0);
-        result.own_bits |= stage.own_bits && rho != 0;
-      }
+      const std::vector<double>& rho = budgets[i].rho;
+      result.own_bits |=
+          stage.own_bits && std::any_of(rho.begin(), rho.end(), [](double r) { return r != 0; });
       XXH3_64bits_update(hash, got.bytes().data(), got.bytes().size());
     }
     if (discriminate && telling(data.regime().fill) && stage.blind_to && !result.blind_to)
       result.blind_to = stage.blind_to(inputs, budgets);
+    for (std::size_t i = 0; i < stage.outputs.size(); ++i)
+      result.rhos.push_back(std::move(budgets[i].rho));
   }
   for (std::size_t i = 0; i < stages.size(); ++i) {
     for (const TensorSpec& t : stages[i].outputs)

@@ -22,9 +22,9 @@ struct Gathered {
 };
 
 struct Judgement {
-  std::optional<Verdict> finding;        // outcome and detail only
-  std::vector<Gathered> outputs;         // of all stages
-  std::vector<std::vector<bool>> exact;  // of each output, of its elements: rho was 0
+  std::optional<Verdict> finding;         // outcome and detail only
+  std::vector<Gathered> outputs;          // of all stages
+  std::vector<std::vector<double>> rhos;  // of each output, of its elements; none if not judged
   std::uint64_t digest = 0;
   bool own_bits = false;  // some of them are not exact, and of a stage whose bits are its own
   double score = 0;

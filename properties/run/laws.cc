@@ -50,9 +50,9 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
     const auto same = std::find_if(original.outputs.begin(), original.outputs.end(),
                                    [&](const Gathered& g) { return g.tensor.name == name; });
     if (same == original.outputs.end() || mine.stage > comparable_stages) continue;
-    const std::vector<bool>& exact = varied.exact[o];
-    const std::vector<bool>& exact_there =
-        original.exact[std::size_t(same - original.outputs.begin())];
+    const std::vector<double>& rho = varied.rhos[o];
+    const std::vector<double>& rho_there =
+        original.rhos[std::size_t(same - original.outputs.begin())];
     const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       for (std::int64_t j = 0; j < t.cols; ++j) {
@@ -63,7 +63,8 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
         if (std::memcmp(same->bytes.data() + at * width, mine.bytes.data() + here * width,
                         std::size_t(width)) == 0)
           continue;
-        if (!law.always_bitwise && !(exact[std::size_t(here)] && exact_there[std::size_t(at)])) {
+        if (!law.always_bitwise &&
+            !(rho[std::size_t(here)] == 0 && rho_there[std::size_t(at)] == 0)) {
           comparable_stages = std::min(comparable_stages, mine.stage);
           continue;
         }

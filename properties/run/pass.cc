@@ -247,15 +247,24 @@ Shard rows_of(const Stage& stage, const Piece& piece) {
 const std::vector<std::byte>& InputData::block(const TensorSpec& tensor, Shard rows, Shard cols) {
   const auto [it, is_new] =
       made_.try_emplace({tensor.name, rows.offset, rows.size, cols.offset, cols.size});
-  const std::size_t bytes = std::size_t(rows.size * cols.size * size_of(tensor.dtype));
+  std::vector<std::byte>& made = it->second;
+  const std::int64_t width = size_of(tensor.dtype), row_bytes = cols.size * width;
   if (is_new) {
+    const Shard all_rows{0, tensor.rows}, all_cols{0, tensor.cols};
+    const bool cut = whole_ && (rows != all_rows || cols != all_cols);
+    const std::vector<std::byte>* whole = cut ? &block(tensor, all_rows, all_cols) : nullptr;
     const auto start = std::chrono::steady_clock::now();
-    it->second.resize(bytes);
-    fill_block(tensor, regime_, rows, cols, it->second.data(), cols.size);
+    made.resize(std::size_t(rows.size * row_bytes));
+    if (whole == nullptr) fill_block(tensor, regime_, rows, cols, made.data(), cols.size);
+    for (std::int64_t i = 0; whole != nullptr && i < rows.size; ++i) {
+      const std::int64_t at = ((rows.offset + i) * tensor.cols + cols.offset) * width;
+      std::memcpy(made.data() + i * row_bytes, whole->data() + at, std::size_t(row_bytes));
+    }
     seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
-  TP_CHECK(it->second.size() == bytes, "two tensors are called " + tensor.name);
-  return it->second;
+  TP_CHECK(made.size() == std::size_t(rows.size * row_bytes),
+           "two tensors are called " + tensor.name);
+  return made;
 }
 
 std::string place_of(std::size_t at, const std::vector<Stage>& stages, Shard local_ranks) {

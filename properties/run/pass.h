@@ -50,7 +50,9 @@ class MemoryFile;
 // ranks of this process that ask for the very same one.
 class InputData {
  public:
-  explicit InputData(const DataRegime& regime) : regime_(regime) {}
+  // `whole`: the reference will ask for whole tensors here, so parts are cut out of those.
+  explicit InputData(const DataRegime& regime, bool whole = false)
+      : regime_(regime), whole_(whole) {}
   // These rows and columns, dense.
   const std::vector<std::byte>& block(const TensorSpec& tensor, Shard rows, Shard cols);
   // The checkpoints that a stage loads its weights from, by number, with these data; none if it
@@ -61,6 +63,7 @@ class InputData {
 
  private:
   DataRegime regime_;
+  bool whole_;
   using Block = std::tuple<std::string, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   std::map<Block, std::vector<std::byte>> made_;
   // Their files, open: a path must not become another's while somebody may look at it again.

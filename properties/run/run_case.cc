@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <map>
 #include <set>
 #include <utility>
@@ -51,7 +52,8 @@ class CaseRun {
   // The same data over each of the poisons: the outputs must not know the difference.
   Gathering run(const Case& c, const Variation& variation, std::vector<Poison> poisons,
                 bool is_original) {
-    Gathering all{spec_.stages(c, rules_, variation), InputData(spec_.regime(c, variation))};
+    Gathering all{spec_.stages(c, rules_, variation),
+                  InputData(spec_.regime(c, variation), world_.is_root())};
     const std::size_t passes = options_.poison ? poisons.size() : 1;
     const bool delays = c.options.at("delays") == 1, graph = c.options.at("graph") == 1;
     Share mine;
@@ -82,7 +84,9 @@ class CaseRun {
       if (result.broken) world_.retire();
       if (i == 0) {
         mine.outputs = std::move(result.outputs);
-      } else if (!mine.fault && result.outputs != mine.outputs) {
+      } else if (!mine.fault && (result.outputs.size() != mine.outputs.size() ||
+                                 std::memcmp(result.outputs.data(), mine.outputs.data(),
+                                             mine.outputs.size()) != 0)) {
         const auto [a, b] = std::mismatch(mine.outputs.begin(), mine.outputs.end(),
                                           result.outputs.begin(), result.outputs.end());
         const Shard local = ranks_of_process(c.tp_size, world_.processes(), world_.process());

@@ -16,6 +16,14 @@ __device__ inline void copy_async(void* shared, const void* global, Where) {
                  : "memory");
   }
 }
+template <int Bytes>
+__device__ inline void copy_async_or_zero(void* shared, const void* global, bool wanted, Where) {
+  static_assert(Bytes == 16);
+  const auto to = unsigned(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+               "r"(wanted ? 16 : 0)
+               : "memory");
+}
 __device__ inline void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Pending>
 __device__ inline void copy_async_wait() {

@@ -46,6 +46,12 @@ __device__ inline float warp_max(float value, Where = {}) {
   return value;
 }
 
+__device__ inline float exp2_flushed(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // The hardware traps on its own.
 __device__ inline void check_aligned(const void*, std::size_t, const char*, Where) {}
 
@@ -73,7 +79,7 @@ __device__ inline T peer_load(const T* address) {
   return *address;
 }
 template <typename T>
-__device__ inline void peer_store(T* address, const std::type_identity_t<T>& value) {
+__device__ inline void peer_store(T* address, std::type_identity_t<T> value) {
   *address = value;
 }
 
@@ -82,3 +88,4 @@ __device__ inline void peer_store(T* address, const std::type_identity_t<T>& val
 #include "harness/device/cuda/copy_async.h"
 #include "harness/device/cuda/matrix.h"
 #include "harness/device/cuda/overlap.h"
+#include "harness/device/cuda/peer_words.h"

@@ -15,6 +15,13 @@
 
 namespace tp {
 
+// How many blocks of this launch the device surely runs at the same time when it runs nothing else.
+template <typename... Parameters>
+int resident_blocks(std::string_view name, void (*kernel)(Parameters...), int threads,
+                    std::size_t shared_bytes) {
+  return cuda::resident_blocks(name, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
+}
+
 namespace cuda {
 
 template <typename... Parameters, typename... Arguments>

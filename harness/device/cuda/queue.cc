@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <thread>
+#include <tuple>
 
 #include "harness/device/cuda/check.h"
 
@@ -275,6 +276,22 @@ DeviceTime Queue::time() {
         us_between(span.begin, span.end, tp_rank_);
   }
   return time;
+}
+
+int resident_blocks(std::string_view name, const void* kernel, int threads,
+                    std::size_t shared_bytes) {
+  static auto& known = *new std::map<std::tuple<const void*, int, std::size_t>, int>;
+  const auto [it, is_new] = known.try_emplace({kernel, threads, shared_bytes}, 0);
+  if (is_new) {
+    allow_shared_bytes(kernel, shared_bytes, name, -1);
+    int device = 0, processors = 0, each = 0;
+    cuda::check(cudaGetDevice(&device), name);
+    cuda::check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name);
+    cuda::check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes),
+                name);
+    it->second = processors * each;
+  }
+  return it->second;
 }
 
 bool can_overlap() {

@@ -121,6 +121,10 @@ bool can_overlap();
 // this one, so it is never asked for less.
 void allow_shared_bytes(const void* kernel, std::size_t bytes, std::string_view name, int tp_rank);
 
+// How many blocks of a launch run on all multiprocessors of this device at the same time.
+int resident_blocks(std::string_view name, const void* kernel, int threads,
+                    std::size_t shared_bytes);
+
 // Spends so many microseconds, more or less, on one thread of the GPU.
 void launch_delay(int microseconds, cudaStream_t stream);
 

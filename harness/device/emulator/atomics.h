@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "harness/device/emulator/peer_stores.h"
 #include "harness/device/emulator/thread.h"
 
 namespace tp::emulator {
@@ -103,20 +104,22 @@ T load_acquire(const T* address, Where where = Where::here()) {
 }
 template <typename T>
 void store_release(T* address, std::type_identity_t<T> value, Where where = Where::here()) {
+  emulator::deliver_all(*emulator::running->block);
   emulator::store(address, value, __ATOMIC_RELEASE, "store_release", where);
 }
 
-// Data (of any type) in another rank's memory. Ordinary accesses: a flag must say when they are
-// allowed.
+// Data in another rank's memory: a flag must say when they are there. What is stored arrives late
+// (peer_stores.h).
 template <typename T>
 T peer_load(const T* address, Where where = Where::here()) {
   emulator::yield("peer_load", where);
   return *address;
 }
 template <typename T>
-void peer_store(T* address, const std::type_identity_t<T>& value, Where where = Where::here()) {
+requires emulator::Word<T>
+void peer_store(T* address, std::type_identity_t<T> value, Where where = Where::here()) {
   emulator::yield("peer_store", where);
-  *address = value;
+  emulator::store_late(address, &value, sizeof(T));
 }
 
 }  // namespace tp

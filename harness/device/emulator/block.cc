@@ -52,6 +52,7 @@ void Block::begin(const Launch& launch, std::uint64_t index, void* shared_memory
   if (threads_.empty() || before != size.block) make_threads(size);
   for (Warp& warp : warps_) warp.exited = 0;
   alive_ = threads();
+  any_copies_ = false;
   push_all();
   fibers.reserve(threads_.size());
   release(&begin_clock_);
@@ -99,7 +100,7 @@ void Block::drop() {
   thread.state = State::ready;
 }
 
-void Block::exit(Thread& thread) {
+void Block::forget_copies(Thread& thread) {
   AsyncCopies& copies = copies_[thread.index];
   if (!copies.begun.empty()) {
     fail(thread, [this, &thread, &copies] {
@@ -109,6 +110,10 @@ void Block::exit(Thread& thread) {
     });
   }
   copies.groups = 0;
+}
+
+void Block::exit(Thread& thread) {
+  if (any_copies_) forget_copies(thread);
   release(fibers_);
   thread.state = State::unstarted;
   thread.fenced = false;
@@ -262,9 +267,12 @@ void Block::fail(Thread& thread, std::function<std::string()> tell) {
 
 namespace {
 
+const Block& block_of(const Thread& thread) { return static_cast<const Block&>(*thread.block); }
 Block& block_of(Thread& thread) { return static_cast<Block&>(*thread.block); }
 
 }  // namespace
+
+const Launch& launch_of(const Thread& thread) { return block_of(thread).launch(); }
 
 void block_barrier(Where where) {
   Thread& thread = *running;

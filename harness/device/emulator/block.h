@@ -44,6 +44,7 @@ class Block : public BlockInfo {
   void drop();
   std::size_t shared_bytes() const { return launch_->size.shared_bytes; }
   int threads() const { return int(threads_.size()); }
+  const Launch& launch() const { return *launch_; }
   std::string name() const;  // "kernel rms_norm, block 0"
   // "kernel rms_norm, block 0: 7 at __syncthreads (rms_norm.cu:41), 121 exited, of 128"
   std::string describe() const;
@@ -53,7 +54,10 @@ class Block : public BlockInfo {
   void yield(Thread& thread);
   std::uint64_t meet(Thread& thread, const WarpOperation& operation, std::uint32_t mask,
                      std::uint64_t value, std::uint32_t parameter);
-  AsyncCopies& copies(const Thread& thread) { return copies_[thread.index]; }
+  AsyncCopies& copies(const Thread& thread) {
+    any_copies_ = true;
+    return copies_[thread.index];
+  }
   // Ends the run as BadLaunch. `tell` is asked for the sentence after the thread's stack was left
   // for good (whose objects still exist, but will never be destroyed).
   [[noreturn]] void fail(Thread& thread, std::function<std::string()> tell);
@@ -65,6 +69,7 @@ class Block : public BlockInfo {
   Fiber& next();              // what shall run now
   void park(Thread& thread);  // runs others until it is resumed
   void exit(Thread& thread);
+  void forget_copies(Thread& thread);
   void push_all();  // to the ready list, in a drawn order
   void push_lanes(int warp, std::uint32_t lanes, bool front);
   std::uint32_t lanes_of(int warp) const;
@@ -79,6 +84,7 @@ class Block : public BlockInfo {
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
   std::vector<AsyncCopies> copies_;  // of each thread
+  bool any_copies_ = false;          // otherwise nobody need look at them
   int alive_ = 0;
   int at_barrier_ = 0;
   int barrier_line_ = 0;          // of the first thread at it

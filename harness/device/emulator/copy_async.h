@@ -16,6 +16,12 @@ inline void copy_async(void* shared, const void* global, Where where) {
   // From now on the data may arrive: who reads what was there before, or does not wait, shall see.
   std::memset(shared, emulator::running->block->poison, Bytes);
 }
+template <int Bytes>
+inline void copy_async_or_zero(void* shared, const void* global, bool wanted, Where where) {
+  static_assert(Bytes == 16);
+  alignas(16) static constexpr unsigned char kZeros[16] = {};
+  copy_async<Bytes>(shared, wanted ? global : kZeros, where);
+}
 inline void copy_async_commit() { emulator::commit_copies(); }
 template <int Pending>
 inline void copy_async_wait() {

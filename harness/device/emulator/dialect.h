@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __maxnreg__(...)
 
 #define threadIdx (::tp::emulator::running->thread_idx)
 #define blockIdx (::tp::emulator::running->block->block_idx)
@@ -50,6 +51,12 @@ T* dynamic_shared() {
   return static_cast<T*>(emulator::running->block->shared);
 }
 
+// 2^x within 2 ulp, exactly 1 at 0, and 0 where it would be subnormal: one instruction of a GPU.
+inline float exp2_flushed(float x) {
+  const float result = std::exp2(x);
+  return result < 0x1p-126f ? 0.0f : result;
+}
+
 inline void check_aligned(const void* address, std::size_t bytes, const char* what, Where where) {
   if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) {
     emulator::misaligned(address, bytes, what, where);
@@ -61,3 +68,4 @@ inline void check_aligned(const void* address, std::size_t bytes, const char* wh
 #include "harness/device/emulator/copy_async.h"
 #include "harness/device/emulator/matrix.h"
 #include "harness/device/emulator/overlap.h"
+#include "harness/device/emulator/peer_words.h"

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <utility>
 
+#include "harness/device/emulator/peer_stores.h"
 #include "harness/device/sanitizer.h"
 #include "harness/device/scheduler.h"
 
@@ -37,6 +38,8 @@ void enqueue_launch(Launch launch, Stream& stream) {
   stream.enqueue_kernel(std::make_unique<Grid>(std::move(launch), stream));
 }
 
+int resident_blocks(int threads) { return int(kMaxResidentThreads) / threads; }
+
 Grid::Grid(Launch launch, Stream& stream)
     : launch_(std::move(launch)),
       stream_(stream),
@@ -49,6 +52,7 @@ Grid::Grid(Launch launch, Stream& stream)
 }
 
 Grid::~Grid() {
+  lose_all(launch_);
   std::erase(grids(), this);
   Queue::AsStream as_stream(queue_);
   acquire(&queue_.fibers());  // the kernel happens before what follows in the stream
@@ -125,6 +129,7 @@ Progress Grid::step(Random& random) {
 Progress Grid::run(Random& random) {
   const Overlooked overlooked;
   if (begun_ == 0) begin_launch(random);
+  deliver_some(random);
   const auto choices = std::uint32_t(resident_.size() + (begun_ < blocks_ && has_room()));
   if (choices == 0) {  // too many threads to tell apart: TSan forgets who wrote what
     for (Grid* grid : grids()) grid->forget_ended_blocks();
@@ -136,6 +141,7 @@ Progress Grid::run(Random& random) {
   if (progress != Progress::done) return progress;
   end_block(pick);
   complete_ = begun_ == blocks_ && resident_.empty();
+  if (complete_) deliver_all(launch_);
   return complete_ ? Progress::done : Progress::moved;
 }
 

@@ -45,9 +45,18 @@ class KernelCall final : public Kernel {
 // Throws Fault if CUDA would refuse the launch.
 void enqueue_launch(Launch launch, Stream& stream);
 
+// Blocks of so many threads that are resident at the same time, whatever launches they are of.
+int resident_blocks(int threads);
+
 }  // namespace tp::emulator
 
 namespace tp {
+
+// How many blocks of this launch the device surely runs at the same time when it runs nothing else.
+template <typename... Parameters>
+int resident_blocks(std::string_view, void (*)(Parameters...), int threads, std::size_t) {
+  return emulator::resident_blocks(threads);
+}
 
 namespace emulator {
 

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "harness/device/buffer.h"
+#include "harness/device/emulator/fence_bytes.h"
 #include "harness/device/sanitizer.h"
 
 namespace tp {
@@ -18,7 +19,7 @@ namespace device_memory {
 
 namespace {
 
-// guard[0] is next to the payload, and so on in steps.
+// nearest[0] is next to the payload, and so on in steps.
 Damage damage_of(const std::byte* nearest, std::ptrdiff_t step, const Layout& layout) {
   Damage damage;
   for (std::size_t i = 0; i < layout.guard_bytes; ++i, nearest += step) {
@@ -47,7 +48,11 @@ void inspect(Stream& stream, const Layout& layout, std::shared_ptr<Damages> dama
     const std::byte* end = layout.payload() + layout.payload_bytes;
     open_up(layout.front, layout.guard_bytes);
     open_up(end, layout.guard_bytes);
-    *damages = {damage_of(layout.payload() - 1, -1, layout), damage_of(end, 1, layout)};
+    *damages = {};
+    if (!emulator::all_bytes(layout.front, layout.guard_bytes, layout.guard))
+      damages->before = damage_of(layout.payload() - 1, -1, layout);
+    if (!emulator::all_bytes(end, layout.guard_bytes, layout.guard))
+      damages->behind = damage_of(end, 1, layout);
     fence_off(layout.front, layout.guard_bytes);
     fence_off(end, layout.guard_bytes);
   });

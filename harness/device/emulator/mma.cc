@@ -68,9 +68,9 @@ void expand(const std::uint16_t* bits, int count, f16, float* values, std::int16
   for (int i = 0; i < count; ++i) {
     const std::uint32_t sign = std::uint32_t(bits[i] & 0x8000) << 16;
     const std::uint32_t magnitude = bits[i] & 0x7FFF;
-    const std::uint32_t normal = (magnitude << 13) + (112u << 23);
-    const std::uint32_t subnormal = std::bit_cast<std::uint32_t>(float(int(magnitude)) * 0x1p-24f);
-    const std::uint32_t finite = magnitude < 0x400 ? subnormal : normal;
+    // The exponents of both formats are biased 112 apart, those of subnormals, too.
+    const float finite_value = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+    const auto finite = std::bit_cast<std::uint32_t>(finite_value);
     const std::uint32_t special = magnitude >= 0x7C00 ? 0x7F800000u : 0u;
     values[i] = std::bit_cast<float>(sign | finite | special);
   }
@@ -164,6 +164,13 @@ void fast_elements(int row, int column, const std::int16_t* largest, float* resu
   }
 }
 
+// Whether nothing is added to a row of c: one of zeros, beyond the few tokens that a batch has.
+bool is_row_of_zeros(int row) {
+  std::uint32_t any = 0;
+  for (const std::uint32_t pair : operands.a_pairs[row]) any |= pair & 0x7FFF7FFFu;
+  return any == 0;
+}
+
 template <typename T>
 void gather(const std::uint64_t* value) {
   auto& a = operands.a_pairs;
@@ -201,7 +208,18 @@ bool multiply(std::uint64_t* value, const std::uint32_t*, std::uint32_t) {
   const Overlooked overlooked;
   gather<T>(value);
   auto& result = operands.result;
+  const auto special = [](const auto& exponents) {
+    return std::any_of(std::begin(exponents), std::end(exponents),
+                       [](int exponent) { return is_special(exponent); });
+  };
+  const bool finite_b =
+      std::none_of(std::begin(operands.b_exponent), std::end(operands.b_exponent), special);
   for (int i = 0; i < kRows; ++i) {
+    if (finite_b && is_row_of_zeros(i) && !special(operands.c_exponent[i])) {
+      // c is exact in any unit; a sum of zeros is +0.
+      for (int n = 0; n < kColumns; ++n) result[i][n] = operands.c[i][n] + 0.0f;
+      continue;
+    }
     const Shorts exponents = largest_exponents(i);
     std::int16_t largest[kColumns];
     bool fast = true;

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 
+#include "harness/device/emulator/fence_bytes.h"
 #include "harness/device/sanitizer.h"
 
 namespace tp::emulator {
@@ -50,6 +51,9 @@ void SharedMemory::give(void* memory) {
 
 std::optional<std::string> SharedMemory::check(const void* memory) const {
   const auto* payload = static_cast<const std::uint8_t*>(memory);
+  if (all_bytes(payload - kFence, kFence, fence_byte(poison_)) &&
+      all_bytes(payload + bytes_, kFence, fence_byte(poison_)))
+    return std::nullopt;
   for (std::size_t i = 0; i < kFence; ++i) {
     if (payload[bytes_ + i] != fence_byte(poison_)) {
       return fmt::format("wrote its shared memory at byte {}, but has {} bytes", bytes_ + i,

@@ -11,6 +11,7 @@
 namespace tp::emulator {
 
 struct KernelFiber;
+struct Launch;
 
 // What kernels see of their block.
 struct BlockInfo {
@@ -75,6 +76,8 @@ std::uint64_t meet(const WarpOperation& operation, std::uint32_t mask, std::uint
 
 extern const WarpOperation kSync, kBallot, kAny, kAll, kShuffle, kShuffleXor, kShuffleUp,
     kShuffleDown, kWarpSum, kPartSum, kWarpMax, kQuadSum, kQuadMax;
+
+const Launch& launch_of(const Thread& thread);
 
 // For TSan: what an atomic or volatile access of the running thread means after or before a fence.
 void fence();

@@ -10,6 +10,7 @@
 #include "harness/device/ceilings.h"
 #include "harness/device/cuda/gpu.h"
 #include "harness/group/cuda/nccl.h"
+#include "harness/group/cuda/peer_memory.h"
 #include "harness/group/device_link.h"
 #include "harness/group/world.h"
 
@@ -20,6 +21,11 @@ namespace {
 std::unique_ptr<DeviceLink>& link_of_process() {
   static auto& link = *new std::unique_ptr<DeviceLink>;  // the GPU may still be at work at exit
   return link;
+}
+
+std::unique_ptr<PeerMemory>& memory_of_process() {
+  static auto& memory = *new std::unique_ptr<PeerMemory>;
+  return memory;
 }
 
 // Why these processes, each with the GPU of this id, cannot meet through NCCL; nothing if they can.
@@ -38,6 +44,11 @@ std::string shared_gpu(const World& world, const std::vector<std::string>& ids) 
 std::string_view executor_name() { return "gpu"; }
 
 DeviceLink* device_link() { return link_of_process().get(); }
+
+const PeerMemory* peer_memory() { return memory_of_process().get(); }
+
+// More than the blocks of 128 threads that the largest of GPUs runs at the same time.
+int peer_channels(int ranks_per_device) { return 3072 / ranks_per_device; }
 
 std::string take_place(World& world, Link link) {
   std::string why, here;
@@ -60,6 +71,9 @@ std::string take_place(World& world, Link link) {
     Nccl nccl = connect_nccl(world);
     link_of_process() = std::move(nccl.link);
     through = "; NCCL " + nccl.version;
+    IpcMemory mapped = map_peer_memory(world, gpu.name);
+    memory_of_process() = std::move(mapped.memory);
+    through += mapped.why_not.empty() ? "; peer memory" : "; no peer memory: " + mapped.why_not;
   } else if (world.processes() > 1) {
     through = "; through the host by MPI";
   }
