@@ -9,8 +9,8 @@
 
 namespace tp {
 
-// out[i][j] = x_scale w_scale sum_k x[i][k] w[j][k] + bias[j], with x [m, k], w [n, k], out [m, n],
-// rounded once. Strides in elements.
+// out[i][j] = x_scale w_scale sum_k x[i][k] w[j][k], with x [m, k], w [n, k], out [m, n], rounded
+// once. Strides in elements.
 struct LibraryProduct {
   DType type = DType::bf16;  // of x and w: f16, bf16 or e4m3
   DType out_type = DType::bf16;
@@ -21,8 +21,6 @@ struct LibraryProduct {
   std::int64_t x_stride = 0, w_stride = 0, out_stride = 0;
   const float* x_scale = nullptr;  // in device memory; e4m3 has both, others none
   const float* w_scale = nullptr;
-  const void* bias = nullptr;  // nullptr: none
-  DType bias_type = DType::bf16;
 };
 
 // Whether it may take products of x [m, k] and w [n, k] of this type, if what they read and write

@@ -86,20 +86,18 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
     launch_float({x, w, {}, x.cols, bias, out}, stream);
   } else {
     constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
-    if (library_matmul({.type = kType,
-                        .out_type = kOut,
-                        .m = x.rows,
-                        .n = w.rows,
-                        .k = x.cols,
-                        .x = x.data,
-                        .w = w.data,
-                        .out = out.data,
-                        .x_stride = x.row_stride,
-                        .w_stride = w.row_stride,
-                        .out_stride = out.row_stride,
-                        .bias = bias,
-                        .bias_type = kType},
-                       stream)) {
+    if (bias == nullptr && library_matmul({.type = kType,
+                                           .out_type = kOut,
+                                           .m = x.rows,
+                                           .n = w.rows,
+                                           .k = x.cols,
+                                           .x = x.data,
+                                           .w = w.data,
+                                           .out = out.data,
+                                           .x_stride = x.row_stride,
+                                           .w_stride = w.row_stride,
+                                           .out_stride = out.row_stride},
+                                          stream)) {
       return;
     }
     if (can_be_streamed(x) && can_be_streamed(w)) {

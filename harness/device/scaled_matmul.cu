@@ -227,22 +227,21 @@ bool codes_matmul(const View<const e4m3>& x, const Scales& x_scales, const View<
   if (x_scales.cols_per != 0 || w_scales.cols_per != 0) return false;
   constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
   const bool of_tensors = x_scales.row_stride == 0 && w_scales.row_stride == 0;
-  if (of_tensors && library_matmul({.type = DType::e4m3,
-                                    .out_type = kOut,
-                                    .m = x.rows,
-                                    .n = w.rows,
-                                    .k = x.cols,
-                                    .x = x.data,
-                                    .w = w.data,
-                                    .out = out.data,
-                                    .x_stride = x.row_stride,
-                                    .w_stride = w.row_stride,
-                                    .out_stride = out.row_stride,
-                                    .x_scale = x_scales.data,
-                                    .w_scale = w_scales.data,
-                                    .bias = bias,
-                                    .bias_type = kType},
-                                   stream)) {
+  if (bias == nullptr && of_tensors &&
+      library_matmul({.type = DType::e4m3,
+                      .out_type = kOut,
+                      .m = x.rows,
+                      .n = w.rows,
+                      .k = x.cols,
+                      .x = x.data,
+                      .w = w.data,
+                      .out = out.data,
+                      .x_stride = x.row_stride,
+                      .w_stride = w.row_stride,
+                      .out_stride = out.row_stride,
+                      .x_scale = x_scales.data,
+                      .w_scale = w_scales.data},
+                     stream)) {
     return true;
   }
   if (!can_be_streamed(x) || !can_be_streamed(w)) return false;

@@ -6,7 +6,8 @@
 
 #include <cmath>
 #include <random>
-#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "harness/device/library_product.h"
@@ -39,8 +40,10 @@ constexpr float kXScale = 0.25f, kWScale = 8;
 // out = x w^T + bias of T, or of codes with these scales.
 template <typename E, typename Out>
 struct Streamed {
+  using Bias = std::conditional_t<std::is_same_v<E, e4m3>, Out, E>;
   Rows<E> x, w;
-  Rows<Out> bias, out;
+  Rows<Bias> bias;
+  Rows<Out> out;
 
   template <typename F>
   Streamed(std::int64_t m, std::int64_t n, std::int64_t k, F draw)
@@ -49,7 +52,7 @@ struct Streamed {
       for (std::int64_t c = 0; c < k; ++c) x.at(i, c) = from_float<E>(draw(0, i, c));
     for (std::int64_t j = 0; j < n; ++j) {
       for (std::int64_t c = 0; c < k; ++c) w.at(j, c) = from_float<E>(draw(1, j, c));
-      bias.at(0, j) = from_float<Out>(draw(2, j, 0));
+      bias.at(0, j) = from_float<Bias>(draw(2, j, 0));
     }
   }
   void go(bool with_bias) {
@@ -58,7 +61,7 @@ struct Streamed {
                    biases = upload(stream, bias.values), outs = upload(stream, out.values),
                    x_scale = upload(stream, std::vector<float>{kXScale}),
                    w_scale = upload(stream, std::vector<float>{kWScale});
-      const Out* b = with_bias ? biases.template as<Out>() : nullptr;
+      const Bias* b = with_bias ? biases.template as<Bias>() : nullptr;
       if constexpr (std::is_same_v<E, e4m3>) {
         scaled_matmul<e4m3, View<const e4m3>, Out, Out>(x.on(xs), {.data = x_scale.as<float>()},
                                                         w.on(ws), {.data = w_scale.as<float>()}, b,
@@ -191,11 +194,10 @@ TEST(StreamedProduct, IsAsPreciseAsDeclaredWhoeverMakesIt) {
     const auto [of_declared, rejected] = score(tensor_scaled_accumulation(m, 1024));
     EXPECT_FALSE(rejected) << m;
     EXPECT_GT(of_declared, 0.0001);
-    // Where the library keeps 13 fraction bits, the profile of our own steps would not do.
-    const auto [of_wide, would_be] = score(scaled_accumulation(DType::e4m3, 1024));
-    EXPECT_EQ(would_be, library_takes(DType::e4m3, m, 1024)) << m << ", score " << of_wide;
-    RecordProperty("score_" + std::to_string(m), std::to_string(of_declared));
-    std::printf("e4m3, %d rows: error/budget %.4f\n", int(m), of_declared);
+    // It is no wide budget where our own steps make the product.
+    if (!library_takes(DType::e4m3, m, 1024)) {
+      EXPECT_FALSE(score(scaled_accumulation(DType::e4m3, 1024)).second) << m;
+    }
   }
 }
 

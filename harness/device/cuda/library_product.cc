@@ -99,11 +99,6 @@ std::optional<Plan> plan_of(const LibraryProduct& p) {
     set(CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, p.w_scale);
     set(CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, p.x_scale);
   }
-  if (p.bias != nullptr) {
-    set(CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, data_type(p.bias_type));
-    set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, p.bias);
-  }
   const auto layout = [&](cublasLtMatrixLayout_t& made, DType t, std::int64_t rows,
                           std::int64_t cols, std::int64_t stride) {
     call(lt.make_layout(&made, data_type(t), std::uint64_t(rows), std::uint64_t(cols), stride));
@@ -135,7 +130,7 @@ std::optional<Plan> plan_of(const LibraryProduct& p) {
 }
 
 const std::optional<Plan>& cached_plan(const LibraryProduct& p) {
-  using Key = std::array<std::int64_t, 9>;
+  using Key = std::array<std::int64_t, 8>;
   static auto& plans = *new std::map<Key, std::optional<Plan>>;
   const Key key = {int(p.type), int(p.out_type), p.m,        p.n,
                    p.k,         p.x_stride,      p.w_stride, p.out_stride};
@@ -162,9 +157,7 @@ bool library_matmul(const LibraryProduct& p, Stream& stream) {
       !is_aligned(p.out, p.out_stride, p.out_type)) {
     return false;
   }
-  // Bias and scales: it wants them aligned, too, and a bias of the type of the output.
-  if (!is_aligned(p.bias, 0, p.bias_type) || (p.bias != nullptr && p.bias_type != p.out_type))
-    return false;
+  // Scales: it wants them aligned, too.
   const bool is_scaled = p.type == DType::e4m3;
   if (is_scaled != (p.x_scale != nullptr) || is_scaled != (p.w_scale != nullptr)) return false;
   if (!is_aligned(p.x_scale, 0, DType::f32) || !is_aligned(p.w_scale, 0, DType::f32)) return false;
@@ -176,8 +169,6 @@ bool library_matmul(const LibraryProduct& p, Stream& stream) {
       lt.set(plan.product, CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &p.w_scale, sizeof p.w_scale);
       lt.set(plan.product, CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &p.x_scale, sizeof p.x_scale);
     }
-    if (p.bias != nullptr)
-      lt.set(plan.product, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &p.bias, sizeof p.bias);
     const float one = 1, zero = 0;
     const cublasStatus_t status =
         lt.matmul(lt.handle, plan.product, &one, p.w, plan.w, p.x, plan.x, &zero, p.out, plan.out,
