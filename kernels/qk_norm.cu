@@ -348,6 +348,7 @@ void qk_norm(View<const T> qkv, const QkNormWeights<T>& weights, View<T> q_out, 
     } else {
       start([](auto&&... what) { launch_meeting(what...); });
     }
+    group.peers_launched(stream);
     return;
   }
   launch("qk_norm.sum_squares", choose(sum_squares_kernel<T, true>, sum_squares_kernel<T, false>),

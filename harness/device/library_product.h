@@ -23,6 +23,9 @@ struct LibraryProduct {
   const float* w_scale = nullptr;
 };
 
+// Opens it, which takes longer than a case may. False: there is none.
+bool open_library();
+
 // Whether it may take products of x [m, k] and w [n, k] of this type, if what they read and write
 // is aligned to 16 bytes, rows too, and so is n. It adds up in one chain over k on tensor cores,
 // never parts of it apart (split-K): f16 and bf16 as mma does, e4m3 with "fast accumulation", which

@@ -59,6 +59,8 @@ class DeviceQueue {
   virtual ~DeviceQueue() = default;
   // Whether everything that was handed to the device is complete, or will never be.
   virtual bool finished() noexcept = 0;
+  // Whether it hands work to a device and goes on, so that works of several streams run at a time.
+  virtual bool runs_ahead() const { return false; }
   // Throws Fault if the device failed.
   virtual void check() {}
   // Host code is about to see, or has just changed, what the stream's work sees.

@@ -50,4 +50,15 @@ std::optional<Peers> TpGroup::peers(const Stream& stream) const {
   return peers;
 }
 
+void TpGroup::peers_launched(Stream& stream) {
+  GroupSession& s = session_;
+  if (agreed_ || s.local_.size < 2 || !stream.device_queue().runs_ahead()) return;
+  const std::size_t index = s.ranks_[std::size_t(tp_rank_ - s.local_.offset)].meetings++;
+  if (index == s.meetings_.size()) s.meetings_.emplace_back();
+  GroupSession::Meeting& meeting = s.meetings_[index];
+  stream.pass(
+      [&meeting, ranks = s.local_.size] { meeting.gate.is_open = ++meeting.launched == ranks; });
+  stream.wait(meeting.gate);
+}
+
 }  // namespace tp

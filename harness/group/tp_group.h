@@ -79,6 +79,10 @@ class TpGroup {
     if (agreed_) return;
     enter(Collective::peer_exchange, nullptr, nullptr, count, dtype_of<T>::value, stream);
   }
+  // After that launch: nothing else is handed to this process's device before all its ranks have
+  // launched theirs. CUDA loads a kernel when it is first launched, which may wait for kernels that
+  // run, and these wait for each other.
+  void peers_launched(Stream& stream);
   // The same rank, after a peer_exchange of all ranks whose kernels may meet without another one:
   // for launches that nothing may interrupt, as a graph of many. That all ranks launch them is the
   // caller's word.
@@ -158,8 +162,14 @@ class GroupSession {
   struct LocalRank {
     // Entered, not yet complete, by sequence: streams of one rank may get there in another order.
     std::map<std::int64_t, Entry*> entered;
-    std::int64_t issued = 0;  // collectives that its host code has called for
+    std::int64_t issued = 0;   // collectives that its host code has called for
+    std::size_t meetings = 0;  // launches of kernels that meet those of other ranks
     bool ended = false;
+  };
+  // The launches of all local ranks of kernels that meet.
+  struct Meeting {
+    std::int64_t launched = 0;
+    Gate gate{false, "the other ranks' launches", /*for_others=*/true};
   };
   enum class Phase : std::uint8_t { idle, headers, payload };
 
@@ -191,6 +201,7 @@ class GroupSession {
   LedgerPage& ledger_;
 
   std::deque<Entry> entries_;  // of this case; addresses are stable
+  std::deque<Meeting> meetings_;
   // Where collectives between ranks of this process run: after all of them, before all of them.
   Stream* device_stream_ = nullptr;
   Buffer mine_, all_;   // what goes through a link, and what came

@@ -147,8 +147,10 @@ bool is_aligned(const void* data, std::int64_t stride, DType t) {
 
 }  // namespace
 
+bool open_library() { return cublaslt().handle != nullptr; }
+
 bool library_takes(DType type, std::int64_t m, std::int64_t k) {
-  return m > kMostStreamedRows && is_streamed(k, size_of(type)) && cublaslt().handle != nullptr;
+  return m > kMostStreamedRows && is_streamed(k, size_of(type)) && open_library();
 }
 
 bool library_matmul(const LibraryProduct& p, Stream& stream) {
@@ -190,6 +192,7 @@ bool library_matmul(const LibraryProduct& p, Stream& stream) {
 
 namespace tp {
 
+bool open_library() { return false; }
 bool library_takes(DType, std::int64_t, std::int64_t) { return false; }
 bool library_matmul(const LibraryProduct&, Stream&) { return false; }
 

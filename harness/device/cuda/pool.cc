@@ -25,10 +25,9 @@ constexpr std::size_t kSlab = std::size_t{32} << 20;
 constexpr std::size_t kLargeStep = std::size_t{2} << 20;
 constexpr std::size_t kPinnedSlab = std::size_t{4} << 20;
 
-// Before the first call to CUDA: to load a kernel at its first launch would wait for kernels that
-// run, which may wait for this one; and streams that share a hardware queue wait for each other.
+// Before the first call to CUDA: streams that share a hardware queue wait for each other, and
+// kernels of several ranks may wait for each other the other way round.
 const bool environment = [] {
-  setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
   return true;
 }();

@@ -32,6 +32,7 @@ class Queue final : public DeviceQueue {
   ~Queue() override;
 
   bool finished() noexcept override;
+  bool runs_ahead() const override { return true; }
   void check() override;
   void host_joins() override;
   void abandon() override;

@@ -9,6 +9,7 @@
 #include "harness/base/check.h"
 #include "harness/device/ceilings.h"
 #include "harness/device/cuda/gpu.h"
+#include "harness/device/library_product.h"
 #include "harness/group/cuda/nccl.h"
 #include "harness/group/cuda/peer_memory.h"
 #include "harness/group/device_link.h"
@@ -66,6 +67,7 @@ std::string take_place(World& world, Link link) {
     world.agree(world.is_root() ? shared_gpu(world, ids) : "");
   }
   ceilings();  // while nothing else runs
+  open_library();
   std::string through;
   if (world.processes() > 1 && link != Link::mpi) {
     Nccl nccl = connect_nccl(world);
