@@ -245,7 +245,7 @@ const bool registered = [] {
     return true;
   }
   for (const auto& [n, k] : {std::pair{12288, 5376}, {8192, 3072}, {4096, 3072}, {1280, 8192}})
-    for (const int tokens : {1, 16, 64, 128, 1024, 4096, 8192}) add_linear({tokens, n, k});
+    for (const int tokens : {1, 16, 64, 1024, 4096, 8192}) add_linear({tokens, n, k});
   for (const int tokens : {1, 64, 1024}) add_row_linear({tokens, 8192, 4096}, 2);
   return true;
 }();

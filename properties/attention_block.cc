@@ -226,6 +226,7 @@ Stage gate_linear_stage(const Case& c, const ShardingRules& rules) {
                             double(tokens * hidden) * width);
       },
       .own_bits = stored_linear::product_has_own_bits(c, hidden),
+      .bits_by_size = stored_linear::product_has_own_bits(c, hidden),
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         return {reference::projection(in["hidden"], in["gate_proj"], nullptr,
                                       matmul_accumulation(c.dtype, hidden), c.dtype)};

@@ -422,7 +422,7 @@ void with_types(const Case& c, const F& f) {
 Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Product product(c, rules);
   Stage stage{.name = "row_linear", .inputs = product.inputs(variation)};
-  stage.own_bits = stored_linear::product_has_own_bits(c, in_per_rank(c));
+  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, in_per_rank(c));
   stage.outputs = {{"out", c.dtype, c.num_tokens, c.model.hidden_size}};
   stage.buffers = [=](int tp_rank) {
     std::vector<LocalBuffer> all = sum_buffers(c, tp_rank);
@@ -638,7 +638,7 @@ stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
 Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Product product(c, rules);
   Stage stage{.name = "row_partial", .inputs = product.inputs(variation)};
-  stage.own_bits = stored_linear::product_has_own_bits(c, in_per_rank(c));
+  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, in_per_rank(c));
   stage.outputs = {partial_tensor(c, "partial")};
   stage.buffers = [=](int tp_rank) {
     std::vector<LocalBuffer> all = product.buffers(tp_rank);

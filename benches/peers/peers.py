@@ -625,7 +625,7 @@ def bench_linear(b):
         case(8192, 8192, 8192, False)  # the shape of the matmul ceilings
     sizes = [(12288, 5376, True), (8192, 3072, True), (4096, 3072, False), (1280, 8192, False)]
     for n_dim, k_dim, unquantized_input in sizes[1:2] if b.args.quick else sizes:
-        for tokens in (64, 8192) if b.args.quick else (1, 16, 64, 128, 1024, 8192):
+        for tokens in (64, 8192) if b.args.quick else (1, 16, 64, 1024, 4096, 8192):
             case(n_dim, k_dim, tokens, unquantized_input)
 
 

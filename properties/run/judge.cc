@@ -312,7 +312,7 @@ Judgement judge(const Case& c, const std::vector<Stage>& stages, InputData& data
   }
   for (std::size_t i = 0; i < stages.size(); ++i) {
     for (const TensorSpec& t : stages[i].outputs)
-      result.outputs.push_back({t, i, assemblies.at(t.name).bytes()});
+      result.outputs.push_back({t, i, assemblies.at(t.name).bytes(), stages[i].bits_by_size});
   }
   result.digest = XXH3_64bits_digest(hash);
   XXH3_freeState(hash);

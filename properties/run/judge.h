@@ -19,6 +19,7 @@ struct Gathered {
   TensorSpec tensor;
   std::size_t stage = 0;  // which of them made it
   std::vector<std::byte> bytes;
+  bool bits_by_size = false;  // Stage's
 };
 
 struct Judgement {

@@ -37,8 +37,9 @@ LawRun law_tokens() {
           }};
 }
 
-std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Variation& variation,
-                                      const Judgement& original, const Judgement& varied) {
+std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Case& other,
+                                      const Variation& variation, const Judgement& original,
+                                      const Judgement& varied) {
   // A varied run that is wrong by itself breaks the law in the plainest way.
   if (varied.finding) return fmt::format("law {}: {}", law.law.name, varied.finding->detail);
   // Where a stage's outputs differ within their budgets, the next stages have other inputs.
@@ -53,6 +54,7 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
     const std::vector<double>& rho = varied.rhos[o];
     const std::vector<double>& rho_there =
         original.rhos[std::size_t(same - original.outputs.begin())];
+    const bool bitwise = law.always_bitwise && !(mine.bits_by_size && other != c);
     const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       for (std::int64_t j = 0; j < t.cols; ++j) {
@@ -63,8 +65,7 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Va
         if (std::memcmp(same->bytes.data() + at * width, mine.bytes.data() + here * width,
                         std::size_t(width)) == 0)
           continue;
-        if (!law.always_bitwise &&
-            !(rho[std::size_t(here)] == 0 && rho_there[std::size_t(at)] == 0)) {
+        if (!bitwise && !(rho[std::size_t(here)] == 0 && rho_there[std::size_t(at)] == 0)) {
           comparable_stages = std::min(comparable_stages, mine.stage);
           continue;
         }

@@ -9,8 +9,9 @@
 
 namespace tp {
 
-// How the outputs of the varied run break the law; nothing if they keep it.
-std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Variation& variation,
-                                      const Judgement& original, const Judgement& varied);
+// How the outputs of the run of `other`, c varied, break the law; nothing if they keep it.
+std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Case& other,
+                                      const Variation& variation, const Judgement& original,
+                                      const Judgement& varied);
 
 }  // namespace tp

@@ -236,8 +236,8 @@ Verdict run_oracles(World& world, CaseRun& runs, const OperatorSpec& spec, const
     CaseRun::Gathering other = runs.run(varied, variation, {Poison::large}, false);
     if (!world.is_root()) return verdict;
     if (other.fault) return verdict_of(*other.fault);
-    if (auto broken =
-            broken_law(law, c, variation, *judgement, runs.judge_outputs(varied, other, false))) {
+    if (auto broken = broken_law(law, c, varied, variation, *judgement,
+                                 runs.judge_outputs(varied, other, false))) {
       verdict.outcome = Outcome::LawBroken;
       verdict.detail = *broken;
     }

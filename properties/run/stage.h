@@ -165,6 +165,9 @@ struct Stage {
   // Its kernels call functions of the executor's own (exp, log, tanh, a library's products), whose
   // bits differ between a GPU and the emulator where the result is not exact.
   bool own_bits = false;
+  // A library makes its products, each size in a way of its own: laws that change a size compare
+  // what is not exact within budgets.
+  bool bits_by_size = false;
   // Budgets of the outputs, in their order.
   std::function<std::vector<Budget>(const WholeInputs& inputs)> reference;
   // Names a mistake that this shape allows and that these data could not have shown; nothing if
