@@ -20,6 +20,7 @@ import datetime
 import inspect
 import json
 import math
+import re
 import sys
 import time
 
@@ -183,7 +184,7 @@ class Bench:
         if self.args.only and not any(op.startswith(o) for o in self.args.only.split(",")):
             return
         label = "/".join([op] + [f"{k}:{v}" for k, v in params.items()])
-        if self.args.filter and self.args.filter not in label:
+        if self.args.filter and not re.search(self.args.filter, label):
             return
         set_bytes = read + written
         try:
@@ -812,7 +813,7 @@ def main():
     parser.add_argument("--append", action="store_true", help="add to the benchmarks already in --out")
     parser.add_argument("--ceilings", help="JSON of the ceilings program, for the floors")
     parser.add_argument("--only", help="comma-separated operator prefixes, e.g. rms_norm,linear")
-    parser.add_argument("--filter", help="only names that contain this text")
+    parser.add_argument("--filter", help="only names that match this regular expression")
     parser.add_argument("--quick", action="store_true", help="one or two sizes per operator, short timing")
     parser.add_argument("--no-kernels", action="store_true", help="do not list each peer's kernels")
     parser.add_argument("--pause-ms", type=float, default=50, help="idle time before each sample of a compute-bound case; 0: none")
