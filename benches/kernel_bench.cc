@@ -42,7 +42,8 @@ double floor_us(const KernelWork& work, Cache cache, const Ceilings& c) {
   const double matrix = work.matrix_flops + work.fp8_flops / 2;  // e4m3 goes twice as fast
   const double together =
       std::max({bytes / rate, work.flops / c.flops_per_us, matrix / c.matrix_flops_per_us});
-  constexpr double kSignalUs = 0.6;  // one way over NVLink (design: measured/README.md)
+  constexpr double kSignalUs =
+      0.6;  // one way over NVLink: tx_volatile_16B_us of benches/peers/ceilings
   return std::max(work.launches * c.launch_us + work.signals * kSignalUs, together);
 }
 

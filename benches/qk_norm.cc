@@ -57,7 +57,9 @@ class QkNormCall final : public KernelCall {
   }
 
   void launch(Stream& stream) override {
-    TpGroup group = meets_ ? group_.agreed() : group_;
+    // Its first launch is one as any other: the kernel may have to be loaded.
+    TpGroup group = meets_ && launched_ ? group_.agreed() : group_;
+    launched_ = true;
     qk_norm<bf16>(qkv_.as<bf16>(tokens_, width_),
                   {q_weight_.as<bf16>(1, q_.cols), k_weight_.as<bf16>(1, k_.cols)},
                   q_out_.as<bf16>(tokens_, q_.cols), k_out_.as<bf16>(tokens_, k_.cols),
@@ -121,7 +123,7 @@ class QkNormCall final : public KernelCall {
   Part q_, k_;
   std::int64_t width_;
   Buffer qkv_, q_weight_, k_weight_, sums_, q_out_, k_out_;
-  bool meets_ = false;
+  bool meets_ = false, launched_ = false;
 };
 
 void add_kernel(int tp_size, std::int64_t tokens, QkNormPath path) {
@@ -134,6 +136,9 @@ void add_kernel(int tp_size, std::int64_t tokens, QkNormPath path) {
                            path == QkNormPath::peer ? "" : "/path:collective"),
        .work = {.read = width * row * double(tokens + 1),
                 .written = width * row * double(tokens),
+                .launches = path == QkNormPath::peer ? 1
+                            : tp_size > 1            ? 3
+                                                     : 2,
                 .signals = tp_size > 1 ? 1 : 0},
        .tp_size = tp_size,
        .make = [=](const BenchRank& rank, std::uint64_t seed) {

@@ -225,7 +225,7 @@ void add_linear(Size s) {
 
 void add_row_linear(Size s, int tp_size) {
   const double tokens = double(s.tokens), n = double(s.n), k = double(s.k);
-  register_kernel_bench({.name = fmt::format("row_linear/tokens:{}/n:{}/k:{}/tp_size:{}/dtype:bf16",
+  register_kernel_bench({.name = fmt::format("row_linear/tokens:{}/n:{}/k:{}/tp:{}/dtype:bf16",
                                              s.tokens, s.n, s.k, tp_size),
                          .work = {.read = 2 * (tokens + n) * k,
                                   .written = 2 * tokens * n,

@@ -1,5 +1,5 @@
 #pragma once
-// What both attention kernels share: their arguments, which keys a query sees, where a key lies,
+// What all attention kernels share: their arguments, which keys a query sees, where a key lies,
 // what becomes of a logit, and how a row is finished.
 
 #include <cstdint>
@@ -352,7 +352,7 @@ __global__ void merge_kernel(AttentionLaunch<T> a) {
 }
 
 // Queues it. `aligned`: parts begin at a multiple of 16 bytes. Many splits are those of few rows,
-// for which it pays to overlap; waiting costs the emulator a third of a case.
+// for which it pays to overlap.
 template <typename T>
 void launch_merge(const AttentionLaunch<T>& a, bool aligned, Stream& stream) {
   const bool wide = aligned && a.v_dim % 4 == 0;

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const T* const v_head =
       a.v.data + (a.first_kv_head + block.kv_head) * std::int64_t(a.v_head_stride);
   const int first_seen = block.first_key(), first = block.first_tile(), end = block.end_tile();
-  const unsigned seen_keys = unsigned(block.end_key() - first_seen);
+  const unsigned seen_keys = unsigned(max(0, block.end_key() - first_seen));
   const auto is_seen = [&](int position) { return unsigned(position - first_seen) < seen_keys; };
   // A thread finds one key of a tile; its page was asked for one tile before.
   const auto page_of = [&](int tile) {

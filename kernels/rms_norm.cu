@@ -174,7 +174,7 @@ void launch_norm(const char* name, const Norm<T>& norm, bool aligned, Stream& st
   const auto rows = unsigned(norm.x.rows);
   const RowShare share = rms_norm_share(dtype_of<T>::value, norm.x.cols, aligned);
   const auto of_part = [&]<int Threads, int Vectors>() {
-    const unsigned in_block = unsigned(min(int(rows), kBlockThreads / Threads)),
+    const unsigned in_block = max(1u, min(rows, unsigned(kBlockThreads / Threads))),
                    warps = (in_block * Threads + 31) / 32, of_block = warps * 32 / Threads;
     launch_overlapping(name, held_rows_kernel<Threads, Vectors, Adds, Sum, Normed, T>,
                        dim3((rows + of_block - 1) / of_block), dim3(warps * 32), 0, stream, norm);

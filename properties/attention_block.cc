@@ -225,8 +225,8 @@ Stage gate_linear_stage(const Case& c, const ShardingRules& rules) {
         return linear::cost(c, double(tokens) * (double(hidden) + width) + width * double(hidden),
                             double(tokens * hidden) * width);
       },
-      .own_bits = stored_linear::product_has_own_bits(c, hidden),
-      .bits_by_size = stored_linear::product_has_own_bits(c, hidden),
+      .own_bits = stored_linear::product_has_own_bits(c, hidden, false),
+      .bits_by_size = stored_linear::product_has_own_bits(c, hidden, false),
       .reference = [=](const WholeInputs& in) -> std::vector<Budget> {
         return {reference::projection(in["hidden"], in["gate_proj"], nullptr,
                                       matmul_accumulation(c.dtype, hidden), c.dtype)};

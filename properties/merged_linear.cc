@@ -334,7 +334,8 @@ Stage loaded_gate_up_stage(const Case& c, const ShardingRules& rules) {
   const bool bias = linear::has_bias(c), quantised = stored_linear::is_quantised(c);
   const std::int64_t tokens = c.num_tokens, hidden = c.model.hidden_size;
   Stage stage{.name = "gate_up"};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, hidden);
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, hidden, linear::has_bias(c));
   stage.inputs = stored_linear::product_inputs(c, layer, x_of(c));
   for (TensorSpec& t : stored_linear::bias_inputs(c, layer)) {
     if (bias) stage.inputs.push_back(std::move(t));
@@ -385,7 +386,8 @@ Stage gate_up_stage(const Case& c, const ShardingRules& rules) {
   const std::int64_t padding = layout.width - 2 * own_size(c);
   const bool bias = linear::has_bias(c);
   Stage stage{.name = "gate_up"};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, hidden);
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, hidden, linear::has_bias(c));
   stage.inputs = biases_of(c);
   stage.inputs.push_back(x_of(c));
   for (const char* name : {"gate_proj", "up_proj"}) {

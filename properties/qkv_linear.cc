@@ -254,7 +254,8 @@ Stage plain_product(const Case& c, const ShardingRules& rules, const Variation& 
   // What was loaded is what the rank has room for.
   const ShardingRules& loading = stored_linear::is_loaded(c) ? sharding_rules() : rules;
   Stage stage{.name = "qkv_linear"};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, hidden);
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, hidden, linear::has_bias(c));
   stage.inputs = biases_of(c);
   stage.inputs.push_back(x_of(c));
   for (std::size_t p = 0; p < parts.size(); ++p) {
@@ -324,7 +325,8 @@ Stage quantised_product_stage(const Case& c, const ShardingRules& rules) {
   const auto parts = parts_of(m);
   const stored_linear::Layer layer = layer_of(c);
   Stage stage{.name = "qkv_linear"};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, hidden);
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, hidden, linear::has_bias(c));
   stage.inputs = stored_linear::product_inputs(c, layer, x_of(c));
   for (const TensorSpec& b : biases_of(c)) stage.inputs.push_back(b);
   for (const Part& p : parts) stage.outputs.push_back({p.output, c.dtype, tokens, p.rows});

@@ -206,7 +206,6 @@ TYPED_TEST(Quantise, ByTheLargestElementOfEachBlockOfColumns) {
   }
 }
 
-// What is not a number stays visible: in its own code, and in every code that a scale of it made.
 // The weight is fetched while x is quantised: the same bits as one after the other, in any order of
 // what may run at the same time.
 TEST(QuantisedLinear, HasTheBitsOfItsTwoHalves) {
@@ -250,6 +249,7 @@ TEST(QuantisedLinear, HasTheBitsOfItsTwoHalves) {
   }
 }
 
+// What is not a number stays visible: in its own code, and in every code that a scale of it made.
 TEST(QuantiseNaN, IsSeen) {
   std::vector<float> x = {1, NAN, 3, INFINITY};
   std::vector<e4m3> codes(4);

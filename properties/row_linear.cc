@@ -422,7 +422,8 @@ void with_types(const Case& c, const F& f) {
 Stage product_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Product product(c, rules);
   Stage stage{.name = "row_linear", .inputs = product.inputs(variation)};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, in_per_rank(c));
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, in_per_rank(c), false);
   stage.outputs = {{"out", c.dtype, c.num_tokens, c.model.hidden_size}};
   stage.buffers = [=](int tp_rank) {
     std::vector<LocalBuffer> all = sum_buffers(c, tp_rank);
@@ -565,6 +566,7 @@ LawRun law_other_reduce() {
                                                                     : Reduce::reduce_scatter);
             return std::pair{other, Variation{.law = "reduce", .argument = c.tp_size}};
           },
+      .keeps_sizes = true,
       .refuse = [](const Case& c) -> std::optional<std::string> {
         if (!lora::has_adapters(c) || joins_partial_sums(c)) return std::nullopt;
         return "law=reduce shares the tokens out, and lora_joins=whole needs them all";
@@ -638,7 +640,8 @@ stored_linear::Layer row_linear_layer(const Case& c) { return layer_of(c); }
 Stage row_partial_stage(const Case& c, const ShardingRules& rules, const Variation& variation) {
   const Product product(c, rules);
   Stage stage{.name = "row_partial", .inputs = product.inputs(variation)};
-  stage.own_bits = stage.bits_by_size = stored_linear::product_has_own_bits(c, in_per_rank(c));
+  stage.own_bits = stage.bits_by_size =
+      stored_linear::product_has_own_bits(c, in_per_rank(c), false);
   stage.outputs = {partial_tensor(c, "partial")};
   stage.buffers = [=](int tp_rank) {
     std::vector<LocalBuffer> all = product.buffers(tp_rank);

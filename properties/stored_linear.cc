@@ -216,13 +216,14 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
   const std::int64_t longest =
       f.scheme == Scheme::fp8_block ? std::min<std::int64_t>(own.size, f.block_cols) : own.size;
   return reference::scaled_product(x, of_x, w.values, w.factors, {0, own.size}, bias,
-                                   is_scaled_by_tensor(c)
+                                   is_scaled_by_tensor(c) && bias == nullptr
                                        ? tensor_scaled_accumulation(x.rows, longest)
                                        : scaled_accumulation(x_type, longest),
                                    is_last);
 }
 
-bool product_has_own_bits(const Case& c, std::int64_t depth) {
+bool product_has_own_bits(const Case& c, std::int64_t depth, bool has_bias) {
+  if (has_bias) return false;
   if (is_quantised(c))
     return is_scaled_by_tensor(c) && library_takes(DType::e4m3, c.num_tokens, depth);
   return c.dtype != DType::f32 && library_takes(c.dtype, c.num_tokens, depth);

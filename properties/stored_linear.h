@@ -85,7 +85,8 @@ Budget product_reference(const Case& c, const Layer& layer, const WholeInputs& i
                          int tp_rank, const Matrix* bias, bool is_last);
 // Whether the product's bits may be the executor's own: where the library makes it
 // (Stage::own_bits). `depth`: columns of the input that a rank has.
-bool product_has_own_bits(const Case& c, std::int64_t depth);
+// has_bias: on every rank, and so it is no library that makes the product.
+bool product_has_own_bits(const Case& c, std::int64_t depth, bool has_bias);
 // What a rank's product must read and write at least, in bytes of its weight.
 double weight_bytes(const Case& c, const Layer& layer, int tp_rank);
 

@@ -1,7 +1,7 @@
 // ceilings.cu - the hardware limits that every benchmark ratio divides by.
 //
 //   nvcc -arch=sm_90 -std=c++20 -O3 -o ceilings ceilings.cu -lnccl -lcublasLt
-//   ./ceilings > ceilings.json          (table on stderr; see README.md)
+//   ./ceilings > ceilings.json          (table on stderr)
 //
 // One JSON object on stdout: the median of every figure under a key that names its unit, the 10th
 // and 90th percentile of the same samples under "spread_p10_p90". A group that fails is reported

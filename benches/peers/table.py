@@ -2,8 +2,8 @@
 """One table of our benchmarks beside the best peer: table.py OURS.json... --peers PEERS.json
 
 Names are joined as they are, but for the peer's: `op/param:value/.../peer:P/cache:C`. Times are medians in
-microseconds, from one run on one machine; `floor` is the least that this machine's measured ceilings allow
-(--ceilings, where the peers' own file has none for a row), `share` is floor / ours.
+microseconds, from one run on one machine; `floor` is that of the peers' file, else our own; `share` is
+floor / ours.
 """
 import argparse
 import json
@@ -43,7 +43,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("ours", nargs="+", help="tpcheck bench --benchmark_out=FILE")
     parser.add_argument("--peers", help="peers.py --out FILE")
-    parser.add_argument("--only", default="", help="operators, comma-separated")
     args = parser.parse_args()
 
     best, floors, failed = {}, {}, []
@@ -65,7 +64,7 @@ def main():
             if e.get("error_occurred"):
                 failed.append(f"{name}: {e.get('error_message', '')}")
                 continue
-            if args.only and name.split("/")[0] not in args.only.split(",") or not is_on_its_gpus(name, e):
+            if not is_on_its_gpus(name, e):
                 continue
             us, floor = e["real_time"], floors.get(name, e.get("floor_us"))
             peer_us, peer = best.get(name, (None, "-"))

@@ -56,9 +56,8 @@ std::vector<BenchTime> read_baseline(const std::string& path) {
   std::vector<BenchTime> times;
   for (const Json& entry : *entries) {
     const std::string name = text(entry.find("run_name"));
-    const bool aggregate = text(entry.find("run_type")) == "aggregate";
     if (entry.find("error_occurred") != nullptr || name.empty()) continue;
-    if (aggregate && text(entry.find("aggregate_name")) != "median") continue;
+    if (text(entry.find("run_type")) == "aggregate") continue;
     const std::optional<double> time = number(entry.find("real_time"));
     const double unit = us_of_unit(text(entry.find("time_unit")));
     if (!time || !(*time > 0) || unit == 0) {

@@ -11,8 +11,8 @@ struct BenchTime {
   double us = 0;
 };
 
-// The medians where a benchmark was repeated, else its runs. Throws BadInput, naming the file, for
-// what is not Google Benchmark's JSON, or has no times.
+// The time of each run that was right. Throws BadInput, naming the file, for what is not Google
+// Benchmark's JSON, or has no times.
 std::vector<BenchTime> read_baseline(const std::string& path);
 
 // A table, one row for each of `now`, in their order, that the baseline has, too; and a line about

@@ -75,6 +75,10 @@ class KeepingReporter final : public benchmark::BenchmarkReporter {
 }  // namespace
 
 int bench_main(World& world, std::vector<std::string> arguments) {
+  for (const std::string& argument : arguments) {
+    if (argument.find("aggregates_only") != std::string::npos)
+      throw BadInput(printable(argument) + ": each run must be seen, to tell whether it was right");
+  }
   const std::string baseline_file = take_flag(arguments, "--baseline");
   const std::vector<BenchTime> baseline =
       baseline_file.empty() ? std::vector<BenchTime>() : read_baseline(baseline_file);

@@ -1,8 +1,8 @@
 #pragma once
-// What kernels of different ranks send each other while they run. The dialects have
-//   void send_words(PeerWords* address, PeerWords words)   one store of 16 bytes, to any rank's
-//   memory PeerWords poll_words(const PeerWords* address)         what is there just now SpinLimit
-//   how long to poll
+// What kernels of different ranks send each other while they run. The dialects define
+//   - send_words(address, words): one store of 16 bytes, to any rank's memory;
+//   - poll_words(address): what is there just now;
+//   - SpinLimit: how long to poll.
 // Nothing orders what is sent: each of the two words arrives whole, but at any time, without the
 // other and before what was sent earlier. So a word must say for itself that it is there, and a
 // kernel must not send to where the last words may not have been read.

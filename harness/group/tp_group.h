@@ -84,8 +84,8 @@ class TpGroup {
   // run, and these wait for each other.
   void peers_launched(Stream& stream);
   // The same rank, after a peer_exchange of all ranks whose kernels may meet without another one:
-  // for launches that nothing may interrupt, as a graph of many. That all ranks launch them is the
-  // caller's word.
+  // for launches that nothing may interrupt, as a graph of many, of kernels that were launched
+  // before. That all ranks launch them is the caller's word.
   TpGroup agreed() const {
     TpGroup other = *this;
     other.agreed_ = true;

@@ -54,7 +54,8 @@ std::optional<std::string> broken_law(const LawRun& law, const Case& c, const Ca
     const std::vector<double>& rho = varied.rhos[o];
     const std::vector<double>& rho_there =
         original.rhos[std::size_t(same - original.outputs.begin())];
-    const bool bitwise = law.always_bitwise && !(mine.bits_by_size && other != c);
+    const bool bitwise =
+        law.always_bitwise && !(mine.bits_by_size && other != c && !law.keeps_sizes);
     const std::int64_t width = size_of(t.dtype);
     for (std::int64_t i = 0; i < t.rows; ++i) {
       for (std::int64_t j = 0; j < t.cols; ++j) {

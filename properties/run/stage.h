@@ -199,6 +199,7 @@ struct LawRun {
   // Bit-equal outputs for all data; otherwise where both are exact (rho is 0), and within the
   // varied case's own budget else.
   bool always_bitwise = true;
+  bool keeps_sizes = false;  // of all products: those of a library keep their bits (bits_by_size)
   // The twin of an element of the varied run's output `tensor`; nothing: it has none. Empty: rows
   // rotated as the tokens were. Outputs that only one of the runs has are not compared.
   std::function<std::optional<Place>(const Case&, const Variation&, const TensorSpec& tensor,

@@ -81,7 +81,7 @@ struct Plan {
 };
 
 // Nothing where the library has no algorithm, or fails.
-std::optional<Plan> plan_of(const LibraryProduct& p) {
+std::optional<Plan> plan_of(const LibraryProduct& p, std::uint32_t alignment) {
   const Library& lt = cublaslt();
   if (lt.handle == nullptr) return std::nullopt;
   bool ok = true;
@@ -112,6 +112,11 @@ std::optional<Plan> plan_of(const LibraryProduct& p) {
   call(lt.make_preference(&preference));
   const std::uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_NONE;
   const std::size_t workspace = 0;
+  for (const auto of_operand :
+       {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
+    if (ok) call(lt.prefer(preference, of_operand, &alignment, sizeof alignment));
+  }
   if (ok) {
     call(lt.prefer(preference, CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &reductions,
                    sizeof reductions));
@@ -129,13 +134,23 @@ std::optional<Plan> plan_of(const LibraryProduct& p) {
   return plan;
 }
 
+// The largest power of two that x, w and out begin at multiples of, as far as the library asks.
+std::uint32_t alignment_of(const LibraryProduct& p) {
+  constexpr std::uintptr_t kMost = 256;
+  const std::uintptr_t bits = reinterpret_cast<std::uintptr_t>(p.x) |
+                              reinterpret_cast<std::uintptr_t>(p.w) |
+                              reinterpret_cast<std::uintptr_t>(p.out) | kMost;
+  return std::uint32_t(bits & ~(bits - 1));
+}
+
 const std::optional<Plan>& cached_plan(const LibraryProduct& p) {
-  using Key = std::array<std::int64_t, 8>;
+  using Key = std::array<std::int64_t, 9>;
+  const std::uint32_t alignment = alignment_of(p);
   static auto& plans = *new std::map<Key, std::optional<Plan>>;
-  const Key key = {int(p.type), int(p.out_type), p.m,        p.n,
-                   p.k,         p.x_stride,      p.w_stride, p.out_stride};
+  const Key key = {int(p.type), int(p.out_type), p.m,          p.n,      p.k,
+                   p.x_stride,  p.w_stride,      p.out_stride, alignment};
   auto at = plans.find(key);
-  if (at == plans.end()) at = plans.emplace(key, plan_of(p)).first;
+  if (at == plans.end()) at = plans.emplace(key, plan_of(p, alignment)).first;
   return at->second;
 }
 
