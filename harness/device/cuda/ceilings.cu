@@ -9,6 +9,7 @@
 
 #include "harness/device/ceilings.h"
 #include "harness/device/cuda/check.h"
+#include "harness/device/cuda/gpu.h"
 #include "harness/device/cuda/read.h"
 
 namespace tp {
@@ -85,16 +86,10 @@ double read_bytes_per_us(std::size_t bytes, int passes, cudaStream_t stream) {
   return double(bytes) * passes / us;
 }
 
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  cuda::check(cudaGetDevice(&device), "cudaGetDevice");
-  cuda::check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
-}
-
 // Clocks of all multiprocessors together in a microsecond.
 double clocks_per_us() {
-  return attribute(cudaDevAttrMultiProcessorCount) * double(attribute(cudaDevAttrClockRate)) * 1e-3;
+  return cuda::attribute(cudaDevAttrMultiProcessorCount) *
+         double(cuda::attribute(cudaDevAttrClockRate)) * 1e-3;
 }
 
 constexpr double kLanes = 128;  // fp32 of a multiprocessor from sm_86 on, a fused step in each
@@ -102,8 +97,8 @@ constexpr double kLanes = 128;  // fp32 of a multiprocessor from sm_86 on, a fus
 // f16 or bf16 products and additions of a multiprocessor in a clock, from NVIDIA's data sheets. Of
 // a GPU that is not known yet the most, so that a floor stays one.
 double matrix_flops_per_clock() {
-  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor) +
-                         attribute(cudaDevAttrComputeCapabilityMinor);
+  const int capability = 10 * cuda::attribute(cudaDevAttrComputeCapabilityMajor) +
+                         cuda::attribute(cudaDevAttrComputeCapabilityMinor);
   if (capability == 80) return 2048;
   if (capability == 86 || capability == 89) return 1024;
   return capability == 90 ? 4096 : 8192;

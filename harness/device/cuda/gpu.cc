@@ -8,6 +8,7 @@
 
 #include "harness/base/check.h"
 #include "harness/device/cuda/built_for.h"
+#include "harness/device/cuda/check.h"
 
 namespace tp::cuda {
 
@@ -71,6 +72,13 @@ Gpu open_gpu(int index) {
   return {fmt::format("{} (sm_{})", properties.name, sm),
           fmt::format("CUDA {}, driver for {}", version(runtime), version(driver)),
           host() + std::string(properties.uuid.bytes, sizeof(properties.uuid.bytes))};
+}
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+  return value;
 }
 
 }  // namespace tp::cuda

@@ -1,6 +1,8 @@
 #pragma once
 // Which GPU this process uses.
 
+#include <cuda_runtime_api.h>
+
 #include <string>
 
 namespace tp::cuda {
@@ -17,5 +19,8 @@ struct Gpu {
 // Makes it the one that this process uses from now on. Throws Unavailable, saying why, if this
 // build's kernels cannot run there.
 Gpu open_gpu(int index);
+
+// Of the one that is open.
+int attribute(cudaDeviceAttr which);
 
 }  // namespace tp::cuda

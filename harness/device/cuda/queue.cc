@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "harness/device/cuda/check.h"
+#include "harness/device/cuda/gpu.h"
 
 namespace tp {
 
@@ -283,24 +284,16 @@ int resident_blocks(std::string_view name, const void* kernel, int threads,
   const auto [it, is_new] = known.try_emplace({kernel, threads, shared_bytes}, 0);
   if (is_new) {
     allow_shared_bytes(kernel, shared_bytes, name, -1);
-    int device = 0, processors = 0, each = 0;
-    cuda::check(cudaGetDevice(&device), name);
-    cuda::check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), name);
+    int each = 0;
     cuda::check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared_bytes),
                 name);
-    it->second = processors * each;
+    it->second = attribute(cudaDevAttrMultiProcessorCount) * each;
   }
   return it->second;
 }
 
 bool can_overlap() {
-  static const bool can = [] {
-    int device = 0, major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
-  }();
+  static const bool can = attribute(cudaDevAttrComputeCapabilityMajor) >= 9;
   return can;
 }
 

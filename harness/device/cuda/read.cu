@@ -4,6 +4,7 @@
 
 #include "harness/device/cache.h"
 #include "harness/device/cuda/check.h"
+#include "harness/device/cuda/gpu.h"
 #include "harness/device/cuda/queue.h"
 #include "harness/device/cuda/read.h"
 
@@ -32,13 +33,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (never) *out = mixed;
-}
-
-int attribute(cudaDeviceAttr which) {
-  int device = 0, value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
-  return value;
 }
 
 }  // namespace
