@@ -59,9 +59,9 @@ bool times_kernels();
 // each replay of a CUDA graph of many calls, the median of some replays. Ranks are shared out among
 // the processes of the job. Call it before main, from a static initializer.
 //
-// Counters: p10_us and p90_us of the replays; bytes/s, flops/s; floor_us, fraction_of_floor; copies
-// (calls in a graph) and sets (of inputs); where there are several ranks, slowest_rank and
-// processes.
+// Counters: p10_us and p90_us of the replays; bytes/s, flops/s; floor_us, fraction_of_floor,
+// time_over_t0; copies (calls in a graph) and sets (of inputs); where there are several ranks,
+// slowest_rank and processes.
 void register_kernel_bench(KernelBench bench);
 
 }  // namespace tp

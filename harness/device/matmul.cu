@@ -1,6 +1,5 @@
 #include <type_traits>
 
-#include "harness/device/library_product.h"
 #include "harness/device/matmul.h"
 #include "harness/device/require.h"
 #include "harness/device/streamed_product.cuh"
@@ -85,31 +84,16 @@ void matmul(View<const T> x, View<const T> w, const T* bias, View<Out> out, Stre
   if constexpr (std::is_same_v<T, float>) {
     launch_float({x, w, {}, x.cols, bias, out}, stream);
   } else {
-    constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
-    if (bias == nullptr && library_matmul({.type = kType,
-                                           .out_type = kOut,
-                                           .m = x.rows,
-                                           .n = w.rows,
-                                           .k = x.cols,
-                                           .x = x.data,
-                                           .w = w.data,
-                                           .out = out.data,
-                                           .x_stride = x.row_stride,
-                                           .w_stride = w.row_stride,
-                                           .out_stride = out.row_stride},
-                                          stream)) {
+    if (launch_untiled<T>("matmul",
+                          {.x = x,
+                           .w = w,
+                           .bias = bias,
+                           .bias_type = dtype_of<T>::value,
+                           .out = out.data,
+                           .out_type = dtype_of<Out>::value,
+                           .out_stride = out.row_stride},
+                          false, stream)) {
       return;
-    }
-    if (can_be_streamed(x) && can_be_streamed(w)) {
-      return launch_streamed<T>("matmul",
-                                {.x = x,
-                                 .w = w,
-                                 .bias = bias,
-                                 .bias_type = kType,
-                                 .out = out.data,
-                                 .out_type = kOut,
-                                 .out_stride = out.row_stride},
-                                false, stream);
     }
     launch_tiled<T>("matmul",
                     Product<Plain<T>, Plain<T>, Unscaled, T, Out>{

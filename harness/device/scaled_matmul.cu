@@ -225,40 +225,19 @@ bool codes_matmul(const View<const e4m3>& x, const Scales& x_scales, const View<
                   const Scales& w_scales, const T* bias, const View<Out>& out, bool overlaps,
                   Stream& stream) {
   if (x_scales.cols_per != 0 || w_scales.cols_per != 0) return false;
-  constexpr DType kType = dtype_of<T>::value, kOut = dtype_of<Out>::value;
-  const bool of_tensors = x_scales.row_stride == 0 && w_scales.row_stride == 0;
-  if (bias == nullptr && of_tensors &&
-      library_matmul({.type = DType::e4m3,
-                      .out_type = kOut,
-                      .m = x.rows,
-                      .n = w.rows,
-                      .k = x.cols,
-                      .x = x.data,
-                      .w = w.data,
-                      .out = out.data,
-                      .x_stride = x.row_stride,
-                      .w_stride = w.row_stride,
-                      .out_stride = out.row_stride,
-                      .x_scale = x_scales.data,
-                      .w_scale = w_scales.data},
-                     stream)) {
-    return true;
-  }
-  if (!can_be_streamed(x) || !can_be_streamed(w)) return false;
-  launch_streamed<e4m3>(kName,
-                        {.x = x,
-                         .w = w,
-                         .x_scales = x_scales.data,
-                         .x_scale_stride = x_scales.row_stride,
-                         .w_scales = w_scales.data,
-                         .w_scale_stride = w_scales.row_stride,
-                         .bias = bias,
-                         .bias_type = kType,
-                         .out = out.data,
-                         .out_type = kOut,
-                         .out_stride = out.row_stride},
-                        overlaps, stream);
-  return true;
+  return launch_untiled<e4m3>(kName,
+                              {.x = x,
+                               .w = w,
+                               .x_scales = x_scales.data,
+                               .x_scale_stride = x_scales.row_stride,
+                               .w_scales = w_scales.data,
+                               .w_scale_stride = w_scales.row_stride,
+                               .bias = bias,
+                               .bias_type = dtype_of<T>::value,
+                               .out = out.data,
+                               .out_type = dtype_of<Out>::value,
+                               .out_stride = out.row_stride},
+                              overlaps, stream);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 
 #include "harness/base/tensor.h"
 #include "harness/device/device.h"
+#include "harness/device/library_product.h"
 #include "harness/device/streamed_size.h"
 
 namespace tp {
@@ -277,6 +278,32 @@ void launch_streamed(const char* name, const StreamedProduct<E>& p, bool overlap
       launch(name, streamed_kernel<Tile, E>, grid, block, bytes, stream, p);
     }
   });
+}
+
+// The product by the library where it makes it (no bias, no scales of rows), else streamed. False,
+// and nothing is queued, where tiles have to make it.
+template <typename E>
+bool launch_untiled(const char* name, const StreamedProduct<E>& p, bool overlaps, Stream& stream) {
+  if (p.bias == nullptr && p.x_scale_stride == 0 && p.w_scale_stride == 0 &&
+      library_matmul({.type = dtype_of<E>::value,
+                      .out_type = p.out_type,
+                      .m = p.x.rows,
+                      .n = p.w.rows,
+                      .k = p.x.cols,
+                      .x = p.x.data,
+                      .w = p.w.data,
+                      .out = p.out,
+                      .x_stride = p.x.row_stride,
+                      .w_stride = p.w.row_stride,
+                      .out_stride = p.out_stride,
+                      .x_scale = p.x_scales,
+                      .w_scale = p.w_scales},
+                     stream)) {
+    return true;
+  }
+  if (!can_be_streamed(p.x) || !can_be_streamed(p.w)) return false;
+  launch_streamed<E>(name, p, overlaps, stream);
+  return true;
 }
 
 }  // namespace tp
